@@ -1,0 +1,181 @@
+"""The typed configuration and its boundary: `resolve` turns what Hydra composed into checked dataclasses.
+
+Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and is handed nothing else. Hydra stops here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flowdit.data.loader import DataConfig
+from flowdit.data.prepare import PrepareConfig
+from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
+from flowdit.diffusion.sampling import SamplerConfig
+from flowdit.models.ccdit import ModelConfig
+from flowdit.sharding import MeshConfig
+from flowdit.training.optim import OptimConfig
+from flowdit.training.tracking import WandbConfig
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The run: how long, how large, what is saved when. Intervals count steps; 0 switches the thing off."""
+
+    num_steps: int = 400_000
+    batch_size: int = 256
+    gradient_accum: int = 1
+    is_restore: bool = False
+    checkpoint_dir: str = "checkpoints"
+    save_every: int = 5_000
+    keep_last: int = 3
+    keep_every: int | None = None
+    log_every: int = 100
+    validate_every: int = 5_000
+    validation_records: int = 1_024
+    sample_every: int = 5_000
+    sample_labels: list[Any] | None = None
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    compute_dtype: str = "bfloat16"
+    latent_mean: Any = None
+    latent_scale: Any = None
+    drop_rate: float = 0.1
+    time_distribution: str = "logit_normal"
+    time_shift: float | None = 1.0
+    max_skipped_in_row: int = 20
+    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+
+    def check(self) -> None:
+        """Raise `ValueError` naming the first field that breaks a rule."""
+        at_least_one = ("num_steps", "batch_size", "gradient_accum", "keep_last", "log_every", "validation_records")
+        for field in (*at_least_one, "max_skipped_in_row"):
+            _require(f"train.{field}", getattr(self, field), lambda v: v >= 1, "must be at least 1")
+        for field in ("save_every", "validate_every", "sample_every"):
+            _require(f"train.{field}", getattr(self, field), lambda v: v >= 0, "must be 0 (never) or more")
+        _require("train.keep_every", self.keep_every, lambda v: v is None or v >= 1, "must be null or at least 1")
+        _require("train.ema_decay", self.ema_decay, lambda v: 0 <= v < 1, "must be in [0, 1)")
+        _require("train.drop_rate", self.drop_rate, lambda v: 0 <= v <= 1, "must be in [0, 1]")
+        _require("train.time_shift", self.time_shift, lambda v: v is None or v > 0, "must be null or positive")
+        _require_choice("train.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        _require_choice("train.time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        self.sampler.check("train.sampler.")
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything `train_stage1.py` takes."""
+
+    seed: int = 0
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
+
+    def check(self) -> None:
+        """The rules that need neither data nor devices."""
+        _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
+        self.train.check()
+        self.optim.check(self.train.num_steps)
+        self.wandb.check()
+        _require_choice("model.name", self.model.name, ("ccdit",))
+
+
+@dataclasses.dataclass
+class SampleConfig(SamplerConfig):
+    """What `python -m flowdit.sample` takes besides the sampler's own fields.
+
+    `labels` are numbers or class names, each drawn `per_label` times; without them the checkpoint's preview labels.
+    """
+
+    checkpoint: str = "???"
+    labels: list[Any] | None = None
+    per_label: int = 1
+    columns: int = 8
+    batch_size: int = 64
+    seed: int = 0
+    out: str = "samples"
+    vae: str | None = None
+    save_latents: bool = False
+
+    def check_all(self) -> None:
+        self.check("")
+        for field in ("per_label", "columns", "batch_size"):
+            _require(field, getattr(self, field), lambda v: v >= 1, "must be at least 1")
+        _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra, which checks names and types of every override against them."""
+    store = ConfigStore.instance()
+    for name, schema in (("train_schema", Config), ("sample_schema", SampleConfig), ("prepare_schema", PrepareConfig)):
+        store.store(name=name, node=schema)
+
+
+def resolve(composed: DictConfig, schema: type) -> Any:
+    """The composed configuration as an instance of `schema`. Raises `ValueError` for unknown or missing fields."""
+    # `+new.key=1` gets past Hydra's own check and would be dropped without a word.
+    unknown = _unknown_keys(OmegaConf.to_container(composed), schema)
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such field in the configuration (overrides with + are not taken)")
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError(f"{missing[0]}: must be given, as in {missing[0]}=...")
+    return OmegaConf.to_object(composed)
+
+
+def _unknown_keys(values: Any, schema: type, prefix: str = "") -> list[str]:
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    unknown = []
+    for name, value in values.items():
+        if name not in fields:
+            unknown.append(prefix + name)
+        elif isinstance(value, dict):
+            unknown += _unknown_keys(value, type(fields[name].default_factory()), f"{prefix}{name}.")  # type: ignore[misc]
+    return unknown
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a Hydra entry point; a user's mistake ends in one line on stderr and exit status 2.
+
+    `FLOWDIT_TRACEBACK=1` shows the whole traceback instead.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors through to be shortened here
+    try:
+        command()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as problem:
+        if os.environ.get("FLOWDIT_TRACEBACK"):
+            raise
+        print(f"error: {_one_line(problem)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(problem: BaseException) -> str:
+    """First lines of an error and of what caused it, where Hydra hides the reason."""
+    lines = []
+    current: BaseException | None = problem
+    while current is not None:
+        text = next((line.strip() for line in str(current).splitlines() if line.strip()), type(current).__name__)
+        if text not in lines:
+            lines.append(text)
+        current = current.__cause__ if isinstance(problem, HydraException) else None
+    return ": ".join(lines)
+
+
+def _require(field: str, value: Any, is_valid: Callable[[Any], bool], rule: str) -> None:
+    if not is_valid(value):
+        raise ValueError(f"{field}: {rule}, got {value}")
+
+
+def _require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(field, value, lambda v: v in choices, f"must be one of {', '.join(choices)}")

@@ -1,0 +1,126 @@
+"""Flow matching: the whole of its mathematics.
+
+Convention, everywhere in flowdit: t = 0 is data, t = 1 is noise, x_t = (1 - t) x_0 + t noise, and the network predicts
+the velocity v = dx_t/dt = noise - x_0 (rectified flow, Liu et al. 2023; Esser et al. 2024, with sigma = t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+NUM_LOSS_BINS = 8
+VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
+TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+
+Velocity = Callable[[Array, Array, Any], Array]
+"""model(x_t, t, condition) for one example."""
+
+
+def interpolate(x_0: Float[Array, "*shape"], noise: Float[Array, "*shape"], t: Float[Array, ""]) -> Array:
+    """x_t = (1 - t) x_0 + t noise."""
+    return (1 - t) * x_0 + t * noise
+
+
+def velocity_target(x_0: Float[Array, "*shape"], noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """v = noise - x_0."""
+    return noise - x_0
+
+
+def sample_times(key: PRNGKeyArray, count: int, distribution: str, shift: float = 1.0) -> Float[Array, " count"]:
+    """Training times in (0, 1): uniform, or logit-normal(0, 1) (Esser et al. 2024, section 3.1), then shifted."""
+    if distribution == "uniform":
+        t = jax.random.uniform(key, (count,))
+    else:
+        t = jax.nn.sigmoid(jax.random.normal(key, (count,)))
+    return shift_times(t, shift)
+
+
+def shift_times(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:
+    """t' = s t / (1 + (s - 1) t): spends more of the path near the noise (Esser et al. 2024, equation 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(latent_shape: tuple[int, int, int]) -> float:
+    """s = sqrt(C H W / 4096), the shift that LightningDiT and SD3 use for larger latents."""
+    return math.sqrt(math.prod(latent_shape) / 4096)
+
+
+def normalise_latents(latent: Float[Array, "*b c h w"], mean: Array, scale: Array) -> Float[Array, "*b c h w"]:
+    """Raw VAE latents -> what the model sees: (latent - mean) * scale, scalars or one value a channel."""
+    return (latent - _per_channel(mean)) * _per_channel(scale)
+
+
+def denormalise_latents(latent: Float[Array, "*b c h w"], mean: Array, scale: Array) -> Float[Array, "*b c h w"]:
+    """Inverse of `normalise_latents`."""
+    return latent / _per_channel(scale) + _per_channel(mean)
+
+
+def _per_channel(value: Array) -> Array:
+    return jnp.asarray(value, jnp.float32).reshape(1, -1, 1, 1)
+
+
+def drop_condition(key: PRNGKeyArray, condition: Any, null: Any, rate: float) -> Any:
+    """Replace whole examples' conditions (leading batch axis) by `null` (no batch axis) with probability `rate`."""
+    batch = jax.tree.leaves(condition)[0].shape[0]
+    dropped = jax.random.bernoulli(key, rate, (batch,))
+
+    def select(value, null_value):
+        mask = dropped.reshape((-1,) + (1,) * (value.ndim - 1))
+        return jnp.where(mask, jnp.asarray(null_value, value.dtype)[None], value)
+
+    return jax.tree.map(select, condition, null)
+
+
+def example_losses(
+    model: Velocity,
+    x_0: Float[Array, "batch channels height width"],
+    noise: Float[Array, "batch channels height width"],
+    t: Float[Array, " batch"],
+    condition: Any,
+) -> Float[Array, " batch"]:
+    """Mean squared velocity error of each example (Lipman et al. 2023, equation 14), in float32."""
+
+    def loss(x_0, noise, t, condition):
+        error = model(interpolate(x_0, noise, t), t, condition) - velocity_target(x_0, noise)
+        return jnp.square(error).mean()
+
+    return jax.vmap(loss)(x_0, noise, t, condition)
+
+
+def loss_bins(losses: Float[Array, " batch"], t: Float[Array, " batch"]) -> tuple[Array, Array]:
+    """Sum of losses and count of examples in each of `NUM_LOSS_BINS` equal bins of t in [0, 1]."""
+    index = jnp.clip((t * NUM_LOSS_BINS).astype(jnp.int32), 0, NUM_LOSS_BINS - 1)
+    one_hot = jax.nn.one_hot(index, NUM_LOSS_BINS)
+    return losses @ one_hot, one_hot.sum(0)
+
+
+def guided_velocity(
+    model: Velocity,
+    x_t: Float[Array, "batch channels height width"],
+    t: Float[Array, ""],
+    condition: Any,
+    null: Any,
+    guidance: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Float[Array, "batch channels height width"]:
+    """v = v_null + w (v_cond - v_null) over all channels (Ho & Salimans 2022), both halves in one batch.
+
+    Outside `interval` (low <= t <= high) the conditional velocity alone is used (Kynkaanniemi et al. 2024).
+    `null` has no batch axis. With guidance 1 the unconditional half is not computed.
+    """
+    batch = x_t.shape[0]
+    if guidance == 1.0:
+        return jax.vmap(model, in_axes=(0, None, 0))(x_t, t, condition)
+    both = jax.tree.map(
+        lambda c, n: jnp.concatenate([c, jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)]), condition, null
+    )
+    velocity = jax.vmap(model, in_axes=(0, None, 0))(jnp.concatenate([x_t, x_t]), t, both)
+    v_cond, v_null = velocity[:batch], velocity[batch:]
+    weight = jnp.where((t >= interval[0]) & (t <= interval[1]), guidance, 1.0)
+    return v_null + weight * (v_cond - v_null)

@@ -1,0 +1,62 @@
+"""From latents to PNG files: VAE decoding and captioned grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from flowdit.diffusion.flow import denormalise_latents
+from flowdit.models.vae import AutoencoderKL
+
+Decode = Callable[[Float[Array, "batch c h w"]], UInt8[np.ndarray, "batch height width 3"]]
+
+
+def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[float], batch_size: int = 16) -> Decode:
+    """Normalised latents -> pictures as bytes, `batch_size` at a time (the VAE needs far more memory than the DiT)."""
+
+    @jax.jit
+    def decode_batch(vae, latents):
+        raw = denormalise_latents(latents, jnp.asarray(mean), jnp.asarray(scale))
+        images = jax.vmap(vae.decode)(raw)
+        return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+    def decode(latents):
+        latents = np.asarray(latents)
+        count = len(latents)
+        padded = np.concatenate([latents, np.zeros((-count % batch_size, *latents.shape[1:]), latents.dtype)])
+        parts = [decode_batch(vae, padded[i : i + batch_size]) for i in range(0, len(padded), batch_size)]
+        return np.concatenate([np.asarray(part) for part in parts])[:count].transpose(0, 2, 3, 1)
+
+    return decode
+
+
+def save_grid(
+    path: Path, images: UInt8[np.ndarray, "n height width 3"], captions: Sequence[str], columns: int, gap: int = 4
+) -> None:
+    """A grid in row-major order, each picture with its caption below. Small pictures are enlarged to be seen."""
+    zoom = max(1, 128 // images.shape[2])
+    height, width = images.shape[1] * zoom, images.shape[2] * zoom
+    cell_height, cell_width = height + 16 + gap, width + gap
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = gap + i % columns * cell_width, gap + i // columns * cell_height
+        canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS), (left, top))
+        draw.text((left + width // 2, top + height + 1), _fitted(caption, font, width), "#444", font, anchor="ma")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,113 @@
+"""From noise to latents: the velocity field solved as an ODE with Diffrax, t from 1 to 0."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
+
+
+class _Solver(NamedTuple):
+    build: type[diffrax.AbstractSolver]
+    evaluations_per_step: int
+    evaluations_at_start: int  # first-same-as-last solvers reuse the last evaluation of a step, and pay one at the start
+
+
+SOLVERS = {
+    "euler": _Solver(diffrax.Euler, 1, 0),
+    "heun": _Solver(diffrax.Heun, 2, 0),
+    "midpoint": _Solver(diffrax.Midpoint, 2, 0),
+    "dopri5": _Solver(diffrax.Dopri5, 6, 1),
+    "tsit5": _Solver(diffrax.Tsit5, 6, 1),
+}
+ADAPTIVE_SOLVERS = ("heun", "dopri5", "tsit5")
+
+
+@dataclasses.dataclass
+class SamplerConfig:
+    """How samples are drawn. `rtol` switches to adaptive steps (at most `steps` of them)."""
+
+    solver: str = "heun"
+    steps: int = 50
+    guidance: float = 4.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    time_shift: float = 1.0
+    rtol: float | None = None
+
+    def check(self, prefix: str) -> None:
+        """Raise `ValueError` naming the field below `prefix` that cannot be used."""
+        if self.solver not in SOLVERS:
+            raise ValueError(f"{prefix}solver: must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if self.steps < 1:
+            raise ValueError(f"{prefix}steps: must be at least 1, got {self.steps}")
+        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            interval = [self.guidance_low, self.guidance_high]
+            raise ValueError(f"{prefix}guidance_low/guidance_high: must satisfy 0 <= low <= high <= 1, got {interval}")
+        if self.time_shift <= 0:
+            raise ValueError(f"{prefix}time_shift: must be positive, got {self.time_shift}")
+        if self.rtol is not None and self.rtol <= 0:
+            raise ValueError(f"{prefix}rtol: must be positive, got {self.rtol}")
+        if self.rtol is not None and self.solver not in ADAPTIVE_SOLVERS:
+            allowed = ", ".join(ADAPTIVE_SOLVERS)
+            raise ValueError(f"{prefix}rtol: adaptive steps need a solver out of {allowed}, got {self.solver!r}")
+
+
+class Samples(NamedTuple):
+    """Latents as the model sees them (normalised), and the number of velocity-field evaluations it took."""
+
+    latents: Float[Array, "batch channels height width"]
+    evaluations: Int[Array, ""]
+
+
+def sample(
+    model: Velocity,
+    noise: Float[Array, "batch channels height width"],
+    condition: Any,
+    null: Any,
+    config: SamplerConfig,
+) -> Samples:
+    """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0.
+
+    A guided evaluation runs a batch twice as large and counts once. An adaptive solve controls the error over the
+    whole batch, so its result depends on what is in the batch; if it needs more than `config.steps` it raises.
+    """
+    solver = SOLVERS[config.solver]
+    interval = (config.guidance_low, config.guidance_high)
+
+    def field(t, x, args):
+        return guided_velocity(model, x, t, condition, null, config.guidance, interval)
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),  # type: ignore[arg-type]
+        solver.build(),
+        t0=1.0,
+        t1=0.0,
+        dt0=None if config.rtol is None else -1.0 / config.steps,
+        y0=noise,
+        saveat=diffrax.SaveAt(t1=True),
+        stepsize_controller=_controller(config),
+        max_steps=config.steps,
+    )
+    assert solution.ys is not None
+    evaluations = solver.evaluations_per_step * solution.stats["num_steps"] + solver.evaluations_at_start
+    return Samples(solution.ys[0], evaluations)
+
+
+def _controller(config: SamplerConfig) -> diffrax.AbstractStepSizeController:
+    if config.rtol is not None:
+        return diffrax.PIDController(rtol=config.rtol, atol=config.rtol)
+    times = shift_times(jnp.linspace(1.0, 0.0, config.steps + 1), config.time_shift)
+    return diffrax.StepTo(ts=times)
+
+
+def picture_noise(key: Array, count: int, latent_shape: tuple[int, int, int]) -> Float[Array, "count c h w"]:
+    """One draw of noise for each picture from its own key: picture i is the same whatever the number of pictures."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    return jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)

@@ -1,0 +1,155 @@
+"""Class-conditional DiT with adaLN-Zero (Peebles & Xie 2023), predicting the flow-matching velocity."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from flowdit.models.layers import (
+    MLP,
+    Linear,
+    SelfAttention,
+    TimeEmbedding,
+    layer_norm,
+    mlp,
+    modulate,
+    patchify,
+    self_attention,
+    sincos_positions,
+    time_embedding,
+    unpatchify,
+    xavier_linear,
+    zero_linear,
+)
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Shape of the transformer. Latent shape and number of classes come from the data manifest."""
+
+    name: str = "ccdit"
+    depth: int = 28
+    hidden_dim: int = 1152
+    num_heads: int = 16
+    patch_size: int = 2
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True
+    remat: str = "none"
+
+    def check(self, latent_shape: tuple[int, int, int]) -> None:
+        """Raise `ValueError` for a combination that cannot be built on latents of (channels, height, width)."""
+        for field in ("depth", "hidden_dim", "num_heads", "patch_size"):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"model.{field}: must be at least 1, got {value}")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"model.mlp_ratio: must be positive, got {self.mlp_ratio}")
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"model.hidden_dim: must be divisible by model.num_heads={self.num_heads}, got {self.hidden_dim}"
+            )
+        if self.hidden_dim % 4:
+            raise ValueError(f"model.hidden_dim: must be divisible by 4 (2-D positions), got {self.hidden_dim}")
+        if any(side % self.patch_size for side in latent_shape[1:]):
+            raise ValueError(
+                f"model.patch_size: must divide the latents' height and width {latent_shape[1:]}, got {self.patch_size}"
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"model.remat: must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+
+
+class Block(eqx.Module):
+    """Pre-norm attention and MLP, each modulated and gated by its own adaLN-Zero projection."""
+
+    attention: SelfAttention
+    mlp: MLP
+    ada_ln: Linear
+    mlp_norm_eps: float = eqx.field(static=True, default=1e-6)
+
+    def __call__(self, x: Float[Array, "tokens dim"], condition: Float[Array, " dim"]) -> Float[Array, "tokens dim"]:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.ada_ln(jax.nn.silu(condition)), 6)
+        x = x + gate_a[None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
+        return x + gate_m[None] * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift_m, scale_m))
+
+
+class CCDiT(eqx.Module):
+    """DiT over one latent, conditioned on the flow time and a class.
+
+    The class table has `num_classes + 1` rows; the last is the null class of classifier-free guidance.
+    `blocks` holds every block with a leading depth axis: they are scanned, so compile time does not grow with depth.
+    """
+
+    patch_embed: Linear
+    time_embed: TimeEmbedding
+    class_table: Float[Array, "classes dim"]
+    blocks: Block
+    final_ada_ln: Linear
+    final_linear: Linear
+    latent_shape: tuple[int, int, int] = eqx.field(static=True)
+    patch_size: int = eqx.field(static=True)
+    remat: str = eqx.field(static=True, default="none")
+
+    @property
+    def null_label(self) -> int:
+        return self.class_table.shape[0] - 1
+
+    def __call__(
+        self, x_t: Float[Array, "channels height width"], t: Float[Array, ""], label: Int[Array, ""]
+    ) -> Float[Array, "channels height width"]:
+        """Velocity at `x_t`, flow time `t` in [0, 1] (0 data, 1 noise). Runs in the dtype of the parameters, returns float32."""
+        condition = self.time_embed(t) + self.class_table[label]
+        x = self.patch_embed(patchify(x_t, self.patch_size).astype(condition.dtype))
+        grid = (side // self.patch_size for side in self.latent_shape[1:])
+        x = x + jnp.asarray(sincos_positions(x.shape[1], *grid), x.dtype)
+        x = self._run_blocks(x, condition)
+        shift, scale = jnp.split(self.final_ada_ln(jax.nn.silu(condition)), 2)
+        velocity = self.final_linear(modulate(layer_norm(x), shift, scale))
+        return unpatchify(velocity, self.patch_size, self.latent_shape).astype(jnp.float32)
+
+    def _run_blocks(self, x: Array, condition: Array) -> Array:
+        def body(x, block):
+            return block(x, condition), None
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(body, x, self.blocks)[0]
+
+
+def build_ccdit(
+    config: ModelConfig,
+    latent_shape: tuple[int, int, int],
+    num_classes: int,
+    implementation: str = "xla",
+    *,
+    key: PRNGKeyArray,
+) -> CCDiT:
+    """A freshly initialised float32 model (Xavier linears, normal(0.02) tables, zero adaLN outputs and final layer)."""
+    dim, patch_dim = config.hidden_dim, config.patch_size**2 * latent_shape[0]
+    patch_key, time_key, class_key, block_key = jax.random.split(key, 4)
+
+    def block(key):
+        attention_key, mlp_key = jax.random.split(key)
+        attention = self_attention(dim, config.num_heads, config.qk_norm, implementation, key=attention_key)
+        return Block(attention, mlp(dim, int(dim * config.mlp_ratio), key=mlp_key), zero_linear(dim, 6 * dim))
+
+    return CCDiT(
+        patch_embed=xavier_linear(patch_dim, dim, key=patch_key),
+        time_embed=time_embedding(dim, key=time_key),
+        class_table=0.02 * jax.random.normal(class_key, (num_classes + 1, dim)),
+        blocks=cast(Block, eqx.filter_vmap(block)(jax.random.split(block_key, config.depth))),
+        final_ada_ln=zero_linear(dim, 2 * dim),
+        final_linear=zero_linear(dim, patch_dim),
+        latent_shape=latent_shape,
+        patch_size=config.patch_size,
+        remat=config.remat,
+    )

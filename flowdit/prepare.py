@@ -1,0 +1,23 @@
+"""`python -m flowdit.prepare [source=... out=...]`: pictures in, ArrayRecord shards of latents and `dataset.json` out."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from flowdit.config import register_schemas, resolve, run_command
+from flowdit.data.prepare import PrepareConfig, prepare
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
+def _prepare(composed: DictConfig) -> None:
+    prepare(resolve(composed, PrepareConfig))
+
+
+def main() -> None:
+    register_schemas()
+    run_command(_prepare)
+
+
+if __name__ == "__main__":
+    main()

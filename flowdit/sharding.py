@@ -1,0 +1,118 @@
+"""The only file that names mesh axes: which device holds which part of parameters, optimizer state and batches."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# First match on the dotted name of a parameter wins; optimizer moments and EMA end in the same names. A block's
+# parameters lead with the depth axis, which is scanned and never sharded. Everything else is small and replicated:
+# sharding biases, norms and tables makes XLA rematerialise whole tensors.
+RULES = (
+    (r"blocks\..*(qkv|up|ada_ln)\.weight$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks\..*(out|down)\.weight$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"", PartitionSpec()),
+)
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each axis; `data` -1 takes all that are left. `multi_process` joins a cluster at the start."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    multi_process: bool = False
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices of all processes."""
+    return jax.make_mesh(_mesh_shape(config, jax.device_count()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    for axis in ("fsdp", "tensor"):
+        if (value := getattr(config, axis)) < 1:
+            raise ValueError(f"mesh.{axis}: must be at least 1, got {value}")
+    rest = config.fsdp * config.tensor
+    data = num_devices // rest if config.data == -1 else config.data
+    if data < 1 or data * rest != num_devices:
+        sizes = f"data={config.data} fsdp={config.fsdp} tensor={config.tensor}"
+        raise ValueError(f"mesh: data x fsdp x tensor must equal the {num_devices} devices there are, got {sizes}")
+    return data, config.fsdp, config.tensor
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, gradient_accum: int) -> None:
+    """Raise `ValueError` unless every micro-batch can be split evenly over the devices that share batches."""
+    if batch_size < 1:
+        raise ValueError(f"train.batch_size: must be at least 1, got {batch_size}")
+    if gradient_accum < 1 or batch_size % gradient_accum:
+        raise ValueError(f"train.gradient_accum: must divide train.batch_size={batch_size}, got {gradient_accum}")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if (micro_batch := batch_size // gradient_accum) % shards:
+        raise ValueError(
+            "train.batch_size: batch_size / gradient_accum must be divisible by the mesh's data x fsdp = "
+            f"{shards} devices, got {batch_size} / {gradient_accum} = {micro_batch}"
+        )
+
+
+def dotted_name(path: tuple) -> str:
+    """`blocks.attention.qkv.weight` for a pytree path: the name on disk and the subject of the rules."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """The sharding of every array in a pytree of arrays or `ShapeDtypeStruct`s, by `RULES`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(mesh, dotted_name(path), leaf.shape)), shapes
+    )
+
+
+def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+    # A dimension that the axis does not divide stays whole rather than failing the run.
+    return PartitionSpec(
+        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def init_sharded(mesh: Mesh, build: Callable[[], Any]) -> Any:
+    """Run `build` under jit with its results laid out by `RULES`, so that no device ever holds the whole state."""
+    shapes = jax.eval_shape(build)
+    return jax.jit(build, out_shardings=parameter_shardings(mesh, shapes))()
+
+
+def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays split over the data and fsdp axes: the only host-to-device copy."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def prefetch_to_device(mesh: Mesh, stream: Any, ahead: int = 2) -> Iterator[tuple[dict[str, jax.Array], dict]]:
+    """Batches on the devices, each with the stream's state after it.
+
+    `ahead` further ones are already there, so that copying overlaps with the current step.
+    """
+    queue: collections.deque = collections.deque()
+    for batch in stream:
+        queue.append((shard_batch(mesh, batch), stream.get_state()))
+        if len(queue) > ahead:
+            yield queue.popleft()

@@ -1,0 +1,35 @@
+"""`python train_stage1.py [overrides]`: Hydra's configuration in, a trained model in `train.checkpoint_dir`."""
+
+from __future__ import annotations
+
+import os
+
+# Before JAX starts: several programs can share a GPU, and its memory does not fragment. The user's own setting wins.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
+
+import hydra
+import jax
+from omegaconf import DictConfig
+
+from flowdit.config import Config, register_schemas, resolve, run_command
+from flowdit.training.loop import train
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def _stage1(composed: DictConfig) -> None:
+    config = resolve(composed, Config)
+    config.check()
+    if config.mesh.multi_process:
+        jax.distributed.initialize()
+    train(config)
+
+
+def stage1() -> None:
+    """Train the class-conditional model."""
+    register_schemas()
+    run_command(_stage1)
+
+
+if __name__ == "__main__":
+    stage1()

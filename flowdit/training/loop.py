@@ -1,0 +1,110 @@
+"""The host loop: batches in, steps out, and what happens between them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator
+
+import jax
+
+from flowdit.config import Config
+from flowdit.sharding import prefetch_to_device
+from flowdit.training.checkpoint import CheckpointWriter
+from flowdit.training.optim import learning_rate_schedule
+from flowdit.training.setup import Run, start_run
+from flowdit.training.tracking import Progress, Tracker
+
+
+class TrainingDiverged(ValueError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+def train(config: Config) -> None:
+    """Train to `train.num_steps`, from the start or from the newest whole checkpoint.
+
+    SIGTERM and Ctrl-C save and return. Raises `ValueError` in one line for what the user can mend, `TrainingDiverged`
+    after `train.max_skipped_in_row` useless steps, `CheckpointError` if a checkpoint cannot be written.
+    """
+    run, settings = start_run(config), config.train
+    state, start = run.state, int(run.state.step)
+    primary = jax.process_index() == 0
+    tracker = Tracker(run.folder, config.wandb, run.meta["config"], run_id=run.meta["run_id"], primary=primary)
+    writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every)
+    progress = Progress(settings.num_steps, settings.batch_size)
+    learning_rate = learning_rate_schedule(config.optim, settings.num_steps)
+    announce(tracker, run, start, settings.num_steps)
+
+    with stop_signal() as signalled, contextlib.closing(tracker), contextlib.closing(writer):
+        steps = range(start + 1, settings.num_steps + 1)
+        for step, (batch, data_state) in zip(steps, prefetch_to_device(run.mesh, run.stream), strict=False):
+            state, metrics = run.train_step(state, batch)
+            progress.add(metrics)
+            last = step == settings.num_steps
+            stopping = writer.reached_preemption(step) if jax.process_count() > 1 else bool(signalled)
+
+            if is_due(step, settings.log_every) or step == start + 1 or last or stopping:
+                values = progress.summary(float(learning_rate(step - 1)))
+                tracker.log(step, values)
+                tracker.say(progress.line(step, values))
+                check_diverged(values, settings.max_skipped_in_row, writer)
+            with progress.paused():
+                if is_due(step, settings.save_every) or last or stopping:
+                    writer.save(step, state, data_state, run.meta)
+                if stopping:
+                    break
+                if run.validation and (is_due(step, settings.validate_every) or last):
+                    tracker.validation(step, run.validation.losses(state.ema))
+                if run.preview and (is_due(step, settings.sample_every) or last):
+                    tracker.picture(step, run.preview.draw(state.ema, step))
+        writer.wait()
+        tracker.say(f"{'stopped by signal' if signalled else 'done'}; checkpoint: {run.folder / str(writer.latest_step)}")
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is due at `step`."""
+    return every > 0 and step % every == 0
+
+
+def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
+    """What is about to run, before the silence of the first compilation."""
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.model))
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+    manifest = run.meta["manifest"]
+    shape = "x".join(map(str, manifest["latent_shape"]))
+    for note in run.notes:
+        tracker.say(note)
+    tracker.say(f"model: {parameters / 1e6:.2f} M parameters; {devices}, mesh {dict(run.mesh.shape)}")
+    tracker.say(f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {len(manifest['class_names'])} classes")
+    if start < num_steps:
+        tracker.say(f"compiling the training step, then steps {start + 1} to {num_steps}")
+
+
+def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWriter) -> None:
+    """Raise `TrainingDiverged` once the last `limit` steps were all skipped; the weights are those before them."""
+    if values["train/skipped_in_row"] >= limit:
+        writer.wait()
+        step = writer.latest_step
+        good = "none was saved yet" if step is None else str(writer.folder / str(step))
+        raise TrainingDiverged(
+            f"train.max_skipped_in_row: the last {int(values['train/skipped_in_row'])} steps had a loss or gradient that "
+            f"was not finite and were skipped (limit {limit}); last good checkpoint: {good}"
+        )
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """A list that SIGTERM or the first Ctrl-C fills; a second Ctrl-C interrupts at once."""
+    received: list[int] = []
+
+    def note(number, _frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""AdamW with warm-up, a schedule, a decay mask and global-norm clipping."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from flowdit.sharding import dotted_name
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW. `warmup_steps` counts up linearly from zero; `cosine` ends at `final_factor` of the peak."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    final_factor: float = 0.0
+
+    def check(self, num_steps: int) -> None:
+        """Raise `ValueError` naming the field that cannot be used in a run of `num_steps`."""
+        if self.name != "adamw":
+            raise ValueError(f"optim.name: must be 'adamw', got {self.name!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule: must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"optim.learning_rate: must be positive, got {self.learning_rate}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas: must be two numbers in [0, 1), got {list(self.betas)}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optim.clip_norm: must be positive or null, got {self.clip_norm}")
+        if not 0 <= self.warmup_steps < max(num_steps, 1):
+            raise ValueError(
+                f"optim.warmup_steps: must be in [0, train.num_steps={num_steps}), got {self.warmup_steps}"
+            )
+
+
+def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates made."""
+    decay_steps = num_steps - config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, decay_steps, alpha=config.final_factor)
+    else:
+        after = optax.constant_schedule(config.learning_rate)
+    if not config.warmup_steps:
+        return after
+    # The first update already moves: count + 1 of warmup_steps.
+    warmup = optax.linear_schedule(
+        config.learning_rate / config.warmup_steps, config.learning_rate, max(config.warmup_steps - 1, 1)
+    )
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the matrices of linear layers; biases, norms and embedding tables are not decayed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: dotted_name(path).endswith(".weight"), params)
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `num_steps` (the length matters to the cosine schedule alone)."""
+    adamw = optax.adamw(
+        learning_rate_schedule(config, num_steps),
+        b1=config.betas[0],
+        b2=config.betas[1],
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

@@ -1,0 +1,163 @@
+"""Where a run's figures go: the console, `metrics.jsonl` in the run folder, and Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import netrc
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+MODES = ("online", "offline", "disabled")
+
+
+@dataclasses.dataclass
+class WandbConfig:
+    """Weights & Biases. Without a network or a login an online run says so and goes on offline."""
+
+    enabled: bool = True
+    mode: str = "online"
+    project: str = "flowdit"
+    name: str | None = None
+    init_timeout: int = 20
+
+    def check(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"wandb.mode: must be one of {', '.join(MODES)}, got {self.mode!r}")
+
+
+class Tracker:
+    """Logs to all places; on processes other than the first it does nothing."""
+
+    def __init__(self, folder: Path, wandb_config: WandbConfig, run_config: dict[str, Any], *, run_id: str, primary: bool):
+        self.folder = folder
+        self.primary = primary
+        self._file = (folder / "metrics.jsonl").open("a") if primary else None
+        self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
+
+    def say(self, line: str) -> None:
+        if self.primary:
+            print(line, flush=True)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """One line of `metrics.jsonl` and one W&B entry."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def validation(self, step: int, losses: dict[str, float]) -> None:
+        self.log(step, losses)
+        self.say(f"step {step}  validation loss {losses['validation/loss']:.4f}")
+
+    def picture(self, step: int, path: Path | None) -> None:
+        """Show a grid of samples that lies at `path`."""
+        if path is None:
+            return
+        self.say(f"step {step}  samples: {path}")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+        if self._file is not None:
+            self._file.close()
+
+
+def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str) -> Any:
+    """A W&B run, or None when switched off. A failing online start becomes an offline one, said in a line."""
+    if not config.enabled or config.mode == "disabled":
+        return None
+    import wandb  # half a second of import that a run without W&B does not pay
+
+    settings = wandb.Settings(init_timeout=config.init_timeout, silent=True)
+    arguments = dict(project=config.project, name=config.name, config=run_config, dir=str(folder), id=run_id)
+    mode = config.mode
+    if mode == "online" and not _has_login():
+        print("wandb: no login found (run `wandb login`): logging offline", flush=True)
+        mode = "offline"
+    try:
+        return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
+    except Exception as problem:  # W&B raises its own, requests' and OS errors; none of them may stop a training run
+        print(f"wandb: online start failed ({str(problem).splitlines()[0]}): logging offline", flush=True)
+        wandb.teardown()
+        return wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
+
+
+def _has_login() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Progress:
+    """Turns the metrics of single steps into figures for a logging window and a line on the console."""
+
+    def __init__(self, num_steps: int, batch_size: int):
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._window: list[Any] = []
+        self._seconds, self._since = 0.0, time.perf_counter()
+
+    def add(self, metrics: Any) -> None:
+        """Keep one step's metrics, still on the device."""
+        self._window.append(metrics)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock: validation, sampling and saving are no training time."""
+        self._seconds += time.perf_counter() - self._since
+        yield
+        self._since = time.perf_counter()
+
+    def summary(self, learning_rate: float) -> dict[str, float]:
+        """Means over the window (skipped steps left out of them) and rates; starts a new window.
+
+        The one device-to-host copy of training figures; it waits for the steps to finish.
+        """
+        window = jax.device_get(self._window)
+        with self.paused():
+            seconds, count = max(self._seconds, 1e-9), len(window)
+        self._window, self._seconds = [], 0.0
+        good = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])] or window
+        return {
+            "train/loss": float(np.mean([m["loss"] for m in good])),
+            "train/grad_norm": float(np.mean([m["grad_norm"] for m in good])),
+            "train/learning_rate": learning_rate,
+            "train/skipped_steps": int(window[-1]["skipped"]),
+            "train/skipped_in_row": int(window[-1]["skipped_in_row"]),
+            "train/images_per_second": count * self._batch_size / seconds,
+            "train/steps_per_second": count / seconds,
+            **_loss_by_time(sum(m["bin_sums"] for m in good), sum(m["bin_counts"] for m in good)),
+        }
+
+    def line(self, step: int, values: dict[str, float]) -> str:
+        """`step 150/2000  loss 0.8123  312 img/s  ETA 6:10`."""
+        eta = datetime.timedelta(seconds=int((self._num_steps - step) / values["train/steps_per_second"]))
+        skipped = f"  skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
+        return (
+            f"step {step}/{self._num_steps}  loss {values['train/loss']:.4f}"
+            f"  {values['train/images_per_second']:.0f} img/s  ETA {eta}{skipped}"
+        )
+
+
+def _loss_by_time(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    bins = len(sums)
+    means = ((i, float(total / count)) for i, (total, count) in enumerate(zip(sums, counts, strict=True)) if count)
+    return {f"loss_by_t/{i / bins:.3f}-{(i + 1) / bins:.3f}": mean for i, mean in means}
