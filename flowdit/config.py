@@ -5,10 +5,12 @@ Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and is handed 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -24,6 +26,9 @@ from flowdit.models.ccdit import ModelConfig
 from flowdit.sharding import MeshConfig
 from flowdit.training.optim import OptimConfig
 from flowdit.training.tracking import WandbConfig
+
+# Where a Hydra message goes on to advice that does not hold here: internal paths, types, and appending with +.
+_HYDRA_NOISE = re.compile(r"\n\s*(Config search path|See http|To append|reference_type|object_type).*", re.DOTALL)
 
 
 @dataclasses.dataclass
@@ -145,14 +150,14 @@ def _unknown_keys(values: Any, schema: type, prefix: str = "") -> list[str]:
     return unknown
 
 
-def run_command(command: Callable[[], None]) -> None:
-    """Run a Hydra entry point; a user's mistake ends in one line on stderr and exit status 2.
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake ends in one line on stderr and exit status 2; with `FLOWDIT_TRACEBACK=1` in its traceback.
 
-    `FLOWDIT_TRACEBACK=1` shows the whole traceback instead.
+    As a decorator below `hydra.main` it keeps Hydra from printing a line of its own about the job.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors through to be shortened here
     try:
-        command()
+        yield
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as problem:
         if os.environ.get("FLOWDIT_TRACEBACK"):
             raise
@@ -160,16 +165,21 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def run_command(command: Callable[[], None]) -> None:
+    """Run a Hydra entry point whose configuration may be the mistake."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors through to be shortened here
+    with user_errors():
+        command()
+
+
 def _one_line(problem: BaseException) -> str:
-    """First lines of an error and of what caused it, where Hydra hides the reason."""
-    lines = []
-    current: BaseException | None = problem
-    while current is not None:
-        text = next((line.strip() for line in str(current).splitlines() if line.strip()), type(current).__name__)
-        if text not in lines:
-            lines.append(text)
-        current = current.__cause__ if isinstance(problem, HydraException) else None
-    return ": ".join(lines)
+    """The first line of an error; of Hydra's, which spread key, value and reason over lines and causes, all that helps."""
+    if not isinstance(problem, HydraException | OmegaConfBaseException):
+        return next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    parts = [problem, problem.__cause__] if isinstance(problem.__cause__, OmegaConfBaseException) else [problem]
+    texts = [" ".join(_HYDRA_NOISE.sub("", str(part)).split()).rstrip(".") for part in parts]
+    override = getattr(problem, "override", None)  # what could not be parsed; the message may show a part of it only
+    return ": ".join([override, *texts] if override else texts)
 
 
 def _require(field: str, value: Any, is_valid: Callable[[Any], bool], rule: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from flowdit.config import register_schemas, resolve, run_command
+from flowdit.config import register_schemas, resolve, run_command, user_errors
 from flowdit.data.prepare import PrepareConfig, prepare
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
+@user_errors()
 def _prepare(composed: DictConfig) -> None:
     prepare(resolve(composed, PrepareConfig))
 

@@ -14,7 +14,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from flowdit.config import Config, SampleConfig, register_schemas, resolve, run_command
+from flowdit.config import Config, SampleConfig, register_schemas, resolve, run_command, user_errors
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.pictures import make_decoder, save_grid
 from flowdit.diffusion.sampling import picture_noise, sample
@@ -69,7 +69,10 @@ def write_samples(trained: Trained, config: SampleConfig, labels: list[int]) -> 
     """Draw, decode and write `grid.png`, single PNGs and `samples.json` into `config.out`; the grid's path."""
     vae = load_matching_vae(config.vae or trained.manifest.vae.name, trained.manifest)
     out, names = Path(config.out), [trained.manifest.class_names[label] for label in labels]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ValueError(f"out: {out} cannot be written: {problem.strerror}") from None
     latents, evaluations = draw(trained, config, labels)
     images = make_decoder(vae, trained.mean, trained.scale)(latents)
     for i, (image, name) in enumerate(zip(images, names, strict=True)):
@@ -88,6 +91,7 @@ def _file_name(name: str) -> str:
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
+@user_errors()
 def _sample(composed: DictConfig) -> None:
     config: SampleConfig = resolve(composed, SampleConfig)
     config.check_all()

@@ -12,11 +12,12 @@ import hydra
 import jax
 from omegaconf import DictConfig
 
-from flowdit.config import Config, register_schemas, resolve, run_command
+from flowdit.config import Config, register_schemas, resolve, run_command, user_errors
 from flowdit.training.loop import train
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
+@user_errors()
 def _stage1(composed: DictConfig) -> None:
     config = resolve(composed, Config)
     config.check()

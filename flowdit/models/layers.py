@@ -85,7 +85,8 @@ class SelfAttention(eqx.Module):
         query, key, value = jnp.split(self.qkv(x).reshape(tokens, 3 * self.num_heads, -1), 3, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)  # type: ignore[arg-type]
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 with float32 in there
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)  # type: ignore[arg-type]
         return self.out(mixed.reshape(tokens, dim))
 
 
@@ -142,8 +143,9 @@ def sinusoidal_features(
     `freq_shift` is diffusers' `downscale_freq_shift`: 0 in the original, 1 in its DiT class.
     """
     half = num_features // 2
-    frequencies = np.exp(-np.log(max_period) * np.arange(half) / (half - freq_shift)).astype(np.float32)
-    angles = position * jnp.asarray(frequencies)
+    # Rounded to float32 where the references round: angles up to 1000 rad magnify a difference in the last bit.
+    exponents = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    angles = position * jnp.asarray(np.exp(exponents.astype(np.float64)).astype(np.float32))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 

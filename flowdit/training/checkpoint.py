@@ -189,9 +189,8 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
 
 def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Arrays by name, shapes checked first: Orbax would cast and sometimes slice without a word."""
-    checkpointer = ocp.StandardCheckpointer()
-    metadata = checkpointer.metadata(item_folder.resolve())
-    stored = getattr(metadata, "item_metadata", metadata)
+    # The handler's own, as the checkpointer warns that an item has no metadata of a step.
+    stored = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())
     stored = getattr(stored, "tree", stored)
     found = {name: tuple(leaf.shape) for name, leaf in stored.items()}
     wanted = {name: tuple(leaf.shape) for name, leaf in targets.items()}
@@ -199,7 +198,7 @@ def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any
         names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         listed = ", ".join(f"{n} (stored {found.get(n)}, expected {wanted.get(n)})" for n in names[:5])
         raise CheckpointError(f"{item_folder}: {len(names)} arrays differ from the model: {listed}")
-    return checkpointer.restore(item_folder.resolve(), targets)
+    return ocp.StandardCheckpointer().restore(item_folder.resolve(), targets)
 
 
 def _restore_step(step_folder: Path, template: TrainState, check_meta: Callable[[dict], None]) -> Restored:

@@ -133,7 +133,7 @@ def make_train_step(
         losses, grads = loss_and_grads(objective, state.model, examples, gradient_accum)
         if grad_shardings is not None:  # reduce-scatter to the owners of the parameters instead of all-reduce
             grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
-        loss, grad_norm = losses.mean(), optax.global_norm(grads)
+        loss, grad_norm = losses.mean(), optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)

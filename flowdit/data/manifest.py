@@ -1,0 +1,225 @@
+"""`dataset.json`: what a folder of shards holds, how it was made, and the hashes that prove it unchanged."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "dataset.json"
+SCHEMA_VERSION = 1
+HASH_LIMIT_BYTES = 256 * 2**20
+"""Up to this size (about a second of hashing) `verify` compares contents, above it sizes."""
+
+LatentDtype = typing.Literal["float16", "float32"]
+Split = typing.Literal["train", "validation"]
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be read, or shards that do not match it."""
+
+
+@dataclass(frozen=True)
+class VaeInfo:
+    """The VAE whose latents these are; models see `(latent - shift) * scale`."""
+
+    name: str
+    fingerprint: str
+    shift: float
+    scale: float
+    stride: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file, named relative to the manifest's folder."""
+
+    file: str
+    split: Split
+    records: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `dataset.json`. Latents on disk are raw: before the VAE's shift and scale.
+
+    `channel_mean` and `channel_std` are those of the raw latents of the train split, one value a channel.
+    """
+
+    latent_shape: tuple[int, int, int]
+    latent_dtype: LatentDtype
+    has_latent_std: bool
+    vae: VaeInfo
+    image_size: int
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    license: str
+    attribution: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def id(self) -> str:
+        """SHA-256 (hex) over everything in the manifest, the shards' hashes and so their contents included."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def shards_of(self, split: str) -> tuple[Shard, ...]:
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def num_records(self, split: str) -> int:
+        return sum(shard.records for shard in self.shards_of(split))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Manifest":
+        """The manifest in `folder`. Raises `ManifestError` in one line if there is none or it breaks a rule."""
+        path = Path(folder) / FILE_NAME
+        try:
+            manifest = cls.parse(json.loads(path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            missing = f"no {FILE_NAME} in it" if path.parent.is_dir() else "no such folder"
+            raise ManifestError(f"{folder}: {missing}; `python -m flowdit.prepare` makes a data set") from None
+        except OSError as error:
+            raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
+        except ManifestError as error:
+            raise ManifestError(f"{path}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"{path}: is not JSON: {error}") from None
+        return manifest
+
+    @classmethod
+    def parse(cls, data: Any) -> "Manifest":
+        """The manifest in what came out of JSON. Raises `ManifestError` naming the field that breaks a rule."""
+        _check_version(data)
+        manifest = _parse(cls, data, "")
+        _check_values(manifest)
+        return manifest
+
+    def write(self, folder: str | Path) -> None:
+        """Write `dataset.json`; a reader sees the old file or the new one, never half of one."""
+        write_json(Path(folder) / FILE_NAME, dataclasses.asdict(self))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` to `path` in one atomic step."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def verify(folder: str | Path, manifest: Manifest, *, hashes: bool = False, limit: int = HASH_LIMIT_BYTES) -> None:
+    """Raise `ManifestError` unless every shard is there and unchanged.
+
+    Sizes are always compared; contents (SHA-256) too if `hashes` is set or all shards together have at most `limit` bytes.
+    """
+    hashes = hashes or sum(shard.bytes for shard in manifest.shards) <= limit
+    for shard in manifest.shards:
+        path = Path(folder) / shard.file
+        if not path.is_file():
+            raise _changed(path, "is missing")
+        if (size := path.stat().st_size) != shard.bytes:
+            raise _changed(path, f"must have {shard.bytes} bytes, has {size}")
+        if hashes and (digest := file_sha256(path)) != shard.sha256:
+            raise _changed(path, f"must have sha256 {shard.sha256}, has {digest}")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _changed(path: Path, problem: str) -> ManifestError:
+    return ManifestError(f"{path}: {problem}: the data changed since it was prepared")
+
+
+def _check_version(data: Any) -> None:
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise ManifestError(f"schema_version: must be {SCHEMA_VERSION}, got {version}")
+
+
+def _parse(kind: Any, value: Any, field: str) -> Any:
+    """`value`, as it comes out of JSON, as `kind`: a dataclass, a tuple, a literal or a plain type."""
+    if dataclasses.is_dataclass(kind):
+        return _parse_object(kind, value, field)
+    if typing.get_origin(kind) is tuple:
+        return _parse_tuple(typing.get_args(kind), value, field)
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise ManifestError(f"{field}: must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ManifestError(f"{field}: must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _parse_object(kind: Any, value: Any, field: str) -> Any:
+    if not isinstance(value, dict):
+        raise ManifestError(f"{field or 'the file'}: must be an object, got {type(value).__name__}")
+    hints, prefix = typing.get_type_hints(kind), field and f"{field}."
+    for problem, names in (("is missing", hints.keys() - value), ("is not a known field", value.keys() - hints.keys())):
+        if names:
+            raise ManifestError(f"{prefix}{min(names)}: {problem}")
+    return kind(**{name: _parse(hint, value[name], f"{prefix}{name}") for name, hint in hints.items()})
+
+
+def _parse_tuple(kinds: tuple[Any, ...], value: Any, field: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ManifestError(f"{field}: must be a list, got {type(value).__name__}")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise ManifestError(f"{field}: must have {len(kinds)} entries, got {len(value)}")
+    return tuple(_parse(kind, part, f"{field}[{i}]") for i, (kind, part) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _check_values(manifest: Manifest) -> None:
+    channels = manifest.latent_shape[0]
+    names = [shard.file for shard in manifest.shards]
+    rules = (
+        ("latent_shape", "must be positive", manifest.latent_shape, min(manifest.latent_shape) > 0),
+        ("vae.scale", "must not be 0", manifest.vae.scale, manifest.vae.scale != 0),
+        (
+            "channel_mean",
+            f"must have {channels} values",
+            len(manifest.channel_mean),
+            len(manifest.channel_mean) == channels,
+        ),
+        (
+            "channel_std",
+            f"must have {channels} values",
+            len(manifest.channel_std),
+            len(manifest.channel_std) == channels,
+        ),
+        ("channel_std", "must not be negative", manifest.channel_std, min(manifest.channel_std, default=0) >= 0),
+        ("class_names", "must be one or more different names", manifest.num_classes, _distinct(manifest.class_names)),
+        ("shards", "must be one or more different files", names, _distinct(names)),
+    )
+    for field, rule, value, holds in rules:
+        if not holds:
+            raise ManifestError(f"{field}: {rule}, got {value}")
+    for i, shard in enumerate(manifest.shards):
+        # A manifest is untrusted: it must not point at files outside its folder.
+        if not re.fullmatch(r"[\w-][\w.-]*\.array_record", shard.file):
+            raise ManifestError(f"shards[{i}].file: must be a plain file name *.array_record, got {shard.file!r}")
+        if shard.records < 1:
+            raise ManifestError(f"shards[{i}].records: must be at least 1, got {shard.records}")
+
+
+def _distinct(names: Sequence[str]) -> bool:
+    return 0 < len(names) == len(set(names))

@@ -1,0 +1,260 @@
+"""The frozen image autoencoder: the `AutoencoderKL` family of diffusers, read from its own files without torch.
+
+The modules carry the names of the diffusers state dict, so a parameter's path in the tree *is* its key in the file.
+Everything acts on one example, (channels, height, width); callers `vmap`. Latents here are raw: as the network makes
+them, before the shift and scale of the configuration, which belong to whoever trains or samples on them.
+
+Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752), and
+diffusers' `models/autoencoders/autoencoder_kl.py`, which the tests hold it to.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from flowdit.models import pretrained
+from flowdit.models.vae_blocks import DownBlock, MidBlock, UpBlock, chain, conv, norm
+
+EMBEDDED = {"openmoji": Path(__file__).parents[1] / "assets" / "vae"}
+WEIGHTS_STEM = "diffusion_pytorch_model"
+# Stable Diffusion 1.x was saved before diffusers renamed its attention projections.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """What a diffusers `config.json` says about an `AutoencoderKL`; the defaults are those of diffusers."""
+
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    in_channels: int = 3
+    out_channels: int = 3
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent cell along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, raw: Mapping[str, Any]) -> "VaeConfig":
+        """The configuration in a parsed diffusers `config.json`.
+
+        Raises:
+            ValueError: naming the first field that is damaged or belongs to another architecture.
+        """
+        values: dict[str, Any] = {field.name: raw.get(field.name, field.default) for field in dataclasses.fields(cls)}
+        if values["shift_factor"] is None:
+            values["shift_factor"] = 0.0
+        _check_architecture(raw)
+        _check_values(values)
+        num_blocks = len(values["block_out_channels"])
+        _require_equal(raw, "down_block_types", ["DownEncoderBlock2D"] * num_blocks, default=["DownEncoderBlock2D"])
+        _require_equal(raw, "up_block_types", ["UpDecoderBlock2D"] * num_blocks, default=["UpDecoderBlock2D"])
+        values["block_out_channels"] = tuple(values["block_out_channels"])
+        values["scaling_factor"] = float(values["scaling_factor"])
+        values["shift_factor"] = float(values["shift_factor"])
+        return cls(**values)
+
+
+def _check_architecture(raw: Mapping[str, Any]):
+    _require_equal(raw, "_class_name", "AutoencoderKL")
+    _require_equal(raw, "act_fn", "silu", default="silu")
+    # Per-channel affines take the place of scaling_factor where they are given.
+    _require_equal(raw, "latents_mean", None)
+    _require_equal(raw, "latents_std", None)
+
+
+def _check_values(values: Mapping[str, Any]):
+    for name in ("layers_per_block", "latent_channels", "norm_num_groups", "in_channels", "out_channels"):
+        _require(name, values[name], _is_count, "a whole number above 0")
+    for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
+        _require(name, values[name], lambda value: isinstance(value, bool), "true or false")
+    _require("scaling_factor", values["scaling_factor"], lambda value: _is_number(value) and value > 0, "above 0")
+    _require("shift_factor", values["shift_factor"], _is_number, "a finite number")
+    widths, groups = values["block_out_channels"], values["norm_num_groups"]
+    _require("block_out_channels", widths, _are_counts, "a list of whole numbers above 0")
+    _require("block_out_channels", widths, lambda ws: not any(w % groups for w in ws), f"multiples of {groups}")
+
+
+def _require(name: str, value: Any, is_valid: Callable[[Any], bool], rule: str):
+    if not is_valid(value):
+        raise ValueError(f"{name} must be {rule}, not {value!r}")
+
+
+def _require_equal(raw: Mapping[str, Any], name: str, expected: Any, default: Any = None):
+    _require(name, raw.get(name, default), lambda value: value == expected, repr(expected))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list | tuple) and len(values) > 0 and all(map(_is_count, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Posterior(NamedTuple):
+    """The encoder's diagonal Gaussian over raw latents."""
+
+    mean: Float[Array, "latent_channels height width"]
+    std: Float[Array, "latent_channels height width"]
+
+
+class Encoder(eqx.Module):
+    """Image to the mean and log variance of the latents, stacked along the channels."""
+
+    conv_in: eqx.nn.Conv2d
+    down_blocks: list[DownBlock]
+    mid_block: MidBlock
+    conv_norm_out: eqx.nn.GroupNorm
+    conv_out: eqx.nn.Conv2d
+
+    def __init__(self, config: VaeConfig):
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = conv(config.in_channels, widths[0])
+        self.down_blocks = [
+            DownBlock(before, width, config.layers_per_block, groups, is_last=is_last)
+            for before, width, is_last in _steps(widths)
+        ]
+        self.mid_block = MidBlock(widths[-1], groups, has_attention=config.mid_block_add_attention)
+        self.conv_norm_out = norm(widths[-1], groups)
+        self.conv_out = conv(widths[-1], 2 * config.latent_channels)
+
+    def __call__(self, image: Float[Array, "channels height width"]) -> Float[Array, "moments _ _"]:
+        x = chain([self.conv_in, *self.down_blocks, self.mid_block], image)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class Decoder(eqx.Module):
+    """Latents to an image."""
+
+    conv_in: eqx.nn.Conv2d
+    mid_block: MidBlock
+    up_blocks: list[UpBlock]
+    conv_norm_out: eqx.nn.GroupNorm
+    conv_out: eqx.nn.Conv2d
+
+    def __init__(self, config: VaeConfig):
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = conv(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], groups, has_attention=config.mid_block_add_attention)
+        self.up_blocks = [
+            UpBlock(before, width, config.layers_per_block + 1, groups, is_last=is_last)
+            for before, width, is_last in _steps(widths)
+        ]
+        self.conv_norm_out = norm(widths[-1], groups)
+        self.conv_out = conv(widths[-1], config.out_channels)
+
+    def __call__(self, latent: Float[Array, "latent_channels height width"]) -> Float[Array, "channels _ _"]:
+        x = chain([self.conv_in, self.mid_block, *self.up_blocks], latent)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+def _steps(widths: tuple[int, ...]) -> Iterator[tuple[int, int, bool]]:
+    """Width before, width after and whether it is the last, for each resolution."""
+    for i, width in enumerate(widths):
+        yield widths[max(i - 1, 0)], width, i == len(widths) - 1
+
+
+class AutoencoderKL(eqx.Module):
+    """Encoder and decoder between images in [-1, 1] and raw latents; `load_vae` makes one with its weights.
+
+    It computes in the dtype of its parameters and returns float32. `fingerprint` says which files it was read from.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+    quant_conv: eqx.nn.Conv2d | None
+    post_quant_conv: eqx.nn.Conv2d | None
+    config: VaeConfig = eqx.field(static=True)
+    fingerprint: str = eqx.field(static=True)
+
+    def __init__(self, config: VaeConfig, fingerprint: str = ""):
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = conv(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = conv(channels, channels, 1) if config.use_post_quant_conv else None
+        self.config = config
+        self.fingerprint = fingerprint
+
+    def encode(self, image: Float[Array, "channels height width"]) -> Posterior:
+        """The posterior over raw latents, (latent_channels, height / stride, width / stride), of one image in [-1, 1].
+
+        Diffusion trains on `(latent - shift_factor) * scaling_factor`, which is left to the caller. Raises
+        `ValueError` where the image has other channels than the network or sides that its stride does not divide.
+        """
+        stride, channels = self.config.stride, self.config.in_channels
+        if image.shape[0] != channels or image.shape[1] % stride or image.shape[2] % stride:
+            raise ValueError(f"image must have {channels} channels and sides divisible by {stride}, not {image.shape}")
+        moments = self.encoder(image.astype(self.encoder.conv_in.weight.dtype))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2)
+        return Posterior(mean, jnp.exp(0.5 * jnp.clip(logvar, *LOGVAR_RANGE)))
+
+    def decode(self, latent: Float[Array, "latent_channels height width"]) -> Float[Array, "channels _ _"]:
+        """The image of one *raw* latent, about [-1, 1] (not clipped) and `stride` times as large along each side.
+
+        The caller has undone shift and scale: `latent = scaled / scaling_factor + shift_factor`. Raises `ValueError`
+        where the latent has other channels than the network.
+        """
+        if latent.shape[0] != self.config.latent_channels:
+            raise ValueError(f"latent must have {self.config.latent_channels} channels, not shape {latent.shape}")
+        latent = latent.astype(self.decoder.conv_in.weight.dtype)
+        if self.post_quant_conv is not None:
+            latent = self.post_quant_conv(latent)
+        return self.decoder(latent).astype(jnp.float32)
+
+
+def load_vae(name: str | Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
+    """Read an `AutoencoderKL` in diffusers format, its parameters cast to `dtype`.
+
+    Args:
+        name: "openmoji" (the network that ships with the package), a local folder, or a Hugging Face hub id. Folder
+            and repository may be the network's own or a whole pipeline with a `vae` folder.
+        dtype: of the parameters and of the computation.
+
+    Raises:
+        ValueError: nothing found under that name, another architecture, damaged files, or tensors that do not match
+            the configuration (all of them are listed).
+    """
+    folder = pretrained.find_folder("vae", name, embedded=EMBEDDED, subfolder="vae", stem=WEIGHTS_STEM)
+    config_file = folder / "config.json"
+    weight_files = pretrained.find_weights(folder, WEIGHTS_STEM)
+    fingerprint = pretrained.fingerprint(config_file, *weight_files)
+    shapes = eqx.filter_eval_shape(AutoencoderKL, _read_config(config_file), fingerprint)
+    tensors = {_current_name(key): tensor for key, tensor in pretrained.read_tensors(weight_files).items()}
+    return pretrained.fill(shapes, tensors, dtype, source=folder)
+
+
+def _read_config(file: Path) -> VaeConfig:
+    raw = pretrained.read_json(file)
+    try:
+        return VaeConfig.from_diffusers(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _current_name(key: str) -> str:
+    return ".".join(OLD_NAMES.get(part, part) for part in key.split("."))

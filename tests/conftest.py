@@ -1,0 +1,56 @@
+"""The setting of all tests: four virtual CPU devices, strict promotion, types checked at run time, one compile cache."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+def set_environment() -> None:
+    """Before JAX is imported; the commands that tests start inherit it."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = tempfile.mkdtemp(prefix="flowdit-test-cache-")
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+set_environment()
+
+import jax
+import jaxtyping
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook("flowdit", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of random latents for the embedded VAE. Tests that change it work on a copy."""
+    from stage1 import write_tiny_data
+
+    return write_tiny_data(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in one go with checkpoints 2, 4 and 6. Tests that change it work on a copy."""
+    from stage1 import train_here
+
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    finished = train_here(tiny_data, run)
+    assert finished.status == 0, finished.err
+    return run
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative defaults such as `checkpoints` must not reach the repository."""
+    monkeypatch.chdir(tmp_path)

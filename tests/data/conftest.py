@@ -1,0 +1,14 @@
+"""The data set that the tests of this folder share."""
+
+from pathlib import Path
+
+import pytest
+from latent_records import record_of, write_dataset
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """20 training records in shards of 13 and 7, and 7 validation records."""
+    train = [record_of(i) for i in range(20)]
+    write_dataset(tmp_path, {"train": [train[:13], train[13:]], "validation": [[record_of(100 + i) for i in range(7)]]})
+    return tmp_path

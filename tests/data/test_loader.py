@@ -1,0 +1,208 @@
+"""The loader: order, resumption, and what is said about damaged files."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from latent_records import LATENT_SHAPE, record_of, write_dataset
+
+from flowdit.data.loader import TrainStream, open_source, validation_batches
+from flowdit.data.manifest import Manifest
+from flowdit.data.records import RecordError
+
+
+def open_train(folder):
+    return open_source(folder, Manifest.read(folder))
+
+
+def ids(batch):
+    """Which records a batch holds."""
+    return batch["latent"][:, 0, 0, 0].astype(int).tolist()
+
+
+def take(stream, count):
+    return [ids(batch) for batch in itertools.islice(stream, count)]
+
+
+def test_batches_hold_the_records(folder):
+    batch = next(TrainStream(open_train(folder), seed=0, batch_size=6))
+    assert (batch["latent"].shape, batch["latent"].dtype) == ((6, *LATENT_SHAPE), np.float32)
+    assert batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["label"], np.array(ids(batch)) % 5)
+
+
+def test_every_epoch_is_another_permutation(folder):
+    stream = itertools.chain.from_iterable(take(TrainStream(open_train(folder), seed=0, batch_size=6), 20))
+    epochs = [tuple(itertools.islice(stream, 20)) for _ in range(6)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len(set(epochs)) == 6
+
+
+def test_a_batch_larger_than_the_data_runs_over_epochs(folder):
+    (batch,) = take(TrainStream(open_train(folder), seed=0, batch_size=40), 1)
+    assert sorted(batch) == sorted([*range(20), *range(20)])
+
+
+def test_order_depends_on_the_seed(folder):
+    source = open_train(folder)
+    runs = [take(TrainStream(source, seed=seed, batch_size=4), 5) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batches_of_one_process(folder, processes):
+    source = open_train(folder)
+    streams = [
+        TrainStream(source, seed=3, batch_size=8, process_index=i, process_count=processes) for i in range(processes)
+    ]
+    joined = [list(itertools.chain(*parts)) for parts in zip(*(take(stream, 7) for stream in streams), strict=True)]
+    assert joined == take(TrainStream(source, seed=3, batch_size=8), 7)
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 4, 9])
+def test_state_continues_exactly_on_other_threads_and_processes(folder, consumed):
+    source = open_train(folder)
+    whole = take(TrainStream(source, seed=1, batch_size=8), 14)
+    first = TrainStream(source, seed=1, batch_size=8, num_threads=3, prefetch=5)
+    assert take(first, consumed) == whole[:consumed]
+    state = json.loads(json.dumps(first.get_state()))
+    # What was read ahead must not count.
+    assert state == {"next_batch": consumed, "seed": 1, "batch_size": 8, "num_records": 20}
+    parts = []
+    for i in range(2):
+        stream = TrainStream(source, seed=1, batch_size=8, num_threads=1, prefetch=1, process_index=i, process_count=2)
+        next(stream)
+        stream.set_state(state)
+        parts.append(take(stream, 5))
+        assert stream.get_state()["next_batch"] == consumed + 5
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole[consumed : consumed + 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2}, "seed: must be 1 as in this run, got 2"),
+        ({"batch_size": 4}, "batch_size: must be 8 as in this run, got 4"),
+        ({"num_records": 21}, "num_records: must be 20 as in this run, got 21"),
+        ({"next_batch": -1}, "next_batch: must be an integer of at least 0, got -1"),
+        ({"next_batch": "1"}, "next_batch: must be an integer of at least 0, got '1'"),
+        ({"next_batch": True}, "next_batch: must be an integer"),
+    ],
+)
+def test_the_state_of_another_stream_is_refused(folder, change, message):
+    stream = TrainStream(open_train(folder), seed=1, batch_size=8)
+    with pytest.raises(ValueError, match=f"data state: {message}"):
+        stream.set_state(stream.get_state() | change)
+    stream.set_state(stream.get_state())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 6, "process_count": 4}, "train.batch_size: must be a positive multiple of 4 processes, got 6"),
+        ({"batch_size": 0}, "train.batch_size: must be a positive multiple"),
+        ({"batch_size": 4, "num_threads": 0}, "data.num_threads: must be at least 1, got 0"),
+        ({"batch_size": 4, "prefetch": 0}, "data.prefetch: must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainStream(open_train(folder), seed=0, **settings)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_validation_counts_every_record_once_in_fixed_order(folder, batch_size):
+    source = open_source(folder, Manifest.read(folder), "validation")
+    batches = list(validation_batches(source, batch_size))
+    assert all(len(batch["latent"]) == batch_size for batch in batches)
+    seen = [i for batch in batches for i, weight in zip(ids(batch), batch["weight"], strict=True) if weight]
+    assert seen == list(range(100, 107))
+    assert sum(batch["weight"].sum() for batch in batches) == 7
+
+
+def test_limited_validation_is_spread_evenly_and_shared_by_processes(folder):
+    source = open_train(folder)
+    (whole,) = validation_batches(source, 6, limit=5)
+    assert ids(whole)[:5] == [0, 4, 8, 12, 16]
+    assert whole["weight"].tolist() == [1, 1, 1, 1, 1, 0]
+    parts = [next(validation_batches(source, 6, limit=5, process_index=i, process_count=2)) for i in range(2)]
+    for name, values in whole.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
+
+
+def test_latent_std_comes_along_when_the_manifest_has_it(tmp_path):
+    records = [record_of(i) | {"latent_std": np.full(LATENT_SHAPE, 0.5, np.float16)} for i in range(4)]
+    write_dataset(tmp_path, {"train": [records]}, has_latent_std=True)
+    batch = next(TrainStream(open_train(tmp_path), seed=0, batch_size=2))
+    np.testing.assert_array_equal(batch["latent_std"], np.full((2, *LATENT_SHAPE), 0.5, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (record_of(0) | {"label": 97}, r"label: must be in \[0, 5\), got 97"),
+        (record_of(0) | {"latent": np.full(LATENT_SHAPE, np.nan, np.float16)}, "latent: must be finite, got 16 NaN"),
+        (record_of(0) | {"latent": np.zeros((4, 2, 3), np.float16)}, r"latent: must have shape \(4, 2, 2\)"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_number(tmp_path, bad, message):
+    shards = [[record_of(i) for i in range(5)], [record_of(0), record_of(1), bad]]
+    write_dataset(tmp_path, {"train": shards})
+    with pytest.raises(RecordError, match=rf"train-00001-of-00002.array_record: record 2: {message}") as error:
+        take(TrainStream(open_train(tmp_path), seed=0, batch_size=4, num_threads=2), 2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_foreign_record_is_named_by_file_and_number(folder):
+    path = folder / "train-00001-of-00002.array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for i in range(7):
+        writer.write(b"something else" if i == 4 else b"\x80\x05}.")
+    writer.close()
+    with pytest.raises(RecordError, match=f"{path.name}: record 4: not a readable record"):
+        open_train(folder).read([17])
+    with pytest.raises(RecordError, match=rf"{path.name}: record 3: latent: is missing, the record has \[\]"):
+        open_train(folder).read([16])
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"PK" * 50_000])
+def test_a_shard_that_is_no_array_record_file_is_named(folder, damage):
+    path = folder / "train-00001-of-00002.array_record"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{path.name}: is not a whole ArrayRecord file: ") as error:
+        open_train(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_shard_with_another_number_of_records_is_named(folder):
+    (folder / "train-00000-of-00002.array_record").write_bytes(
+        (folder / "train-00001-of-00002.array_record").read_bytes()
+    )
+    with pytest.raises(ValueError, match="train-00000-of-00002.array_record: must hold 13 records .*, holds 7"):
+        open_train(folder)
+
+
+def test_a_missing_shard_and_an_absent_split_are_named(folder):
+    manifest = Manifest.read(folder)
+    (folder / "train-00001-of-00002.array_record").unlink()
+    with pytest.raises(ValueError, match="train-00001-of-00002.array_record: no such file"):
+        open_source(folder, manifest)
+    with pytest.raises(ValueError, match="no records in split 'test'"):
+        open_source(folder, manifest, "test")
+
+
+def test_damage_inside_a_shard_is_found_when_its_record_is_read(tmp_path):
+    noise = np.random.default_rng(0).standard_normal((400, *LATENT_SHAPE)).astype(np.float16)
+    write_dataset(tmp_path, {"train": [[{"latent": latent, "label": 0} for latent in noise]]})
+    path = tmp_path / "train-00000-of-00001.array_record"
+    data = bytearray(path.read_bytes())
+    position = data.find(noise[123].tobytes())
+    assert position > 0
+    data[position + 5] ^= 1
+    path.write_bytes(data)
+    source = open_train(tmp_path)
+    source.read([122, 124])
+    with pytest.raises(RecordError, match=f"{path.name}: record 123: the file is damaged: .*hash mismatch"):
+        source.read(list(range(400)))

@@ -1,0 +1,144 @@
+"""The manifest: read strictly, written whole, and compared with the shards."""
+
+import dataclasses
+import json
+
+import pytest
+
+from flowdit.data.manifest import Manifest, ManifestError, verify
+
+
+def edit(folder, change):
+    path = folder / "dataset.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_read_returns_what_was_written(folder):
+    manifest = Manifest.read(folder)
+    assert (manifest.num_records("train"), manifest.num_records("validation"), manifest.num_classes) == (20, 7, 5)
+    before = (folder / "dataset.json").read_bytes()
+    manifest.write(folder)
+    assert (folder / "dataset.json").read_bytes() == before
+    assert Manifest.read(folder) == manifest
+    assert [path.name for path in folder.glob("*.tmp")] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(license="MIT"),
+        lambda d: d["vae"].update(scale=0.5),
+        lambda d: d["channel_std"].__setitem__(3, 1.5),
+        lambda d: d["shards"][1].update(sha256="0"),
+        lambda d: d["class_names"].reverse(),
+    ],
+)
+def test_id_changes_with_every_part(folder, change):
+    before = Manifest.read(folder).id
+    edit(folder, change)
+    assert Manifest.read(folder).id != before
+
+
+def test_id_does_not_depend_on_the_layout_of_the_file(folder):
+    before = Manifest.read(folder).id
+    data = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(dict(reversed(data.items())), indent=7))
+    assert Manifest.read(folder).id == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema_version=2), "schema_version: must be 1, got 2"),
+        (lambda d: d.pop("vae"), "vae: is missing"),
+        (lambda d: d["vae"].pop("shift"), "vae.shift: is missing"),
+        (lambda d: d.update(colour="red"), "colour: is not a known field"),
+        (lambda d: d["shards"][0].update(extra=1), r"shards\[0\].extra: is not a known field"),
+        (lambda d: d.update(image_size="16"), "image_size: must be int, got '16'"),
+        (lambda d: d.update(image_size=True), "image_size: must be int, got True"),
+        (lambda d: d.update(class_names="abc"), "class_names: must be a list, got str"),
+        (lambda d: d.update(class_names=[]), "class_names: must be one or more different names"),
+        (lambda d: d.update(class_names=["a", "a"]), "class_names: must be one or more different names"),
+        (lambda d: d.update(latent_shape=[4, 2]), "latent_shape: must have 3 entries, got 2"),
+        (lambda d: d.update(latent_shape=[4, 2, 0]), "latent_shape: must be positive"),
+        (lambda d: d.update(latent_dtype="int8"), "latent_dtype: must be one of float16, float32, got 'int8'"),
+        (lambda d: d.update(latent_dtype=["float16"]), "latent_dtype: must be one of"),
+        (lambda d: d.update(channel_mean=[0.0]), "channel_mean: must have 4 values, got 1"),
+        (lambda d: d["channel_mean"].__setitem__(0, float("nan")), r"channel_mean\[0\]: must be float, got nan"),
+        (lambda d: d.update(vae=[]), "vae: must be an object, got list"),
+        (lambda d: d.update(shards=[]), "shards: must be one or more different files"),
+        (lambda d: d["shards"].append(d["shards"][0]), "shards: must be one or more different files"),
+        (lambda d: d["shards"][0].update(split="test"), r"shards\[0\].split: must be one of train, validation"),
+        (lambda d: d["shards"][0].update(records=0), r"shards\[0\].records: must be at least 1, got 0"),
+        *(
+            (lambda d, name=name: d["shards"][0].update(file=name), r"shards\[0\].file: must be a plain file name")
+            for name in ("../a.array_record", "/etc/a.array_record", "..\\a.array_record", "a.txt", ".array_record", "")
+        ),
+    ],
+)
+def test_a_field_that_breaks_a_rule_is_named_in_one_line(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ManifestError, match=f"dataset.json: {message}") as error:
+        Manifest.read(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00"])
+def test_a_file_that_is_not_json_is_named(folder, text):
+    (folder / "dataset.json").write_text(text)
+    with pytest.raises(ManifestError, match="dataset.json: is not JSON"):
+        Manifest.read(folder)
+
+
+def test_a_missing_folder_or_file_says_what_makes_one(tmp_path):
+    with pytest.raises(ManifestError, match="no such folder; `python -m flowdit.prepare` makes a data set"):
+        Manifest.read(tmp_path / "nowhere")
+    with pytest.raises(ManifestError, match="no dataset.json in it; `python -m flowdit.prepare`"):
+        Manifest.read(tmp_path)
+
+
+def test_verify_accepts_untouched_shards(folder):
+    verify(folder, Manifest.read(folder))
+
+
+def test_verify_names_a_missing_shard(folder):
+    shard = Manifest.read(folder).shards[1]
+    (folder / shard.file).unlink()
+    with pytest.raises(ManifestError, match=f"{shard.file}: is missing: the data changed since it was prepared"):
+        verify(folder, Manifest.read(folder))
+
+
+def test_verify_gives_both_sizes(folder):
+    manifest = Manifest.read(folder)
+    path = folder / manifest.shards[0].file
+    path.write_bytes(path.read_bytes() + b"x")
+    size = manifest.shards[0].bytes
+    with pytest.raises(ManifestError, match=f"{path.name}: must have {size} bytes, has {size + 1}: the data changed"):
+        verify(folder, manifest)
+
+
+def test_verify_finds_one_flipped_bit_in_small_data_and_in_any_on_request(folder):
+    manifest = Manifest.read(folder)
+    path = folder / manifest.shards[0].file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ManifestError, match=f"sha256 {manifest.shards[0].sha256}, has .*: the data changed"):
+        verify(folder, manifest)
+    verify(folder, manifest, limit=1000)
+    with pytest.raises(ManifestError, match="sha256"):
+        verify(folder, manifest, hashes=True, limit=1000)
+
+
+def test_an_interrupted_write_keeps_the_old_file(folder, monkeypatch):
+    before = Manifest.read(folder)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowdit.data.manifest.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(before, license="MIT").write(folder)
+    assert Manifest.read(folder) == before

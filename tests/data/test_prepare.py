@@ -1,0 +1,296 @@
+"""Preparing a data set: what is written, what an interruption costs, and what is said about bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import flowdit.data.prepare as prepare_module
+from flowdit.data import openmoji
+from flowdit.data.loader import open_source
+from flowdit.data.manifest import Manifest, ManifestError, verify
+from flowdit.data.pictures import center_crop
+from flowdit.data.prepare import PrepareConfig, prepare
+from flowdit.models.vae import load_vae
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """12 red and 12 blue noisy pictures of 20x16 pixels."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "red")):
+        folder = tmp_path / "source" / name
+        folder.mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 60, (16, 20, 3), np.uint8)
+            pixels[..., 0 if label else 2] += 190
+            Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def config(source, tmp_path) -> PrepareConfig:
+    """5 shards for training, 2 for validation."""
+    return PrepareConfig(
+        source=str(source), out=str(tmp_path / "out"), image_size=16, batch_size=2, records_per_shard=4,
+        held_out_fraction=0.2,
+    )  # fmt: skip
+
+
+def replaced(config, **changes):
+    return PrepareConfig(**(vars(config) | changes))
+
+
+def test_records_are_the_posterior_means_of_the_pictures(config, source):
+    manifest = prepare(config)
+    verify(config.out, manifest)
+    assert Manifest.read(config.out) == manifest
+    assert (manifest.class_names, manifest.latent_shape, manifest.image_size) == (("blue", "red"), (16, 2, 2), 16)
+    vae = load_vae("openmoji")
+    encode = eqx.filter_jit(vae.encode)
+    assert (manifest.vae.fingerprint, manifest.vae.scale) == (vae.fingerprint, vae.config.scaling_factor)
+    records = {split: open_source(config.out, manifest, split) for split in ("train", "validation")}
+    assert len(records["train"]) + len(records["validation"]) == 24 and len(records["validation"]) > 0
+    found = [record for part in records.values() for record in part.read(list(range(len(part))))]
+    for label, name in enumerate(manifest.class_names):
+        for path in (source / name).iterdir():
+            pixels = np.asarray(center_crop(Image.open(path), 16), np.float32).transpose(2, 0, 1) / 127.5 - 1
+            mean = np.asarray(encode(jnp.asarray(pixels)).mean)
+            assert any(r["label"] == label and np.allclose(r["latent"], mean, atol=0.02) for r in found), path
+
+
+def test_statistics_are_those_of_the_training_latents(config):
+    manifest = prepare(config)
+    train = open_source(config.out, manifest)
+    latents = train.read_batch(list(range(len(train))))["latent"].astype(np.float64)
+    np.testing.assert_allclose(manifest.channel_mean, latents.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(manifest.channel_std, latents.std((0, 2, 3)), rtol=1e-9)
+
+
+def test_training_records_are_shuffled_over_the_shards(config):
+    manifest = prepare(config)
+    labels = [r["label"] for r in open_source(config.out, manifest).read(list(range(manifest.num_records("train"))))]
+    assert labels != sorted(labels)
+
+
+def test_options_add_mirrored_copies_deviations_and_single_precision(config):
+    plain, full = prepare(config), prepare(
+        replaced(config, out=config.out + "-full", hflip=True, posterior_std=True, dtype="float32")
+    )  # fmt: skip
+    assert full.num_records("train") == 2 * plain.num_records("train")
+    assert full.num_records("validation") == plain.num_records("validation")
+    assert full.has_latent_std and full.latent_dtype == "float32"
+    record = open_source(config.out + "-full", full).read([0])[0]
+    assert record["latent"].dtype == record["latent_std"].dtype == np.float32
+    assert (record["latent_std"] > 0).all()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("finished", [0, 3])
+def test_an_interrupted_run_continues_to_the_same_data_set(config, monkeypatch, finished):
+    whole = prepare(replaced(config, out=config.out + "-whole"))
+    write_shard, written = prepare_module.write_shard, []
+
+    def write_until_interrupted(path, records):
+        write_shard(path, interrupted(records) if len(written) == finished else records)
+        written.append(path.name)
+
+    def interrupted(records):
+        yield next(records)
+        raise Interrupted
+
+    def write_and_count(path, records):
+        write_shard(path, records)
+        written.append(path.name)
+
+    monkeypatch.setattr(prepare_module, "write_shard", write_until_interrupted)
+    with pytest.raises(Interrupted):
+        prepare(config)
+    assert len(written) == finished and not (Path(config.out) / "dataset.json").exists()
+    monkeypatch.setattr(prepare_module, "write_shard", write_and_count)
+    assert prepare(config).id == whole.id
+    assert written == [shard.file for shard in whole.shards]  # each once: no finished shard was written again
+    assert sorted(os.listdir(config.out)) == sorted(os.listdir(config.out + "-whole"))
+
+
+def test_a_killed_run_continues_to_the_same_data_set(config):
+    whole = prepare(replaced(config, out=config.out + "-whole"))
+    script = """
+        import sys, time
+        from flowdit.data import prepare as module
+        write_shard = module.write_shard
+        module.write_shard = lambda path, records: (write_shard(path, records), time.sleep(0.5))
+        module.prepare(module.PrepareConfig(**eval(sys.argv[1])))
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(script), repr(vars(config))]
+    package = Path(prepare_module.__file__).parents[2]
+    process = subprocess.Popen(arguments, cwd=package, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(Path(config.out).glob("*.array_record.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert not (Path(config.out) / "dataset.json").exists()
+    assert prepare(config).id == whole.id
+
+
+def test_a_finished_data_set_is_left_alone(config, capsys):
+    manifest = prepare(config)
+    assert "training and" in capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
+    assert prepare(config) == manifest
+    assert "already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()} == times
+
+
+def test_a_finished_data_set_with_a_damaged_shard_is_not_called_finished(config):
+    shard = Path(config.out) / prepare(config).shards[2].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ManifestError, match=f"{shard.name}: must have .* bytes"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hflip", True), ("batch_size", 3), ("dtype", "float32")])
+def test_other_settings_in_the_same_folder_are_refused_and_lose_nothing(config, field, value):
+    manifest = prepare(config)
+    with pytest.raises(
+        ValueError, match=f"out: .* was begun with {field}={getattr(config, field)!r}, this run has {value!r}"
+    ):
+        prepare(replaced(config, **{field: value}))
+    verify(config.out, manifest)
+
+
+def test_other_pictures_in_the_same_folder_are_refused(config, source):
+    prepare(config)
+    Image.new("RGB", (16, 16)).save(source / "red" / "new.png")
+    with pytest.raises(ValueError, match="out: .* was begun with pictures="):
+        prepare(config)
+
+
+def test_a_folder_of_foreign_shards_is_refused(config):
+    prepare(config)
+    (Path(config.out) / "prepare.json").unlink()
+    with pytest.raises(ValueError, match=r"out: .* holds a data set without prepare.json"):
+        prepare(config)
+    (Path(config.out) / "prepare.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"out: .*prepare.json is damaged"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "nowhere"}, "source: must be 'openmoji' or a folder of pictures, there is no folder 'nowhere'"),
+        ({"image_size": 12}, "image_size: must be a multiple of the VAE's stride 8, got 12"),
+        ({"image_size": 0}, "image_size: must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: must be at least 1, got 0"),
+        ({"records_per_shard": 0}, "records_per_shard: must be at least 1, got 0"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction: must be in \[0, 1\), got 1.0"),
+        ({"held_out_fraction": 0.9999}, "held_out_fraction: 0.9999 leaves no picture to train on"),
+        ({"dtype": "int8"}, "dtype: must be float16 or float32, got 'int8'"),
+    ],
+)
+def test_bad_settings_are_named_and_nothing_is_written(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(replaced(config, **changes))
+    assert not Path(config.out).exists()
+
+
+def test_a_folder_without_classes_or_pictures_is_named(config, source):
+    (source / "green").mkdir()
+    (source / "green" / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="source: class folder .*green has no pictures"):
+        prepare(config)
+    with pytest.raises(ValueError, match="source: .*red must have one sub-folder of pictures for each class"):
+        prepare(replaced(config, source=str(source / "red")))
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"not a picture", lambda data: data[: len(data) // 2]])
+def test_an_unreadable_picture_is_named(config, source, damage):
+    path = source / "red" / "03.png"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{path}: cannot be read as a picture: ") as error:
+        prepare(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out: cannot write to .*file/data: Not a directory"):
+        prepare(replaced(config, out=str(tmp_path / "file" / "data")))
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_shard(config):
+    script = """
+        import resource, sys
+        from flowdit.data.prepare import PrepareConfig, prepare
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        prepare(PrepareConfig(**eval(sys.argv[1])))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), repr(vars(config))],
+        cwd=Path(prepare_module.__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.stderr.strip().split("\n")[-1].startswith(f"ValueError: out: cannot write to {config.out}: ")
+    assert os.listdir(config.out) == ["prepare.json"]
+
+
+def test_transparent_and_rotated_pictures_are_seen_as_people_see_them(config, source):
+    folder = source / "red"
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "a.png")
+    half = np.zeros((16, 16, 3), np.uint8)
+    half[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(half).save(folder / "b.png", exif=exif)
+    pictures = prepare_module.load_pictures(str(source), 0.0)
+    clear, turned = (np.asarray(pictures.open(i)) for i in (24, 25))
+    assert (clear == 255).all()
+    np.testing.assert_array_equal(turned, half[::-1])
+
+
+def test_center_crop_takes_the_middle_without_distortion():
+    pixels = np.zeros((128, 256, 3), np.uint8)
+    pixels[:, 64:192, 1] = 255
+    cropped = np.asarray(center_crop(Image.fromarray(pixels), 16))
+    assert cropped.shape == (16, 16, 3)
+    assert (cropped[:, 1:-1, 1] > 240).all() and (cropped[..., 0] == 0).all()
+
+
+def test_openmoji_has_classes_of_eight_and_holds_whole_families_out():
+    data = openmoji.load()
+    assert data.tiles.shape == (2216, 64, 64, 3) and len(data.class_names) == 87
+    assert np.bincount(data.labels).min() >= 8
+    assert 0.03 < data.held_out.mean() < 0.07
+    trained = set(data.labels[~data.held_out].tolist())
+    assert trained == set(range(87))
+    table = json.loads((openmoji.FOLDER / "table.json").read_text())
+    families = [(openmoji.picture_family(row["hexcode"]), openmoji.is_held_out(row)) for row in table]
+    assert len(set(families)) == len({family for family, _ in families})
+
+
+def test_openmoji_tiles_match_their_names():
+    data = openmoji.load()
+    table = json.loads((openmoji.FOLDER / "table.json").read_text())
+    names = [row["annotation"] for row in table if row["subgroup"] in data.class_names]
+    centres = dict(zip(names, data.tiles[:, 32, 32].tolist(), strict=True))
+    assert centres["flag: Japan"] == centres["red heart"] == [210, 47, 39]
+    assert centres["blue heart"] == [30, 80, 160]
+    assert centres["grinning face"] == [252, 234, 43]
+    classes = dict(zip(names, (data.class_names[label] for label in data.labels), strict=True))
+    assert (classes["flag: Japan"], classes["blue heart"]) == ("country-flag", "heart")

@@ -1,0 +1,167 @@
+"""Stage 1 for tests: a tiny data set, and the commands run as a user runs them, in this process or in one of their own."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
+from flowdit.data.shards import channel_statistics, write_shard
+from flowdit.models.vae import load_vae
+from flowdit.train import stage1
+
+REPOSITORY = Path(__file__).parents[1]
+LATENT_SHAPE = (16, 8, 8)
+CLASS_NAMES = ("cat", "dog", "heart", "sun")
+SHARDS: dict[str, tuple[Split, int]] = {
+    "train-0.array_record": ("train", 24),
+    "train-1.array_record": ("train", 24),
+    "validation-0.array_record": ("validation", 8),
+}
+NUM_STEPS = 6
+FAST = (
+    *("experiment=tiny", "train.validate_every=0", "train.sample_every=0", "train.keep_last=20"),
+    *("optim.schedule=cosine", "optim.warmup_steps=2"),
+)
+"""Nothing but training steps and a checkpoint after every second one; the learning rate depends on the step."""
+
+
+class Finished(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def write_tiny_data(folder: Path) -> Path:
+    """48 training and 8 validation records of noise with the statistics that the embedded VAE's latents should have."""
+    folder.mkdir(parents=True)
+    vae = load_vae("openmoji")
+    info = VaeInfo("openmoji", vae.fingerprint, vae.config.shift_factor, vae.config.scaling_factor, stride=8)
+    noise = np.random.default_rng(0)
+
+    def record(index: int) -> dict[str, Any]:
+        latent = info.shift + noise.standard_normal(LATENT_SHAPE) / info.scale
+        return {"latent": latent.astype(np.float16), "label": index % len(CLASS_NAMES)}
+
+    shards, sidecars = [], []
+    for file, (split, count) in SHARDS.items():
+        sidecars.append(sidecar := write_shard(folder / file, map(record, range(count))))
+        shards.append(Shard(file, split, sidecar.records, sidecar.bytes, sidecar.sha256))
+    mean, std = channel_statistics(sidecars)
+    manifest = Manifest(
+        latent_shape=LATENT_SHAPE,
+        latent_dtype="float16",
+        has_latent_std=False,
+        vae=info,
+        image_size=64,
+        channel_mean=tuple(mean.tolist()),
+        channel_std=tuple(std.tolist()),
+        class_names=CLASS_NAMES,
+        shards=tuple(shards),
+        license="CC0",
+        attribution="",
+    )
+    manifest.write(folder)
+    return folder
+
+
+def call(main: Callable[[], None], *overrides: str) -> Finished:
+    """Run an entry point in this process, with these arguments."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *overrides])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as exit_:
+                status = int(exit_.code or 0)
+    return Finished(status, out.getvalue(), err.getvalue())
+
+
+def train_here(data: Path, run: Path, *overrides: str) -> Finished:
+    """Stage 1 without validation and samples, in this process."""
+    return call(stage1, *FAST, f"data.path={data}", f"train.checkpoint_dir={run}", *overrides)
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+    """`python *command` in a process of its own, with one device."""
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=inherited | {"PYTHONPATH": python_path, "HYDRA_FULL_ERROR": "0"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Finished:
+    out, err = process.communicate(timeout=240)
+    return Finished(process.returncode, out, err)
+
+
+def wait_for_line(process: subprocess.Popen[str], start_of_line: str) -> list[str]:
+    """Read the process's output up to a line that begins so."""
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start_of_line):
+            return lines
+    raise AssertionError(f"{start_of_line!r} did not come: {''.join(lines)}{finish(process).err}")
+
+
+def error_line(finished: Finished) -> str:
+    """The one line with which a user's mistake must end, and nothing else on stderr."""
+    assert finished.status not in (0, None), finished.out
+    lines = finished.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.err
+    return lines[0]
+
+
+def stored_arrays(step_folder: Path) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by item and name."""
+    checkpointer = ocp.StandardCheckpointer()
+    arrays = {}
+    for item in ("state", "model_ema"):
+        restored = checkpointer.restore((step_folder / item).resolve())
+        arrays |= {f"{item}.{name}": np.asarray(value) for name, value in restored.items()}
+    return arrays
+
+
+def stored_json(step_folder: Path, item: str) -> dict[str, Any]:
+    """The `dataset` or `meta` item of a checkpoint."""
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore((step_folder / item).resolve())
+
+
+def metrics(run: Path, name: str) -> dict[int, float]:
+    """One figure of `metrics.jsonl` by step; the last entry of a step counts."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry[name] for entry in entries if name in entry}
+
+
+def steps_of(run: Path) -> list[int]:
+    """The finished checkpoints of a run."""
+    return sorted(int(path.name) for path in run.iterdir() if path.name.isdigit())
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Parameters, optimizer state, EMA and the state of the data bit by bit."""
+    arrays, others = stored_arrays(one), stored_arrays(other)
+    assert arrays.keys() == others.keys()
+    for name, value in arrays.items():
+        assert value.dtype == others[name].dtype
+        np.testing.assert_array_equal(value, others[name], err_msg=name)
+    assert stored_json(one, "dataset") == stored_json(other, "dataset")

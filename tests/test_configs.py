@@ -1,0 +1,129 @@
+"""Every YAML file composes into a checked configuration, and the names that users type exist."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import flowdit.configs
+from flowdit.config import Config, SampleConfig, register_schemas, resolve
+from flowdit.data.prepare import PrepareConfig
+
+FOLDER = Path(flowdit.configs.__file__).parent
+GROUP_OPTIONS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/**/*.yaml"))
+SCHEMAS = {"config": Config, "sample": SampleConfig, "prepare": PrepareConfig}
+REQUIRED = {
+    "seed": int,
+    "train.num_steps": int,
+    "train.batch_size": int,
+    "train.gradient_accum": int,
+    "train.is_restore": bool,
+    "train.checkpoint_dir": str,
+    "train.save_every": int,
+    "train.log_every": int,
+    "train.sample_every": int,
+    "train.ema_decay": float,
+    "train.compute_dtype": str,
+    "train.latent_mean": object,
+    "train.latent_scale": object,
+    "data.path": str,
+    "model.depth": int,
+    "model.hidden_dim": int,
+    "model.num_heads": int,
+    "model.patch_size": int,
+    "model.qk_norm": bool,
+    "mesh.data": int,
+    "mesh.fsdp": int,
+    "mesh.tensor": int,
+    "wandb.enabled": bool,
+    "wandb.mode": str,
+    "wandb.project": str,
+}
+SD3_LATENTS = (16, 32, 32)
+
+
+def composed(name: str, *overrides: str):
+    register_schemas()
+    with initialize_config_module("flowdit.configs", version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def training(*overrides: str) -> Config:
+    """The checked configuration of a training run."""
+    config = resolve(composed("config", "data.path=somewhere", *overrides), Config)
+    config.check()
+    config.model.check(SD3_LATENTS)
+    return config
+
+
+def test_every_top_level_file_has_its_schema():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == SCHEMAS.keys()
+
+
+@pytest.mark.parametrize(("name", "given"), [("config", "data.path=x"), ("sample", "checkpoint=x"), ("prepare", "out=x")])
+def test_commands_compose_into_their_schema(name, given):
+    assert isinstance(resolve(composed(name, given), SCHEMAS[name]), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)
+def test_every_group_option_composes(option):
+    training(f"{option.parent.as_posix()}={option.name}")
+
+
+@pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)
+def test_every_value_of_an_option_arrives(option):
+    config = composed("config", "data.path=somewhere", f"{option.parent.as_posix()}={option.name}")
+    own = OmegaConf.load(FOLDER / option.with_suffix(".yaml"))
+    assert isinstance(own, dict | OmegaConf.get_type(own))
+    text = (FOLDER / option.with_suffix(".yaml")).read_text()
+    package = {"_global_": "", "model": "model."}.get(text.partition("@package ")[2].split("\n")[0], f"{option.parts[0]}.")
+    for name in leaves(OmegaConf.to_container(own)):
+        if not name.startswith("defaults") and package + name != "data.path":
+            assert OmegaConf.select(config, package + name) == OmegaConf.select(own, name), name
+
+
+def leaves(tree, prefix: str = "") -> list[str]:
+    """Dotted names of all values."""
+    if not isinstance(tree, dict):
+        return [prefix]
+    return [leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}.{key}".lstrip("."))]
+
+
+@pytest.mark.parametrize("experiment", [path.stem for path in FOLDER.glob("experiment/*.yaml")])
+def test_every_experiment_composes_with_every_size_and_says_its_command(experiment):
+    for size in ("s", "b", "l", "xl"):
+        training(f"experiment={experiment}", f"model/size={size}")
+    text = (FOLDER / "experiment" / f"{experiment}.yaml").read_text()
+    assert "# Reproduces" in text
+    assert f"python train_stage1.py experiment={experiment}" in text
+
+
+@pytest.mark.parametrize(("name", "kind"), REQUIRED.items(), ids=REQUIRED.keys())
+def test_promised_key_exists(name, kind):
+    value = training()
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, kind)
+
+
+def test_default_checkpoint_folder():
+    assert training().train.checkpoint_dir == "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("s", (12, 384, 6)), ("b", (12, 768, 12)), ("l", (24, 1024, 16)), ("xl", (28, 1152, 16))]
+)
+def test_sizes_are_those_of_dit(size, expected):
+    model = training(f"model/size={size}").model
+    assert (model.depth, model.hidden_dim, model.num_heads) == expected
+
+
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+def test_patch_sizes(patch_size):
+    assert training(f"model.patch_size={patch_size}").model.patch_size == patch_size
+
+
+def test_the_command_line_wins_over_the_experiment():
+    config = training("experiment=tiny", "train.num_steps=77", "model.depth=3")
+    assert (config.train.num_steps, config.model.depth, config.train.batch_size) == (77, 3, 8)

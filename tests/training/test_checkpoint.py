@@ -1,0 +1,154 @@
+"""Checkpoints: damage is found, named and passed over; what is kept; and nothing in them can run code."""
+
+import pickle
+import pickletools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stage1 import assert_same_checkpoint, error_line, steps_of, stored_arrays, train_here
+
+from flowdit.sample import load_checkpoint
+from flowdit.training import loop
+
+
+@pytest.fixture
+def run(whole_run, tmp_path) -> Path:
+    """A copy of a finished run with checkpoints 2, 4 and 6."""
+    return shutil.copytree(whole_run, tmp_path / "run")
+
+
+def largest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(path: Path) -> Path:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def cut_short(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def remove(path: Path) -> Path:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return path
+
+
+DAMAGES: dict[str, Callable[[Path], Path]] = {
+    "flipped bit in state": lambda step: flip_bit(largest_file(step / "state")),
+    "flipped bit in EMA": lambda step: flip_bit(largest_file(step / "model_ema")),
+    "flipped bit in dataset": lambda step: flip_bit(largest_file(step / "dataset")),
+    "flipped bit in meta": lambda step: flip_bit(largest_file(step / "meta")),
+    "truncated file": lambda step: cut_short(largest_file(step / "state")),
+    "deleted file": lambda step: remove(largest_file(step / "state")),
+    "missing item": lambda step: remove(step / "model_ema"),
+    "missing meta": lambda step: remove(step / "meta"),
+    "missing checksums": lambda step: remove(step / "checksums.json"),
+    "damaged checksums": lambda step: cut_short(step / "checksums.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_newest_checkpoint_is_named_and_passed_over(tiny_data, whole_run, run, damage):
+    damaged = damage(run / "6")
+    finished = train_here(tiny_data, run, "train.is_restore=true")
+    assert (finished.status, finished.err) == (0, "")
+    (notice,) = [line for line in finished.out.splitlines() if " is damaged " in line]
+    assert notice.startswith(f"checkpoint {run / '6'} is damaged and passed over: {damaged}")
+    assert f"resumed from {run / '4'}" in finished.out
+    assert (run / "6.damaged").is_dir()
+    # The step could be saved again, and is what it was.
+    assert_same_checkpoint(run / "6", whole_run / "6")
+
+
+def test_several_damaged_checkpoints_are_passed_over(tiny_data, run):
+    for step in ("4", "6"):
+        flip_bit(largest_file(run / step / "state"))
+    finished = train_here(tiny_data, run, "train.is_restore=true")
+    assert f"resumed from {run / '2'}" in finished.out
+    assert steps_of(run) == [2, 4, 6]
+    assert sorted(path.name for path in run.glob("*.damaged")) == ["4.damaged", "6.damaged"]
+
+
+def test_step_that_is_damaged_a_second_time_replaces_what_was_set_aside(tiny_data, run):
+    for _ in range(2):
+        flip_bit(largest_file(run / "6" / "state"))
+        assert train_here(tiny_data, run, "train.is_restore=true").status == 0
+    assert sorted(path.name for path in run.glob("6*")) == ["6", "6.damaged"]
+
+
+def test_only_damaged_checkpoints_end_in_one_line_and_stay(tiny_data, run):
+    for step in ("2", "4", "6"):
+        flip_bit(largest_file(run / step / "state"))
+    line = error_line(train_here(tiny_data, run, "train.is_restore=true"))
+    assert line.startswith(f"error: {run}: no checkpoint can be read: ")
+    assert steps_of(run) == [2, 4, 6]
+
+
+def test_leftovers_of_an_interrupted_save_are_ignored(tiny_data, run):
+    shutil.copytree(run / "6", run / "8.orbax-checkpoint-tmp")
+    finished = train_here(tiny_data, run, "train.is_restore=true")
+    assert (finished.status, finished.err) == (0, "")
+    assert f"resumed from {run / '6'}" in finished.out
+
+
+def test_keeps_the_newest_and_every_multiple(tiny_data, tmp_path):
+    train_here(tiny_data, tmp_path / "run", "train.save_every=1", "train.keep_last=2", "train.keep_every=3")
+    assert steps_of(tmp_path / "run") == [3, 5, 6]
+
+
+def test_last_step_is_saved_off_the_interval(tiny_data, tmp_path):
+    train_here(tiny_data, tmp_path / "run", "train.save_every=4")
+    assert steps_of(tmp_path / "run") == [4, 6]
+
+
+def is_pickle(content: bytes) -> bool:
+    try:
+        list(pickletools.genops(content))
+    except Exception:
+        return False
+    return True
+
+
+def test_checkpoint_holds_no_pickle_and_is_read_without_one(whole_run, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a checkpoint was unpickled")
+
+    files = [path for path in (whole_run / "6").rglob("*") if path.is_file()]
+    assert [path for path in files if is_pickle(path.read_bytes())] == []
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    assert load_checkpoint(whole_run / "6").step == 6
+
+
+def test_sampling_reads_the_moving_average(whole_run):
+    stored = stored_arrays(whole_run / "6")
+    loaded = load_checkpoint(whole_run / "6").model.patch_embed.weight
+    np.testing.assert_array_equal(loaded, stored["model_ema.patch_embed.weight"])
+    assert not np.array_equal(loaded, stored["state.model.patch_embed.weight"])
+
+
+def test_too_many_useless_steps_end_the_run_and_name_the_last_good_checkpoint(tiny_data, run, monkeypatch):
+    batches = loop.prefetch_to_device
+
+    def not_finite(mesh, stream):
+        for batch, data_state in batches(mesh, stream):
+            yield batch | {"latent": batch["latent"] * np.float32("nan")}, data_state
+
+    monkeypatch.setattr(loop, "prefetch_to_device", not_finite)
+    for step in ("4", "6"):
+        shutil.rmtree(run / step)
+    before = stored_arrays(run / "2")
+    settings = ("train.is_restore=true", "train.max_skipped_in_row=3", "train.save_every=0")
+    line = error_line(train_here(tiny_data, run, *settings))
+    assert line.startswith("error: train.max_skipped_in_row: the last 3 steps")
+    assert line.endswith(f"last good checkpoint: {run / '2'}")
+    assert steps_of(run) == [2]
+    np.testing.assert_equal(stored_arrays(run / "2"), before)

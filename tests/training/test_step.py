@@ -1,0 +1,197 @@
+"""The training step: what it computes, and that devices, accumulation and bad numbers do not change it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flowdit.models.ccdit import ModelConfig, build_ccdit
+from flowdit.sharding import MeshConfig, init_sharded, make_mesh, parameter_shardings, shard_batch
+from flowdit.training.optim import OptimConfig, decay_mask, learning_rate_schedule, make_optimizer
+from flowdit.training.step import Objective, cast_floating, init_state, make_train_step
+
+LATENT, CLASSES = (4, 8, 8), 5
+MODEL = ModelConfig(depth=2, hidden_dim=32, num_heads=2)
+OBJECTIVE = Objective("label", np.int32(CLASSES), 0.1, (0.1,) * 4, (0.9,) * 4)
+
+
+def batch_of(size: int, step: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    labels = rng.integers(0, CLASSES, size).astype(np.int32)
+    return {"latent": rng.normal(size=(size, *LATENT)).astype(np.float32) + labels.reshape(-1, 1, 1, 1), "label": labels}
+
+
+def run(mesh_config=None, *, steps=3, batch=8, accum=1, objective=OBJECTIVE, optim=None, batches=batch_of, decay=0.9):
+    """Losses and final state of a few steps."""
+    mesh = make_mesh(mesh_config or MeshConfig(data=4))
+    optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 100)
+    build = lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)  # noqa: E731
+    state = init_sharded(mesh, build)
+    shardings = parameter_shardings(mesh, state.model)
+    step = make_train_step(optimizer, objective, 0, accum, decay, grad_shardings=shardings)
+    history = []
+    for i in range(steps):
+        state, metrics = step(state, shard_batch(mesh, batches(batch, i)))
+        history.append(jax.device_get(metrics))
+    return history, jax.device_get(state)
+
+
+def assert_same_run(a, b, rtol=2e-4):
+    """Equal to the rounding of float32 sums in another order (AdamW divides small gradients, which widens it)."""
+    np.testing.assert_allclose([m["loss"] for m in a[0]], [m["loss"] for m in b[0]], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(a[1].model), jax.tree.leaves(b[1].model), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=2e-4)
+
+
+GOLDEN_LOSSES = [4.602003, 7.393693, 4.410041]
+
+
+def test_golden_losses():
+    """A refactor must reproduce these; a change of randomness, initialisation or mathematics must own up here."""
+    losses = [float(m["loss"]) for m in run()[0]]
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=2, tensor=2), MeshConfig(data=1, fsdp=2, tensor=2)],
+    ids=str,
+)
+def test_layouts_give_the_same_run(mesh):
+    assert_same_run(run(mesh), run(MeshConfig(data=4)))
+
+
+def test_one_device_gives_the_same_run_as_four(monkeypatch):
+    four = run(MeshConfig(data=4))
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, axes, axis_types: jax.sharding.Mesh(np.array(one).reshape(1, 1, 1), axes))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert_same_run(run(MeshConfig()), four)
+
+
+def test_fsdp_parameters_really_are_spread():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4))
+    optimizer = make_optimizer(OptimConfig(), 10)
+    state = init_sharded(mesh, lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer))
+    for tree in (state.model, state.ema, state.opt_state[1][0].mu):
+        weight = tree.blocks.attention.qkv.weight
+        assert weight.addressable_shards[0].data.size == weight.size // 4
+        assert tree.class_table.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("accum", [2, 4])
+def test_accumulation_equals_the_large_batch(accum):
+    mesh = MeshConfig(data=2, fsdp=2)
+    assert_same_run(run(mesh, batch=16, accum=accum), run(mesh, batch=16))
+
+
+def test_bfloat16_compute_keeps_float32_masters():
+    objective = dataclasses.replace(OBJECTIVE, compute_dtype="bfloat16")
+    history, state = run(objective=objective)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.model, state.ema))} == {np.dtype("float32")}
+    expected = [m["loss"] for m in run()[0]]
+    np.testing.assert_allclose([m["loss"] for m in history], expected, rtol=0.02)
+
+
+def test_ema_is_of_the_new_weights():
+    history = [run(steps=n, decay=0.75)[1] for n in (1, 2)]
+    initial = run(steps=0)[1].model
+    expected = jax.tree.map(lambda i, a, b: 0.75 * (0.75 * i + 0.25 * a) + 0.25 * b, initial, history[0].model, history[1].model)
+    for x, y in zip(jax.tree.leaves(history[1].ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_batch_never_reaches_the_weights(bad):
+    """With the second of three batches poisoned: skipped and counted, weights as after the first, then on."""
+
+    def poisoned(size, step):
+        batch = batch_of(size, step)
+        if step == 1:
+            batch["latent"][3, 0, 0, 0] = bad
+        return batch
+
+    after_one, after_two = run(steps=1)[1], run(steps=2, batches=poisoned)[1]
+    for name in ("model", "ema", "opt_state"):
+        for x, y in zip(jax.tree.leaves(getattr(after_two, name)), jax.tree.leaves(getattr(after_one, name)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    history, state = run(steps=3, batches=poisoned)
+    assert [int(m["skipped"]) for m in history] == [0, 1, 1]
+    assert [int(m["skipped_in_row"]) for m in history] == [0, 1, 0]
+    assert int(state.step) == 3 and np.isfinite(history[2]["loss"])
+
+
+def test_posterior_deviation_draws_a_fresh_latent_at_each_visit():
+    def with_std(size, _step):
+        return batch_of(size) | {"latent_std": np.full((size, *LATENT), 0.5, np.float32)}
+
+    objective = dataclasses.replace(OBJECTIVE, drop_rate=0.0)
+    key_a, key_b = jax.random.split(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, with_std(256, 0))
+    mean = objective.latents(batch, None)
+    draws = objective.latents(batch, key_a) - mean
+    assert jnp.abs(draws.std() - 0.5 * 0.9) < 0.01
+    assert not jnp.array_equal(objective.latents(batch, key_a), objective.latents(batch, key_b))
+
+
+def test_decay_only_on_matrices_of_linear_layers():
+    model = build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
+    mask = decay_mask(model)
+    assert mask.blocks.attention.qkv.weight and mask.final_linear.weight
+    assert not (mask.blocks.attention.qkv.bias or mask.class_table or mask.blocks.attention.query_norm.scale)
+
+
+def test_weight_decay_shrinks_what_has_no_gradient():
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.5, clip_norm=None)
+    optimizer = make_optimizer(config, 10)
+    params = {"linear": {"weight": jnp.ones(3), "bias": jnp.ones(3)}}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(new["linear"]["weight"], 0.95)
+    np.testing.assert_allclose(new["linear"]["bias"], 1.0)
+
+
+def test_clipping_is_by_global_norm():
+    config = OptimConfig(learning_rate=1.0, clip_norm=1e-6, eps=1.0)
+    optimizer = make_optimizer(config, 10)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    updates, _ = optimizer.update(jax.tree.map(lambda x: x + 1e3, params), optimizer.init(params), params)
+    # With eps far above the clipped gradient, AdamW's update is -gradient: its norm is the clip.
+    assert float(optax.tree.norm(updates)) == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(), {0: 1.0, 99: 1.0}),
+        (dict(warmup_steps=4), {0: 0.25, 1: 0.5, 3: 1.0, 50: 1.0}),
+        (dict(schedule="cosine", warmup_steps=20, final_factor=0.1), {19: 1.0, 20: 1.0, 60: 0.55, 100: 0.1}),
+    ],
+)
+def test_learning_rate_schedules(settings, expected):
+    schedule = learning_rate_schedule(OptimConfig(learning_rate=1.0, **settings), 100)
+    for step, value in expected.items():
+        assert float(schedule(step)) == pytest.approx(value, rel=1e-4), step
+
+
+def test_cast_leaves_integers_alone():
+    cast = cast_floating({"a": jnp.ones(2), "n": jnp.ones(2, jnp.int32)}, "bfloat16")
+    assert cast["a"].dtype == jnp.bfloat16 and cast["n"].dtype == jnp.int32
+
+
+def test_compile_time_does_not_grow_with_depth():
+    """The number of operations in the lowered step is the same at any depth: blocks are scanned."""
+
+    def operations(depth: int) -> int:
+        optimizer = make_optimizer(OptimConfig(), 10)
+        config = ModelConfig(depth=depth, hidden_dim=32, num_heads=2)
+        build = lambda: init_state(build_ccdit(config, LATENT, CLASSES, key=jax.random.key(0)), optimizer)  # noqa: E731
+        state = jax.eval_shape(build)
+        batch = jax.tree.map(jnp.asarray, batch_of(4))
+        return make_train_step(optimizer, OBJECTIVE, 0).lower(state, batch).as_text().count("\n")
+
+    assert operations(2) == operations(12)
