@@ -167,7 +167,7 @@ def user_errors() -> Iterator[None]:
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a Hydra entry point whose configuration may be the mistake."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra's errors through to be shortened here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors through to be shortened here
     with user_errors():
         command()
 

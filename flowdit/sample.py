@@ -99,7 +99,9 @@ def _sample(composed: DictConfig) -> None:
     default = trained.config.train.sample_labels if config.labels is None else config.labels
     labels = resolve_labels("labels", default, trained.manifest.class_names)
     labels = [label for label in labels for _ in range(config.per_label)]
-    print(f"step {trained.step}: {len(labels)} pictures, {config.solver}, {config.steps} steps, guidance {config.guidance}")
+    print(
+        f"step {trained.step}: {len(labels)} pictures, {config.solver}, {config.steps} steps, guidance {config.guidance}"
+    )
     print(f"samples: {write_samples(trained, config, labels)}", flush=True)
 
 

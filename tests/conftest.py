@@ -31,6 +31,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("flowdit", "beartype.beartype")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # OmegaConf's own annotations, which beartype sees through `DictConfig`.
+    config.addinivalue_line("filterwarnings", "ignore:.*deprecated by PEP 585.*")
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set of random latents for the embedded VAE. Tests that change it work on a copy."""

@@ -29,8 +29,8 @@ SHARDS: dict[str, tuple[Split, int]] = {
 }
 NUM_STEPS = 6
 FAST = (
-    *("experiment=tiny", "train.validate_every=0", "train.sample_every=0", "train.keep_last=20"),
-    *("optim.schedule=cosine", "optim.warmup_steps=2"),
+    *("experiment=tiny", "optim.warmup_steps=4"),
+    *("train.validate_every=0", "train.sample_every=0", "train.keep_last=20"),
 )
 """Nothing but training steps and a checkpoint after every second one; the learning rate depends on the step."""
 
@@ -96,11 +96,11 @@ def train_here(data: Path, run: Path, *overrides: str) -> Finished:
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
     """`python *command` in a process of its own, with one device."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "HYDRA_FULL_ERROR")}
     python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, *command],
-        env=inherited | {"PYTHONPATH": python_path, "HYDRA_FULL_ERROR": "0"} | environment,
+        env=inherited | {"PYTHONPATH": python_path} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -61,7 +61,9 @@ def test_every_top_level_file_has_its_schema():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == SCHEMAS.keys()
 
 
-@pytest.mark.parametrize(("name", "given"), [("config", "data.path=x"), ("sample", "checkpoint=x"), ("prepare", "out=x")])
+@pytest.mark.parametrize(
+    ("name", "given"), [("config", "data.path=x"), ("sample", "checkpoint=x"), ("prepare", "out=x")]
+)
 def test_commands_compose_into_their_schema(name, given):
     assert isinstance(resolve(composed(name, given), SCHEMAS[name]), SCHEMAS[name])
 
@@ -75,11 +77,11 @@ def test_every_group_option_composes(option):
 def test_every_value_of_an_option_arrives(option):
     config = composed("config", "data.path=somewhere", f"{option.parent.as_posix()}={option.name}")
     own = OmegaConf.load(FOLDER / option.with_suffix(".yaml"))
-    assert isinstance(own, dict | OmegaConf.get_type(own))
-    text = (FOLDER / option.with_suffix(".yaml")).read_text()
-    package = {"_global_": "", "model": "model."}.get(text.partition("@package ")[2].split("\n")[0], f"{option.parts[0]}.")
-    for name in leaves(OmegaConf.to_container(own)):
-        if not name.startswith("defaults") and package + name != "data.path":
+    package = {"experiment": "", "model/size": "model."}.get(option.parent.as_posix(), f"{option.parent}.")
+    names = [name for name in leaves(OmegaConf.to_container(own)) if name not in ("defaults", "path")]
+    assert names
+    for name in names:
+        if package + name != "data.path":
             assert OmegaConf.select(config, package + name) == OmegaConf.select(own, name), name
 
 

@@ -164,7 +164,9 @@ FILES = {
     "no such folder": BadData(shutil.rmtree, ("no such folder",)),
     "no manifest": BadData(lambda d: (d / "dataset.json").unlink(), ("no dataset.json in it",)),
     "manifest is not JSON": BadData(lambda d: (d / "dataset.json").write_text("{"), ("dataset.json: is not JSON",)),
-    "manifest of another version": BadData(lambda d: change_manifest(d, schema_version=9), ("schema_version: must be 1",)),
+    "manifest of another version": BadData(
+        lambda d: change_manifest(d, schema_version=9), ("schema_version: must be 1",)
+    ),
     "missing shard": BadData(lambda d: (d / SHARD).unlink(), (SHARD, "is missing")),
     "empty shard": BadData(lambda d: (d / SHARD).write_bytes(b""), (SHARD, "bytes, has 0")),
     "truncated shard": BadData(truncate, (SHARD, "must have", "bytes")),
@@ -230,7 +232,9 @@ def run(whole_run, tmp_path) -> Path:
 
 def test_existing_run_is_not_written_over(tiny_data, run):
     line = refused(lambda: train_here(tiny_data, run), run)
-    assert line.startswith(f"error: train.checkpoint_dir: {run} already holds a run; resume it with train.is_restore=true")
+    assert line.startswith(
+        f"error: train.checkpoint_dir: {run} already holds a run; resume it with train.is_restore=true"
+    )
 
 
 @pytest.mark.parametrize(

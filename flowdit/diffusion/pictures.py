@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from flowdit.diffusion.flow import denormalise_latents
 from flowdit.models.vae import AutoencoderKL
 
-Decode = Callable[[Float[Array, "batch c h w"]], UInt8[np.ndarray, "batch height width 3"]]
+Decode = Callable[[Float[np.ndarray, "batch c h w"]], UInt8[np.ndarray, "batch height width 3"]]
 
 
 def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[float], batch_size: int = 16) -> Decode:
@@ -27,7 +27,6 @@ def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[floa
         return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
     def decode(latents):
-        latents = np.asarray(latents)
         count = len(latents)
         padded = np.concatenate([latents, np.zeros((-count % batch_size, *latents.shape[1:]), latents.dtype)])
         parts = [decode_batch(vae, padded[i : i + batch_size]) for i in range(0, len(padded), batch_size)]

@@ -16,7 +16,9 @@ from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 class _Solver(NamedTuple):
     build: type[diffrax.AbstractSolver]
     evaluations_per_step: int
-    evaluations_at_start: int  # first-same-as-last solvers reuse the last evaluation of a step, and pay one at the start
+    evaluations_at_start: (
+        int  # first-same-as-last solvers reuse the last evaluation of a step, and pay one at the start
+    )
 
 
 SOLVERS = {

@@ -93,11 +93,12 @@ class SelfAttention(eqx.Module):
 def self_attention(dim: int, num_heads: int, qk_norm: bool, implementation: str, *, key: PRNGKeyArray) -> SelfAttention:
     """Attention over `dim` channels in `num_heads` heads, Xavier-initialised."""
     qkv_key, out_key = jax.random.split(key)
-    norms = [RMSNorm(jnp.ones(dim // num_heads)) if qk_norm else None for _ in range(2)]
+    query_norm, key_norm = (RMSNorm(jnp.ones(dim // num_heads)) if qk_norm else None for _ in range(2))
     # Xavier per projection, not over the fused (dim, 3 dim) matrix, whose larger fan-out would shrink the weights.
     projections = [xavier_linear(dim, dim, key=k) for k in jax.random.split(qkv_key, 3)]
     qkv = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *projections)
-    return SelfAttention(qkv, xavier_linear(dim, dim, key=out_key), *norms, num_heads, implementation)
+    out = xavier_linear(dim, dim, key=out_key)
+    return SelfAttention(qkv, out, query_norm, key_norm, num_heads, implementation)
 
 
 class MLP(eqx.Module):

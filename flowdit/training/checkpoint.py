@@ -190,7 +190,7 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
 def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Arrays by name, shapes checked first: Orbax would cast and sometimes slice without a word."""
     # The handler's own, as the checkpointer warns that an item has no metadata of a step.
-    stored = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())
+    stored: Any = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())  # type: ignore[arg-type]
     stored = getattr(stored, "tree", stored)
     found = {name: tuple(leaf.shape) for name, leaf in stored.items()}
     wanted = {name: tuple(leaf.shape) for name, leaf in targets.items()}
@@ -252,7 +252,9 @@ def restore_ema(step_folder: Path, template: Any) -> Any:
     """EMA weights in the structure of `template` (a model or its `eval_shape`), as float32."""
     verify_files(step_folder)
     targets = {
-        name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
         for name, leaf in named_arrays(template).items()
     }
     try:
@@ -278,7 +280,9 @@ def abstract_state(mesh: jax.sharding.Mesh, build: Callable[[], TrainState]) -> 
     """Shapes, dtypes and shardings of a state, for restoring into."""
     shapes = jax.eval_shape(build)
     shardings = parameter_shardings(mesh, shapes)
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def _first_line(problem: Exception) -> str:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from flowdit.config import Config
 from flowdit.sharding import prefetch_to_device
@@ -45,7 +46,7 @@ def train(config: Config) -> None:
             stopping = writer.reached_preemption(step) if jax.process_count() > 1 else bool(signalled)
 
             if is_due(step, settings.log_every) or step == start + 1 or last or stopping:
-                values = progress.summary(float(learning_rate(step - 1)))
+                values = progress.summary(float(np.asarray(learning_rate(step - 1))))
                 tracker.log(step, values)
                 tracker.say(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)
@@ -59,7 +60,9 @@ def train(config: Config) -> None:
                 if run.preview and (is_due(step, settings.sample_every) or last):
                     tracker.picture(step, run.preview.draw(state.ema, step))
         writer.wait()
-        tracker.say(f"{'stopped by signal' if signalled else 'done'}; checkpoint: {run.folder / str(writer.latest_step)}")
+        tracker.say(
+            f"{'stopped by signal' if signalled else 'done'}; checkpoint: {run.folder / str(writer.latest_step)}"
+        )
 
 
 def is_due(step: int, every: int) -> bool:
@@ -76,7 +79,9 @@ def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
     for note in run.notes:
         tracker.say(note)
     tracker.say(f"model: {parameters / 1e6:.2f} M parameters; {devices}, mesh {dict(run.mesh.shape)}")
-    tracker.say(f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {len(manifest['class_names'])} classes")
+    tracker.say(
+        f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {len(manifest['class_names'])} classes"
+    )
     if start < num_steps:
         tracker.say(f"compiling the training step, then steps {start + 1} to {num_steps}")
 

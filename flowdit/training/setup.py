@@ -194,7 +194,9 @@ def model_builder(config: ModelConfig, manifest: Manifest, compute_dtype: str, s
     )
 
 
-def resolve_labels(field: str, labels: Sequence[Any] | None, class_names: Sequence[str], default_count: int = 16) -> list[int]:
+def resolve_labels(
+    field: str, labels: Sequence[Any] | None, class_names: Sequence[str], default_count: int = 16
+) -> list[int]:
     """Class numbers for numbers or names; without any, `default_count` classes spread over all."""
     if labels is None:
         count = min(default_count, len(class_names))
@@ -245,7 +247,11 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any], manifest_id:
             f"got {manifest_id[:12]}: the data changed since the checkpoint was written"
         )
     old, new = _flat(stored["config"]), _flat(current)
-    changed = {name: (old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
+    changed = {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }
     for name, (before, now) in changed.items():
         if name in FIXED_FIELDS or (name.startswith("model.") and name != "model.remat"):
             raise ValueError(f"{name}: must be {before} as in the checkpoint to resume, got {now}")

@@ -22,8 +22,8 @@ class TrainState(eqx.Module):
     """Everything that training changes. `model` and `ema` are float32."""
 
     step: Int[Array, ""]
-    model: eqx.Module
-    ema: eqx.Module
+    model: Any
+    ema: Any
     opt_state: optax.OptState
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]

@@ -37,7 +37,9 @@ class WandbConfig:
 class Tracker:
     """Logs to all places; on processes other than the first it does nothing."""
 
-    def __init__(self, folder: Path, wandb_config: WandbConfig, run_config: dict[str, Any], *, run_id: str, primary: bool):
+    def __init__(
+        self, folder: Path, wandb_config: WandbConfig, run_config: dict[str, Any], *, run_id: str, primary: bool
+    ):
         self.folder = folder
         self.primary = primary
         self._file = (folder / "metrics.jsonl").open("a") if primary else None
@@ -72,7 +74,7 @@ class Tracker:
 
     def close(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
         if self._file is not None:
             self._file.close()
 
@@ -144,7 +146,7 @@ class Progress:
             "train/skipped_in_row": int(window[-1]["skipped_in_row"]),
             "train/images_per_second": count * self._batch_size / seconds,
             "train/steps_per_second": count / seconds,
-            **_loss_by_time(sum(m["bin_sums"] for m in good), sum(m["bin_counts"] for m in good)),
+            **_loss_by_time(*(np.sum([m[name] for m in good], axis=0) for name in ("bin_sums", "bin_counts"))),
         }
 
     def line(self, step: int, values: dict[str, float]) -> str:

@@ -71,9 +71,11 @@ def test_time_shift_moves_the_grid_and_not_the_end():
 def test_guidance_through_the_solver():
     """With v = label everywhere, x(0) = noise - v_guided."""
     noise = picture_noise(jax.random.key(0), 2, (1, 2, 2))
-    field = lambda x, t, label: jnp.ones_like(x) * label.astype(jnp.float32)  # noqa: E731
+    field = lambda x, t, label: jnp.ones_like(x) * label.astype(jnp.float32)
     latents = sample(field, noise, LABELS, 0, SamplerConfig(solver="euler", steps=4, guidance=3.0)).latents
-    np.testing.assert_allclose(latents, noise - 3.0 * LABELS.reshape(2, 1, 1, 1).astype(jnp.float32), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        latents, noise - 3.0 * LABELS.reshape(2, 1, 1, 1).astype(jnp.float32), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn():

@@ -151,7 +151,9 @@ def test_qk_norm_bounds_attention_logits():
         dim = attention.qkv.weight.shape[0]
         scale = jnp.concatenate([jnp.full(2 * dim, 10.0), jnp.ones(dim)])
         scaled = eqx.tree_at(
-            lambda a: (a.qkv.weight, a.qkv.bias), attention, (attention.qkv.weight * scale[None], attention.qkv.bias * scale)
+            lambda a: (a.qkv.weight, a.qkv.bias),
+            attention,
+            (attention.qkv.weight * scale[None], attention.qkv.bias * scale),
         )
         x = jax.random.normal(jax.random.key(5), (16, dim))
         return float(jnp.abs(attention(x) - scaled(x)).max())
@@ -199,6 +201,6 @@ def test_impossible_shapes_are_refused_by_name(settings, field):
 
 def test_xl_2_has_the_parameters_of_the_paper():
     """DiT-XL/2: 675 M with 1000 classes and learned sigma on 4 channels; here without sigma."""
-    build = lambda: build_ccdit(ModelConfig(qk_norm=False), (4, 32, 32), 1000, key=jax.random.key(0))  # noqa: E731
+    build = lambda: build_ccdit(ModelConfig(qk_norm=False), (4, 32, 32), 1000, key=jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(build)))
     assert count == pytest.approx(675e6, rel=0.005)

@@ -21,14 +21,17 @@ OBJECTIVE = Objective("label", np.int32(CLASSES), 0.1, (0.1,) * 4, (0.9,) * 4)
 def batch_of(size: int, step: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(step)
     labels = rng.integers(0, CLASSES, size).astype(np.int32)
-    return {"latent": rng.normal(size=(size, *LATENT)).astype(np.float32) + labels.reshape(-1, 1, 1, 1), "label": labels}
+    return {
+        "latent": rng.normal(size=(size, *LATENT)).astype(np.float32) + labels.reshape(-1, 1, 1, 1),
+        "label": labels,
+    }
 
 
 def run(mesh_config=None, *, steps=3, batch=8, accum=1, objective=OBJECTIVE, optim=None, batches=batch_of, decay=0.9):
     """Losses and final state of a few steps."""
     mesh = make_mesh(mesh_config or MeshConfig(data=4))
     optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 100)
-    build = lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)  # noqa: E731
+    build = lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
     state = init_sharded(mesh, build)
     shardings = parameter_shardings(mesh, state.model)
     step = make_train_step(optimizer, objective, 0, accum, decay, grad_shardings=shardings)
@@ -57,7 +60,12 @@ def test_golden_losses():
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=2, tensor=2), MeshConfig(data=1, fsdp=2, tensor=2)],
+    [
+        MeshConfig(data=1, fsdp=4),
+        MeshConfig(data=2, fsdp=2),
+        MeshConfig(data=2, tensor=2),
+        MeshConfig(data=1, fsdp=2, tensor=2),
+    ],
     ids=str,
 )
 def test_layouts_give_the_same_run(mesh):
@@ -67,7 +75,9 @@ def test_layouts_give_the_same_run(mesh):
 def test_one_device_gives_the_same_run_as_four(monkeypatch):
     four = run(MeshConfig(data=4))
     one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "make_mesh", lambda shape, axes, axis_types: jax.sharding.Mesh(np.array(one).reshape(1, 1, 1), axes))
+    monkeypatch.setattr(
+        jax, "make_mesh", lambda shape, axes, axis_types: jax.sharding.Mesh(np.array(one).reshape(1, 1, 1), axes)
+    )
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert_same_run(run(MeshConfig()), four)
 
@@ -75,7 +85,9 @@ def test_one_device_gives_the_same_run_as_four(monkeypatch):
 def test_fsdp_parameters_really_are_spread():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
     optimizer = make_optimizer(OptimConfig(), 10)
-    state = init_sharded(mesh, lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer))
+    state = init_sharded(
+        mesh, lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
+    )
     for tree in (state.model, state.ema, state.opt_state[1][0].mu):
         weight = tree.blocks.attention.qkv.weight
         assert weight.addressable_shards[0].data.size == weight.size // 4
@@ -99,7 +111,9 @@ def test_bfloat16_compute_keeps_float32_masters():
 def test_ema_is_of_the_new_weights():
     history = [run(steps=n, decay=0.75)[1] for n in (1, 2)]
     initial = run(steps=0)[1].model
-    expected = jax.tree.map(lambda i, a, b: 0.75 * (0.75 * i + 0.25 * a) + 0.25 * b, initial, history[0].model, history[1].model)
+    expected = jax.tree.map(
+        lambda i, a, b: 0.75 * (0.75 * i + 0.25 * a) + 0.25 * b, initial, history[0].model, history[1].model
+    )
     for x, y in zip(jax.tree.leaves(history[1].ema), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
@@ -116,7 +130,9 @@ def test_a_bad_batch_never_reaches_the_weights(bad):
 
     after_one, after_two = run(steps=1)[1], run(steps=2, batches=poisoned)[1]
     for name in ("model", "ema", "opt_state"):
-        for x, y in zip(jax.tree.leaves(getattr(after_two, name)), jax.tree.leaves(getattr(after_one, name)), strict=True):
+        for x, y in zip(
+            jax.tree.leaves(getattr(after_two, name)), jax.tree.leaves(getattr(after_one, name)), strict=True
+        ):
             np.testing.assert_array_equal(x, y)
     history, state = run(steps=3, batches=poisoned)
     assert [int(m["skipped"]) for m in history] == [0, 1, 1]
@@ -189,7 +205,7 @@ def test_compile_time_does_not_grow_with_depth():
     def operations(depth: int) -> int:
         optimizer = make_optimizer(OptimConfig(), 10)
         config = ModelConfig(depth=depth, hidden_dim=32, num_heads=2)
-        build = lambda: init_state(build_ccdit(config, LATENT, CLASSES, key=jax.random.key(0)), optimizer)  # noqa: E731
+        build = lambda: init_state(build_ccdit(config, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
         state = jax.eval_shape(build)
         batch = jax.tree.map(jnp.asarray, batch_of(4))
         return make_train_step(optimizer, OBJECTIVE, 0).lower(state, batch).as_text().count("\n")

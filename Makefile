@@ -1,0 +1,58 @@
+# Every target works as the first command on a machine with Python 3.11+ and make. `make help` lists them.
+PYTHON ?= python3
+EXTRA ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := checkpoints/demo
+DEMO_STEPS ?= 1500
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo sample test check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/ready-$(EXTRA): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or newer is needed, {v[0]}.{v[1]} found") if v < (3, 11) else None'
+	@echo "creating $(VENV) and installing flowdit[$(EXTRA)] (downloads: a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[$(EXTRA)]'
+	@touch $@
+
+$(VENV)/ready-test: $(VENV)/ready-$(EXTRA)
+	@echo "installing the test extra"
+	@$(PIP) -e '.[$(EXTRA),test]'
+	@touch $@
+
+setup: $(VENV)/ready-$(EXTRA) ## create .venv and install (EXTRA=cpu, cuda12, cuda13 or tpu)
+
+demo: setup ## from nothing to a trained model and its picture, in minutes on two CPU cores
+	@echo "1/3 preparing the embedded data"
+	@$(BIN)/python -m flowdit.prepare
+	@echo "2/3 training stage 1 (resumes if it was interrupted)"
+	@$(BIN)/python train_stage1.py experiment=openmoji train.checkpoint_dir=$(DEMO) train.num_steps=$(DEMO_STEPS) \
+		train.is_restore=$(if $(wildcard $(DEMO)/metrics.jsonl),true,false)
+	@echo "3/3 sampling"
+	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo
+	@echo "the picture: samples/demo/grid.png"
+
+sample: setup ## draw a grid from the trained model that comes with the repository
+	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained
+	@echo "the picture: samples/pretrained/grid.png"
+
+test: $(VENV)/ready-test ## the whole test suite (under 10 minutes on two cores)
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/ready-test ## format, lint, types and the structure of the code
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/python -m pytest tests/test_structure.py
+
+bench: $(VENV)/ready-test ## the benchmarks behind docs/performance.md
+	@$(BIN)/python -m benchmarks
+
+clean: ## remove the environment, caches and build leftovers (never data, checkpoints or samples)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""`python -m benchmarks [name ...]`: run the named benchmarks, or all, and print each as a markdown table."""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import time
+
+# Every reference here runs on the CPU, so both sides do. JAX reads this when it is imported, by the benchmarks below.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+BENCHMARKS = ("loader", "compile", "sampler", "checkpoint", "parts", "train_step")
+PACKAGES = ("jax", "jaxlib", "torch", "diffusers", "numpy", "grain", "array-record", "orbax-checkpoint")
+
+
+def machine() -> str:
+    """Cores that this process may use, the load before it started, and the versions measured."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return f"{cores} {platform.machine()} cores, load {load:.1f} before the start; Python {platform.python_version()}, {versions}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"out of {', '.join(BENCHMARKS)} (default: all)")
+    names = parser.parse_args().names or BENCHMARKS
+    if unknown := sorted(set(names) - set(BENCHMARKS)):
+        parser.error(f"name: must be one of {', '.join(BENCHMARKS)}, got {unknown[0]!r}")
+    print(f"Machine: {machine()}", flush=True)
+    for name in names:
+        start = time.perf_counter()
+        table = importlib.import_module(f"benchmarks.{name}").measure()
+        print(f"\n### {name}\n\n{table}\n\n({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

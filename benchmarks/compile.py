@@ -1,0 +1,27 @@
+"""Trace, lower and compile the training step at two depths: blocks are scanned, so the time must hardly grow."""
+
+import functools
+
+import jax
+
+from benchmarks.timing import interleave, table
+from benchmarks.workload import training
+from flowdit.models.ccdit import ModelConfig
+
+DEPTHS = (2, 28)
+
+
+def compile_step(depth: int) -> None:
+    """Compile from nothing: neither the traced functions nor the programs of an earlier call are reused."""
+    jax.clear_caches()
+    config = ModelConfig(depth=depth, hidden_dim=96, num_heads=4, patch_size=2)
+    step, init, batch = training(config, (4, 16, 16), batch_size=4)
+    step.lower(jax.eval_shape(init), batch).compile()  # type: ignore[attr-defined]
+
+
+def measure() -> str:
+    contenders = {f"depth {depth}": functools.partial(compile_step, depth) for depth in DEPTHS}
+    timings = interleave(contenders, rounds=3, warmup=0)
+    shallow = timings[f"depth {DEPTHS[0]}"]
+    rows = [[name, t.shown(), t.ratio(shallow)] for name, t in timings.items()]
+    return table(["96 wide", "to a compiled training step", f"time / depth {DEPTHS[0]}"], rows)

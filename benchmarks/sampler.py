@@ -1,0 +1,36 @@
+"""Images a second of the embedded model's sampler, with and without decoding them to pixels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import interleave, table
+from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, NUM_CLASSES
+from flowdit.diffusion.pictures import make_decoder
+from flowdit.diffusion.sampling import SamplerConfig, sample
+from flowdit.models.ccdit import build_ccdit
+from flowdit.models.vae import load_vae
+
+BATCH_SIZE = 16
+SAMPLER = SamplerConfig(solver="heun", steps=20, guidance=3.0)
+
+
+def measure() -> str:
+    model = build_ccdit(EMBEDDED, EMBEDDED_LATENT, NUM_CLASSES, key=jax.random.key(0))
+    noise = jax.random.normal(jax.random.key(1), (BATCH_SIZE, *EMBEDDED_LATENT))
+    labels, channels = jnp.arange(BATCH_SIZE), EMBEDDED_LATENT[0]
+    decode = make_decoder(load_vae("openmoji"), mean=(0.0,) * channels, scale=(1.0,) * channels)
+
+    @jax.jit
+    def draw(model, noise):
+        return sample(model, noise, labels, np.int32(NUM_CLASSES), SAMPLER)
+
+    contenders = {
+        "latents": lambda: jax.block_until_ready(draw(model, noise)),
+        "latents and VAE decode": lambda: decode(draw(model, noise).latents),
+    }
+    timings = interleave(contenders, rounds=4)
+    evaluations = int(draw(model, noise).evaluations)
+    rows = [[name, t.rate(BATCH_SIZE), t.shown(), t.ratio(timings["latents"])] for name, t in timings.items()]
+    title = f"batch {BATCH_SIZE}, {SAMPLER.solver} {SAMPLER.steps} steps, guided ({evaluations} evaluations)"
+    return table([title, "images/s", "time a batch", "time / latents alone"], rows)

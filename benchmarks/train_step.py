@@ -1,0 +1,62 @@
+"""A training step of DiT-S/2 against diffusers' DiT in torch: the same work and threads, float32, on the CPU."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+from benchmarks.timing import interleave, table
+from benchmarks.workload import NUM_CLASSES, repeated, training
+from flowdit.models.ccdit import ModelConfig
+
+BATCH_SIZE, LATENT = 8, (4, 32, 32)
+DIT_S_2 = ModelConfig(depth=12, hidden_dim=384, num_heads=6, patch_size=2, qk_norm=False)
+
+
+def flops_per_step(config: ModelConfig, num_tokens: int, batch_size: int) -> float:
+    """Matrix products of the blocks, two operations a multiply-add; the backward pass counts twice the forward."""
+    linear = 2 * (4 + 2 * config.mlp_ratio) * config.hidden_dim**2
+    attention = 4 * num_tokens * config.hidden_dim
+    return 3 * batch_size * num_tokens * config.depth * (linear + attention)
+
+
+def torch_step(config: ModelConfig) -> Callable[[], None]:
+    """diffusers' class trained on the same objective, with clipping, AdamW and an EMA as here."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_dim // config.num_heads,
+        num_layers=config.depth, patch_size=config.patch_size, sample_size=LATENT[1], in_channels=LATENT[0],
+        out_channels=LATENT[0], num_embeds_ada_norm=NUM_CLASSES,
+    ).train()  # fmt: skip
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    x_0, labels = torch.randn(BATCH_SIZE, *LATENT), torch.arange(BATCH_SIZE)
+
+    def step() -> None:
+        noise, t = torch.randn_like(x_0), torch.sigmoid(torch.randn(BATCH_SIZE))
+        velocity = model(torch.lerp(x_0, noise, t[:, None, None, None]), 1000 * t, labels).sample
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(velocity, noise - x_0).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(model)
+
+    return step
+
+
+def measure() -> str:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
+    with_qk_norm = dataclasses.replace(DIT_S_2, qk_norm=True)
+    contenders = {
+        "flowdit": repeated(training(DIT_S_2, LATENT, BATCH_SIZE)),
+        "diffusers in torch": torch_step(DIT_S_2),
+        "flowdit, qk_norm (default)": repeated(training(with_qk_norm, LATENT, BATCH_SIZE)),
+    }
+    timings = interleave(contenders, rounds=4)
+    gflops = flops_per_step(DIT_S_2, LATENT[1] * LATENT[2] // DIT_S_2.patch_size**2, BATCH_SIZE) / 1e9
+    reference = timings["diffusers in torch"]
+    rows = [[name, t.shown(), t.rate(gflops), t.ratio(reference)] for name, t in timings.items()]
+    return table([f"DiT-S/2, batch {BATCH_SIZE}", "time a step", "GFLOP/s", "time / torch's"], rows)

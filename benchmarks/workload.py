@@ -1,0 +1,51 @@
+"""The training step under measurement: flowdit's own, on random latents."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowdit.models.ccdit import ModelConfig, build_ccdit
+from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.training.step import Batch, Objective, TrainState, TrainStep, init_state, make_train_step
+
+NUM_CLASSES = 1000
+EMBEDDED = ModelConfig(depth=8, hidden_dim=192, num_heads=6, patch_size=2)
+EMBEDDED_LATENT = (16, 8, 8)
+"""The model of the `openmoji` preset and the latents that it is trained on."""
+
+
+class Workload(NamedTuple):
+    """A training step and what it takes."""
+
+    train_step: TrainStep
+    init: Callable[[], TrainState]
+    batch: Batch
+
+
+def training(config: ModelConfig, latent_shape: tuple[int, int, int], batch_size: int) -> Workload:
+    """Float32 training of `config`: draws, loss, gradient, clipping, AdamW and EMA, as in a run."""
+    optimizer = make_optimizer(OptimConfig(), num_steps=1000)
+    channels = latent_shape[0]
+    objective = Objective("label", np.int32(NUM_CLASSES), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
+
+    def init() -> TrainState:
+        return init_state(build_ccdit(config, latent_shape, NUM_CLASSES, key=jax.random.key(0)), optimizer)
+
+    latents = jax.random.normal(jax.random.key(1), (batch_size, *latent_shape))
+    batch = {"latent": latents, "label": jnp.arange(batch_size, dtype=jnp.int32)}
+    return Workload(make_train_step(optimizer, objective, seed=0), jax.jit(init), batch)
+
+
+def repeated(workload: Workload) -> Callable[[], None]:
+    """A function that makes one more step each time, and waits for it."""
+    state = workload.init()
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = workload.train_step(state, workload.batch)
+        jax.block_until_ready((state, metrics))
+
+    return run

@@ -1,0 +1,154 @@
+"""The commands as processes: train, then sample from the checkpoint folder alone; W&B in its modes; the environment."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from stage1 import REPOSITORY, Finished, call, finish, metrics, start, steps_of, train_here
+
+from flowdit import sample
+
+PRINT_ALLOCATOR = """
+import os, flowdit.train
+print(*(os.environ[name] for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "TF_GPU_ALLOCATOR")))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, tmp_path_factory) -> tuple[Path, Finished]:
+    """The run folder and the output of `python train_stage1.py`, with validation, samples and an offline W&B run."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    script = str(REPOSITORY / "train_stage1.py")
+    settings = ("experiment=tiny", "optim.warmup_steps=4", f"data.path={tiny_data}", f"train.checkpoint_dir={run}")
+    return run, finish(start(script, *settings, "wandb.enabled=true", "wandb.mode=offline"))
+
+
+def test_training_shows_its_progress(trained):
+    run, finished = trained
+    assert (finished.status, finished.err) == (0, "")
+    for expected in (
+        *("model: 0.05 M parameters; 1 cpu device(s)", "data: 48 records, latents 16x8x8, 4 classes"),
+        *("step 6/6  loss ", " img/s  ETA 0:00:00", "step 3  validation loss ", f"done; checkpoint: {run / '6'}"),
+    ):
+        assert expected in finished.out
+
+
+def test_training_leaves_checkpoints_figures_and_pictures(trained):
+    run, _ = trained
+    assert steps_of(run) == [2, 4, 6]
+    assert sorted(metrics(run, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert sorted(metrics(run, "validation/loss")) == [3, 6]
+    assert np.isfinite(list(metrics(run, "validation/loss").values())).all()
+    with Image.open(run / "samples" / "00000006.png") as grid:
+        assert np.ptp(np.asarray(grid)) > 0
+
+
+def test_offline_run_is_kept_in_the_run_folder(trained):
+    run, finished = trained
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+    assert "wandb" not in finished.out
+
+
+def test_sampling_needs_the_checkpoint_folder_alone(trained, tmp_path):
+    checkpoint = shutil.copytree(trained[0] / "6", tmp_path / "alone")
+    settings = (f"checkpoint={checkpoint}", "labels=[cat,3]", "per_label=2", "steps=2", "guidance=2", "seed=5")
+    finished = finish(start("-m", "flowdit.sample", *settings, "save_latents=true", "out=pictures"))
+    assert (finished.status, finished.err) == (0, "")
+    out = tmp_path / "pictures"
+    assert sorted(path.name for path in out.glob("*.png")) == [
+        *("0000_cat.png", "0001_cat.png", "0002_sun.png", "0003_sun.png", "grid.png")
+    ]
+    with Image.open(out / "0000_cat.png") as picture:
+        assert picture.size == (64, 64)
+    assert np.load(out / "latents.npy").shape == (4, 16, 8, 8)
+    record = json.loads((out / "samples.json").read_text())
+    assert (record["step"], record["weights"], record["evaluations"]) == (6, "ema", 4)
+    assert record["settings"]["class_names"] == ["cat", "cat", "sun", "sun"]
+    assert (record["settings"]["solver"], record["settings"]["guidance"]) == ("heun", 2.0)
+
+
+def sampled_latents(checkpoint: Path, out: str, *overrides: str) -> np.ndarray:
+    settings = ("labels=[0,1,2]", "steps=2", "solver=euler", "save_latents=true", f"out={out}")
+    finished = call(sample.main, f"checkpoint={checkpoint}", *settings, *overrides)
+    assert finished.status == 0, finished.err
+    return np.load(Path(out) / "latents.npy")
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch_size(trained):
+    checkpoint = trained[0] / "6"
+    first = sampled_latents(checkpoint, "first")
+    np.testing.assert_array_equal(sampled_latents(checkpoint, "again"), first)
+    np.testing.assert_allclose(sampled_latents(checkpoint, "batches", "batch_size=2"), first, atol=1e-5)
+    assert not np.allclose(sampled_latents(checkpoint, "other", "seed=1"), first)
+
+
+def test_sampling_without_labels_takes_those_of_the_training_preview(trained):
+    finished = call(sample.main, f"checkpoint={trained[0] / '6'}", "steps=2", "solver=euler")
+    assert finished.status == 0, finished.err
+    assert json.loads(Path("samples/samples.json").read_text())["settings"]["labels"] == [0, 1]
+
+
+@pytest.fixture
+def no_login(tmp_path, monkeypatch) -> None:
+    """A home without W&B's key."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_login")
+def test_online_run_without_a_login_says_so_and_goes_on_offline(tiny_data, tmp_path):
+    finished = train_here(tiny_data, tmp_path / "run", "wandb.enabled=true", "wandb.mode=online")
+    assert (finished.status, finished.err) == (0, "")
+    notices = [line for line in finished.out.splitlines() if "wandb" in line]
+    assert notices == ["wandb: no login found (run `wandb login`): logging offline"]
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.usefixtures("no_login")
+@pytest.mark.parametrize("settings", [("wandb.mode=disabled", "wandb.enabled=true"), ("wandb.enabled=false",)], ids=str)
+def test_switched_off_run_leaves_nothing(tiny_data, tmp_path, settings):
+    finished = train_here(tiny_data, tmp_path / "run", *settings)
+    assert (finished.status, finished.err) == (0, "")
+    assert "wandb" not in finished.out
+    assert not (tmp_path / "run" / "wandb").exists()
+    assert sorted(metrics(tmp_path / "run", "train/loss")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "false cuda_malloc_async"),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "TF_GPU_ALLOCATOR": "default"}, "true default"),
+    ],
+    ids=["unset", "set by the user"],
+)
+def test_gpu_memory_is_taken_as_needed_unless_the_user_says_otherwise(monkeypatch, own, expected):
+    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "TF_GPU_ALLOCATOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert finish(start("-c", PRINT_ALLOCATOR, **own)).out.split() == expected.split()
+
+
+def test_error_in_a_process_is_one_line_and_a_status(tmp_path):
+    script = str(REPOSITORY / "train_stage1.py")
+    finished = finish(start(script, "train.num_steps=abc", HYDRA_FULL_ERROR="0"))
+    assert finished.status == 2
+    assert finished.err.splitlines() == [
+        "error: Error merging override train.num_steps=abc: Value 'abc' of type 'str' could not be converted to Integer "
+        "full_key: train.num_steps"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traceback_on_request():
+    script = str(REPOSITORY / "train_stage1.py")
+    finished = finish(start(script, "experiment=tiny", "data.path=nowhere", FLOWDIT_TRACEBACK="1"))
+    assert finished.status != 0
+    assert "Traceback (most recent call last)" in finished.err
+    assert "nowhere: no such folder" in finished.err.splitlines()[-1]
+    assert os.sep + "training" + os.sep + "setup.py" in finished.err
