@@ -13,6 +13,8 @@ def set_environment() -> None:
     """Before JAX is imported; the commands that tests start inherit it."""
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA's thread pool: with one thread a core, four virtual devices on two cores can wait for each other for ever.
+    os.environ["NPROC"] = "16"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = tempfile.mkdtemp(prefix="flowdit-test-cache-")
         atexit.register(shutil.rmtree, cache, ignore_errors=True)

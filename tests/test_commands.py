@@ -72,7 +72,7 @@ def test_sampling_needs_the_checkpoint_folder_alone(trained, tmp_path):
 
 
 def sampled_latents(checkpoint: Path, out: str, *overrides: str) -> np.ndarray:
-    settings = ("labels=[0,1,2]", "steps=2", "solver=euler", "save_latents=true", f"out={out}")
+    settings = ("steps=2", "solver=euler", "save_latents=true", f"out={out}")
     finished = call(sample.main, f"checkpoint={checkpoint}", *settings, *overrides)
     assert finished.status == 0, finished.err
     return np.load(Path(out) / "latents.npy")
@@ -82,14 +82,10 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch_size(trained):
     checkpoint = trained[0] / "6"
     first = sampled_latents(checkpoint, "first")
     np.testing.assert_array_equal(sampled_latents(checkpoint, "again"), first)
-    np.testing.assert_allclose(sampled_latents(checkpoint, "batches", "batch_size=2"), first, atol=1e-5)
+    np.testing.assert_allclose(sampled_latents(checkpoint, "batches", "batch_size=1"), first, atol=1e-5)
     assert not np.allclose(sampled_latents(checkpoint, "other", "seed=1"), first)
-
-
-def test_sampling_without_labels_takes_those_of_the_training_preview(trained):
-    finished = call(sample.main, f"checkpoint={trained[0] / '6'}", "steps=2", "solver=euler")
-    assert finished.status == 0, finished.err
-    assert json.loads(Path("samples/samples.json").read_text())["settings"]["labels"] == [0, 1]
+    # Without labels, those of the previews in training.
+    assert json.loads(Path("first/samples.json").read_text())["settings"]["labels"] == [0, 1]
 
 
 @pytest.fixture

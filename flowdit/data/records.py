@@ -1,7 +1,7 @@
 """Records: the bytes of one training example, and the rules that its fields obey. The only file that knows the bytes.
 
 A record is a pickled flat dict of numpy arrays and plain Python values. Data files are untrusted, so they are read by an
-unpickler that knows seven names (the ones numpy 1 and numpy 2 write for an array) and gives each a stand-in of ours: no
+unpickler that knows nine names (the ones numpy 1 and numpy 2 write for an array) and gives each a stand-in of ours: no
 import happens, no numpy constructor is reachable, and nothing in a file can run code.
 """
 

@@ -61,7 +61,7 @@ def train(config: Config) -> None:
                     tracker.picture(step, run.preview.draw(state.ema, step))
         writer.wait()
         tracker.say(
-            f"{'stopped by signal' if signalled else 'done'}; checkpoint: {run.folder / str(writer.latest_step)}"
+            f"{'done' if writer.latest_step == settings.num_steps else 'stopped by signal'}; checkpoint: {run.folder / str(writer.latest_step)}"
         )
 
 
@@ -100,14 +100,18 @@ def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWrite
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that SIGTERM or the first Ctrl-C fills; a second Ctrl-C interrupts at once."""
+    """A list that SIGTERM or the first Ctrl-C fills; a second Ctrl-C interrupts at once.
+
+    With several processes JAX's own handler stays: it lets all of them agree on the step to stop at.
+    """
     received: list[int] = []
+    handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
 
     def note(number, _frame):
         received.append(number)
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, note) for number in handled}
     try:
         yield received
     finally:

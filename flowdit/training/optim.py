@@ -76,7 +76,9 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    # Clipping or not, the chain and so the names of its state are the same: a resume may change it.
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    chain = optax.chain(clip, adamw)
 
     def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         # Optax mixes its integer step count with floats; the rest of flowdit runs under strict promotion.
