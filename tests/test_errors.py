@@ -267,10 +267,18 @@ def test_resume_of_nothing(tiny_data, tmp_path, exists):
     assert line == f"error: train.is_restore: there is no run to resume in train.checkpoint_dir={tmp_path / 'run'}"
 
 
-def test_full_disk_names_the_last_good_checkpoint(tiny_data, run, monkeypatch):
+def test_full_disk_is_said_before_the_first_step(tiny_data, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    line = refused(lambda: train_here(tiny_data, tmp_path / "run"), tmp_path)
+    assert line.startswith("error: train.checkpoint_dir: a checkpoint needs 1 MB")
+
+
+def test_disk_that_fills_up_names_the_last_good_checkpoint(tiny_data, run, monkeypatch):
     shutil.rmtree(run / "6")
     usage = shutil.disk_usage(run)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    answers = iter([usage])  # room at the start, none at the save
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: next(answers, usage._replace(free=1000)))
     line = refused(lambda: train_here(tiny_data, run, "train.is_restore=true"), run / "2", run / "4")
     assert "0 MB free" in line
     assert line.endswith(f"last good: {run / '4'}")

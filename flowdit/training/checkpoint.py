@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -125,8 +126,8 @@ class CheckpointWriter:
 
 
 def check_free_space(folder: Path, state: TrainState) -> None:
-    """Raise `CheckpointError` if the disk cannot take one more checkpoint of this state."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    """Raise `CheckpointError` if the disk cannot take one more checkpoint of this state (or of its shapes)."""
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(folder).free
     if free < 1.05 * needed:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from flowdit.diffusion.flow import resolution_shift
 from flowdit.models.attention import attention_implementation
 from flowdit.models.ccdit import CCDiT, ModelConfig, build_ccdit
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh, parameter_shardings
-from flowdit.training.checkpoint import CheckpointError, abstract_state, list_steps, restore_newest
+from flowdit.training.checkpoint import CheckpointError, abstract_state, check_free_space, list_steps, restore_newest
 from flowdit.training.evaluate import Preview, Validation
 from flowdit.training.optim import make_optimizer
 from flowdit.training.step import Objective, TrainState, TrainStep, init_state, make_train_step
@@ -65,6 +65,7 @@ def start_run(config: Config) -> Run:
 
     meta, notes = run_meta(dataclasses.asdict(config), data, objective), []
     template = abstract_state(mesh, build_state)
+    check_free_space(folder, template)
     if resuming:
         state = resume(folder, template, stream, meta, notes)
     else:

@@ -55,8 +55,7 @@ class Tracker:
             return
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        self._to_wandb(step, values)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         self.log(step, losses)
@@ -70,13 +69,23 @@ class Tracker:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+            self._to_wandb(step, {"samples": wandb.Image(str(path))})
 
     def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
         if self._file is not None:
             self._file.close()
+        if self._wandb is not None:
+            with contextlib.suppress(Exception):  # the run is over; what W&B has not sent lies in its folder
+                self._wandb.finish()
+
+    def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(values, step=step)
+        except Exception as problem:  # whatever goes wrong there must not cost a training run
+            self.say(f"wandb: logging failed ({problem}): going on with metrics.jsonl alone")
+            self._wandb = None
 
 
 def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str) -> Any:

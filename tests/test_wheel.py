@@ -1,0 +1,53 @@
+"""The wheel carries all it needs: configurations, pictures and the VAE, found from any folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = """
+import flowdit, flowdit.data.openmoji, flowdit.models.vae, pathlib, sys
+assert pathlib.Path(flowdit.__file__).is_relative_to(sys.argv[1]), flowdit.__file__
+assert flowdit.data.openmoji.load().tiles.shape[1:] == (64, 64, 3)
+assert flowdit.models.vae.load_vae("openmoji").config.latent_channels == 16
+"""
+
+
+def python(*arguments: str | Path, folder: Path, path: Path | str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(path), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked into a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, folder=folder)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = folder.glob("*.whl")
+    target = folder / "site"
+    done = python("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_assets_are_found(installed, tmp_path):
+    done = python("-P", "-c", SCRIPT, installed, folder=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_composes(installed, tmp_path):
+    for module, words in {
+        "train": "experiment: openmoji",
+        "prepare": "source: openmoji",
+        "sample": "solver: heun",
+    }.items():
+        arguments = ("experiment=openmoji",) if module == "train" else ()
+        done = python("-P", "-m", f"flowdit.{module}", *arguments, "--cfg", "all", folder=tmp_path, path=installed)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
