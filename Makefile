@@ -4,7 +4,7 @@ EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/demo
-DEMO_STEPS ?= 1500
+DEMO_STEPS ?= 1000
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -34,11 +34,12 @@ demo: setup ## from nothing to a trained model and its picture, in minutes on tw
 	@$(BIN)/python train_stage1.py experiment=openmoji train.checkpoint_dir=$(DEMO) train.num_steps=$(DEMO_STEPS) \
 		train.is_restore=$(if $(wildcard $(DEMO)/metrics.jsonl),true,false)
 	@echo "3/3 sampling"
-	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo
+	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo per_label=4 \
+		labels=[country-flag,face-smiling,face-concerned,cat-face,heart,time,regional-indicator,geometric]
 	@echo "the picture: samples/demo/grid.png"
 
 sample: setup ## draw a grid from the trained model that comes with the repository
-	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained
+	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained per_label=2
 	@echo "the picture: samples/pretrained/grid.png"
 
 test: $(VENV)/ready-test ## the whole test suite (under 10 minutes on two cores)

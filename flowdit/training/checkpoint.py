@@ -274,6 +274,8 @@ def save_slim(target: Path, ema: Any, meta: dict[str, Any], dtype: str = "float1
     items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(target.resolve(), args=items)
+    for marker in target.rglob("commit_success.txt"):
+        marker.unlink()  # object stores need it while writing; in a file that is passed on it tells the author's paths
     write_checksums(target)
 
 
