@@ -61,7 +61,7 @@ def train(config: Config) -> None:
                     tracker.picture(step, run.preview.draw(state.ema, step))
         writer.wait()
         tracker.say(
-            f"{'done' if writer.latest_step == settings.num_steps else 'stopped by signal'}; checkpoint: {run.folder / str(writer.latest_step)}"
+            f"{'done' if (writer.latest_step or 0) >= settings.num_steps else 'stopped by signal'}; checkpoint: {run.folder / str(writer.latest_step)}"
         )
 
 
