@@ -4,7 +4,7 @@ EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/demo
-DEMO_STEPS ?= 1000
+DEMO_STEPS ?= 2000
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -31,11 +31,11 @@ demo: setup ## from nothing to a trained model and its picture, in minutes on tw
 	@echo "1/3 preparing the embedded data"
 	@$(BIN)/python -m flowdit.prepare
 	@echo "2/3 training stage 1 (resumes if it was interrupted)"
-	@$(BIN)/python train_stage1.py experiment=openmoji train.checkpoint_dir=$(DEMO) train.num_steps=$(DEMO_STEPS) \
+	@$(BIN)/python train_stage1.py experiment=openmoji_demo train.checkpoint_dir=$(DEMO) train.num_steps=$(DEMO_STEPS) \
 		train.is_restore=$(if $(wildcard $(DEMO)/metrics.jsonl),true,false)
 	@echo "3/3 sampling"
 	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo per_label=4 \
-		labels=[country-flag,face-smiling,face-concerned,cat-face,heart,time,regional-indicator,geometric]
+		labels=[country-flag,face-smiling,face-concerned,face-neutral-skeptical,heart,cat-face,geometric,country-flag]
 	@echo "the picture: samples/demo/grid.png"
 
 sample: setup ## draw a grid from the trained model that comes with the repository
