@@ -4,7 +4,7 @@ EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/demo
-DEMO_STEPS ?= 2000
+DEMO_STEPS ?= 1800
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
