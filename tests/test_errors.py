@@ -44,7 +44,7 @@ SETTINGS = [
     ("train.sample_labels=[a", "train.sample_labels=[a", "no viable alternative"),
     ("train.num_steps=${nothing}", "train.num_steps", "Interpolation key 'nothing' not found"),
     ("optim.betas=[0.9,x]", "optim.betas=[0.9,x]", "'x' of type 'str'"),
-    ("experiment=nope", "'experiment/nope'", "imagenet256_xl2 openmoji tiny"),
+    ("experiment=nope", "'experiment/nope'", "imagenet256_xl2 openmoji", "tiny"),
     ("model/size=xxl", "'model/size/xxl'", "b l s xl"),
     ("optim=sgd", "'optim/sgd'", "adamw"),
     # Additions that would be dropped without a word.
