@@ -6,7 +6,7 @@ import jax
 
 from benchmarks.timing import interleave, table
 from benchmarks.workload import training
-from flowdit.models.ccdit import ModelConfig
+from flowdit.models.transformer import ModelConfig
 
 DEPTHS = (2, 28)
 

@@ -9,7 +9,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 
 from benchmarks.timing import interleave, table
 from benchmarks.workload import NUM_CLASSES, repeated, training
-from flowdit.models.ccdit import ModelConfig
+from flowdit.models.transformer import ModelConfig
 
 BATCH_SIZE, LATENT = 8, (4, 32, 32)
 DIT_S_2 = ModelConfig(depth=12, hidden_dim=384, num_heads=6, patch_size=2, qk_norm=False)

@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from flowdit.models.ccdit import ModelConfig, build_ccdit
+from flowdit.diffusion.conditioning import class_conditioning
+from flowdit.models.ccdit import build_ccdit
+from flowdit.models.transformer import ModelConfig
+from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, make_optimizer
-from flowdit.training.step import Batch, Objective, TrainState, TrainStep, init_state, make_train_step
+from flowdit.training.step import Batch, TrainState, TrainStep, init_state, make_train_step
 
 NUM_CLASSES = 1000
 EMBEDDED = ModelConfig(depth=8, hidden_dim=192, num_heads=6, patch_size=2)
@@ -29,7 +31,7 @@ def training(config: ModelConfig, latent_shape: tuple[int, int, int], batch_size
     """Float32 training of `config`: draws, loss, gradient, clipping, AdamW and EMA, as in a run."""
     optimizer = make_optimizer(OptimConfig(), num_steps=1000)
     channels = latent_shape[0]
-    objective = Objective("label", np.int32(NUM_CLASSES), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
+    objective = Objective(class_conditioning(NUM_CLASSES), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
 
     def init() -> TrainState:
         return init_state(build_ccdit(config, latent_shape, NUM_CLASSES, key=jax.random.key(0)), optimizer)

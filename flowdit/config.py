@@ -22,7 +22,9 @@ from flowdit.data.loader import DataConfig
 from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.models.ccdit import ModelConfig
+from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
+from flowdit.models.text_encoder import TextConfig
+from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig
 from flowdit.training.optim import OptimConfig
 from flowdit.training.tracking import WandbConfig
@@ -48,6 +50,7 @@ class TrainConfig:
     validation_records: int = 1_024
     sample_every: int = 5_000
     sample_labels: list[Any] | None = None
+    sample_prompts: list[str] | None = None
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     compute_dtype: str = "bfloat16"
@@ -57,6 +60,10 @@ class TrainConfig:
     time_distribution: str = "logit_normal"
     time_shift: float | None = 1.0
     max_skipped_in_row: int = 20
+    init_from: str | None = None
+    init_time: float = 0.5
+    init_shared_map: str = "block0"
+    init_class: str = "dropped"
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
 
     def check(self) -> None:
@@ -72,50 +79,80 @@ class TrainConfig:
         _require("train.time_shift", self.time_shift, lambda v: v is None or v > 0, "must be null or positive")
         _require_choice("train.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         _require_choice("train.time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        _require("train.init_time", self.init_time, lambda v: 0 <= v <= 1, "must be in [0, 1]")
+        _require_choice("train.init_shared_map", self.init_shared_map, SHARED_MAPS)
+        _require_choice("train.init_class", self.init_class, CLASS_CONDITIONS)
         self.sampler.check("train.sampler.")
 
 
 @dataclasses.dataclass
 class Config:
-    """Everything `train_stage1.py` takes."""
+    """Everything `train_stage1.py` and `train_stage2.py` take; the first has no use for `text`."""
 
     seed: int = 0
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
 
-    def check(self) -> None:
-        """The rules that need neither data nor devices."""
+    def check(self, model_name: str) -> None:
+        """The rules that need neither data nor devices; `model_name` is the kind of model that the command trains."""
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
+        _require("model.name", self.model.name, lambda v: v == model_name, f"this command trains {model_name}")
         self.train.check()
+        self.data.check()
         self.optim.check(self.train.num_steps)
         self.wandb.check()
-        _require_choice("model.name", self.model.name, ("ccdit",))
+        if model_name == "mmdit":
+            self.text.check()
+        for field in ("sample_labels",) if model_name == "mmdit" else ("sample_prompts", "init_from"):
+            value = getattr(self.train, field)
+            _require(f"train.{field}", value, lambda v: v is None, f"must be null where a {model_name} is trained")
 
 
 @dataclasses.dataclass
-class SampleConfig(SamplerConfig):
-    """What `python -m flowdit.sample` takes besides the sampler's own fields.
+class SampleConfig:
+    """What `python -m flowdit.sample` takes. The sampler's fields, where null, are those of the previews in training.
 
-    `labels` are numbers or class names, each drawn `per_label` times; without them the checkpoint's preview labels.
+    A class model takes `labels` (numbers or class names), a text model `prompts` or `prompts_file` (one a line) and
+    `negative_prompt`; each is drawn `num_images` times. Without any, what the previews in training showed is drawn.
     """
 
     checkpoint: str = "???"
     labels: list[Any] | None = None
-    per_label: int = 1
+    prompts: list[str] | None = None
+    prompts_file: str | None = None
+    negative_prompt: str = ""
+    num_images: int = 1
     columns: int = 8
     batch_size: int = 64
     seed: int = 0
     out: str = "samples"
     vae: str | None = None
+    text_encoder: str | None = None
     save_latents: bool = False
+    solver: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_low: float | None = None
+    guidance_high: float | None = None
+    time_shift: float | None = None
+    rtol: float | None = None
 
-    def check_all(self) -> None:
-        self.check("")
-        for field in ("per_label", "columns", "batch_size"):
+    def sampler(self, trained: SamplerConfig) -> SamplerConfig:
+        """The sampler asked for, the rest as in `trained`. Raises `ValueError` naming a field that cannot be used."""
+        names = [field.name for field in dataclasses.fields(SamplerConfig)]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        sampler = dataclasses.replace(trained, **given)
+        sampler.check("")
+        return sampler
+
+    def check(self) -> None:
+        """Raise `ValueError` naming the first field that breaks a rule."""
+        for field in ("num_images", "columns", "batch_size"):
             _require(field, getattr(self, field), lambda v: v >= 1, "must be at least 1")
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
 
@@ -137,6 +174,13 @@ def resolve(composed: DictConfig, schema: type) -> Any:
     if missing:
         raise ValueError(f"{missing[0]}: must be given, as in {missing[0]}=...")
     return OmegaConf.to_object(composed)
+
+
+def from_stored(values: Any) -> Config:
+    """The configuration in a checkpoint; fields that came later than the checkpoint have their defaults."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(config, Config)
+    return config
 
 
 def _unknown_keys(values: Any, schema: type, prefix: str = "") -> list[str]:

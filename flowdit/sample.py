@@ -1,88 +1,128 @@
-"""`python -m flowdit.sample checkpoint=checkpoints/<step> [labels=[...] ...]`: a checkpoint folder in, PNGs out."""
+"""`python -m flowdit.sample checkpoint=checkpoints/<step> [labels=[...] | prompts=[...] ...]`: a checkpoint in, PNGs out."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
-from flowdit.config import Config, SampleConfig, register_schemas, resolve, run_command, user_errors
-from flowdit.data.manifest import Manifest
+from flowdit.config import SampleConfig, register_schemas, resolve, run_command, user_errors
 from flowdit.diffusion.pictures import make_decoder, save_grid
-from flowdit.diffusion.sampling import picture_noise, sample
-from flowdit.training.checkpoint import read_meta, restore_ema
+from flowdit.diffusion.sampling import SamplerConfig, picture_noise, sample
+from flowdit.models.text_encoder import TextEncoder, load_text_encoder
 from flowdit.training.evaluate import load_matching_vae
-from flowdit.training.setup import model_builder, resolve_labels
+from flowdit.training.stages import Requests, describe_encoder, label_requests, prompt_requests, resolve_labels
 from flowdit.training.step import cast_floating
+from flowdit.training.trained import Trained, load_trained
 
 
-class Trained(NamedTuple):
-    """A model read from a checkpoint folder, with all that sampling needs to know."""
-
-    model: Any
-    config: Config
-    manifest: Manifest
-    mean: list[float]
-    scale: list[float]
-    step: int
-
-
-def load_checkpoint(folder: Path) -> Trained:
-    """The EMA model in `folder` in float32. Raises `CheckpointError` if it is missing, damaged or foreign."""
-    meta = read_meta(folder)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), meta["config"]))
-    assert isinstance(config, Config)
-    manifest = Manifest.parse(meta["manifest"])
-    template = jax.eval_shape(model_builder(config.model, manifest, "float32", config.seed))
-    model = restore_ema(folder, template)
-    return Trained(model, config, manifest, meta["latent_mean"], meta["latent_scale"], meta["step"])
+def make_requests(trained: Trained, config: SampleConfig) -> Requests:
+    """The pictures asked for. Raises `ValueError` for labels asked of a text model or prompts of a class model."""
+    if trained.text is None:
+        for field in ("prompts", "prompts_file", "negative_prompt", "text_encoder"):
+            if getattr(config, field):
+                raise ValueError(f"{field}: {config.checkpoint} holds a class model, which takes labels")
+        labels = trained.config.train.sample_labels if config.labels is None else config.labels
+        class_names = trained.manifest.class_names
+        numbers = repeated(resolve_labels("labels", labels, class_names), config.num_images)
+        return label_requests(numbers, class_names, trained.conditioning)
+    if config.labels is not None:
+        raise ValueError(f"labels: {config.checkpoint} holds a text model, which takes prompts")
+    prompts = repeated(read_prompts(trained, config), config.num_images)
+    encoder = load_matching_encoder(trained, config.text_encoder)
+    warn_of_truncation(encoder, [*prompts, config.negative_prompt])
+    return prompt_requests(encoder, prompts, config.negative_prompt, trained.conditioning)
 
 
-def draw(trained: Trained, config: SampleConfig, labels: list[int]) -> tuple[np.ndarray, int]:
-    """Normalised latents (len(labels), channels, height, width), and the model evaluations for each picture's batch."""
-    count, batch_size = len(labels), min(config.batch_size, len(labels))
-    noise = picture_noise(jax.random.key(config.seed), count, trained.manifest.latent_shape)
-    null = np.int32(trained.manifest.num_classes)
+def repeated(items: list, count: int) -> list:
+    """Every item `count` times in a row."""
+    return [item for item in items for _ in range(count)]
+
+
+def read_prompts(trained: Trained, config: SampleConfig) -> list[str]:
+    """The prompts given, those in the file, or those of the previews in training."""
+    if config.prompts is not None and config.prompts_file is not None:
+        raise ValueError(f"prompts_file: must not be given together with prompts, got {config.prompts_file}")
+    prompts = trained.config.train.sample_prompts if config.prompts is None else config.prompts
+    if config.prompts_file is not None:
+        try:
+            lines = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise ValueError(f"prompts_file: {config.prompts_file} cannot be read: {problem}") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{'prompts' if config.prompts_file is None else 'prompts_file'}: must hold at least one prompt")
+    return list(prompts)
+
+
+def load_matching_encoder(trained: Trained, name: str | None) -> TextEncoder:
+    """The text encoder of the training run, from where it was or from `name`. Raises `ValueError` if it is another."""
+    stored = trained.config.text
+    encoder = load_text_encoder(dataclasses.replace(stored, encoder=name or stored.encoder))
+    assert trained.text is not None
+    if encoder.fingerprint != trained.text["fingerprint"]:
+        raise ValueError(
+            f"text_encoder: must be the one of the training run ({trained.text['name']}, fingerprint "
+            f"{trained.text['fingerprint']}), {encoder.name!r} has {describe_encoder(encoder)['fingerprint']}"
+        )
+    return encoder
+
+
+def warn_of_truncation(encoder: TextEncoder, prompts: list[str]) -> None:
+    """Say which prompts the encoder cuts short."""
+    truncated = encoder.tokenize(prompts).truncated
+    for prompt in dict.fromkeys(prompt for prompt, cut in zip(prompts, truncated, strict=True) if cut):
+        print(f"warning: longer than {encoder.max_length} tokens, the rest is ignored: {prompt[:60]!r}...", flush=True)
+
+
+def draw(
+    trained: Trained, sampler: SamplerConfig, requests: Requests, seed: int, batch_size: int
+) -> tuple[np.ndarray, int]:
+    """Normalised latents (requests, channels, height, width), and the model evaluations for each picture's batch."""
+    count = len(requests.captions)
+    batch_size = min(batch_size, count)
+    noise = picture_noise(jax.random.key(seed), count, trained.manifest.latent_shape)
     dtype = "bfloat16" if jax.default_backend() != "cpu" else "float32"
 
     @jax.jit
-    def run(model, noise, labels):
-        return sample(cast_floating(model, dtype), noise, labels, null, config)
+    def run(model, noise, condition, null):
+        return sample(cast_floating(model, dtype), noise, condition, null, sampler)
 
-    padding = -count % batch_size
-    noise = jnp.concatenate([noise, jnp.zeros((padding, *noise.shape[1:]))]).reshape(-1, batch_size, *noise.shape[1:])
-    padded_labels = jnp.asarray(labels + [0] * padding).reshape(-1, batch_size)
-    results = [run(trained.model, n, c) for n, c in zip(noise, padded_labels, strict=True)]
+    def batches(x):
+        padded = jnp.concatenate([x, jnp.repeat(x[-1:], -count % batch_size, axis=0)])
+        return padded.reshape(-1, batch_size, *x.shape[1:])
+
+    parts = jax.tree.map(batches, (noise, requests.condition, requests.null))
+    results = [run(trained.model, *jax.tree.map(lambda x: x[i], parts)) for i in range(-(-count // batch_size))]
     latents = np.concatenate([np.asarray(result.latents) for result in results])[:count]
     return latents, max(int(result.evaluations) for result in results)
 
 
-def write_samples(trained: Trained, config: SampleConfig, labels: list[int]) -> Path:
+def write_samples(trained: Trained, config: SampleConfig, sampler: SamplerConfig, requests: Requests) -> Path:
     """Draw, decode and write `grid.png`, single PNGs and `samples.json` into `config.out`; the grid's path."""
     vae = load_matching_vae(config.vae or trained.manifest.vae.name, trained.manifest)
-    out, names = Path(config.out), [trained.manifest.class_names[label] for label in labels]
+    out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise ValueError(f"out: {out} cannot be written: {problem.strerror}") from None
-    latents, evaluations = draw(trained, config, labels)
+    latents, evaluations = draw(trained, sampler, requests, config.seed, config.batch_size)
     images = make_decoder(vae, trained.mean, trained.scale)(latents)
-    for i, (image, name) in enumerate(zip(images, names, strict=True)):
-        Image.fromarray(image).save(out / f"{i:04d}_{_file_name(name)}.png")
+    for i, (image, caption) in enumerate(zip(images, requests.captions, strict=True)):
+        Image.fromarray(image).save(out / f"{i:04d}_{_file_name(caption)}.png")
     if config.save_latents:
         np.save(out / "latents.npy", latents)
-    settings = dataclasses.asdict(config) | {"labels": labels, "class_names": names}
+    settings = dataclasses.asdict(config) | dataclasses.asdict(sampler) | {"captions": requests.captions}
     record = {"settings": settings, "evaluations": evaluations, "step": trained.step, "weights": "ema"}
     (out / "samples.json").write_text(json.dumps(record, indent=1) + "\n")
-    save_grid(out / "grid.png", images, names, config.columns)
+    save_grid(out / "grid.png", images, requests.captions, config.columns)
     return out / "grid.png"
 
 
@@ -94,15 +134,13 @@ def _file_name(name: str) -> str:
 @user_errors()
 def _sample(composed: DictConfig) -> None:
     config: SampleConfig = resolve(composed, SampleConfig)
-    config.check_all()
-    trained = load_checkpoint(Path(config.checkpoint))
-    default = trained.config.train.sample_labels if config.labels is None else config.labels
-    labels = resolve_labels("labels", default, trained.manifest.class_names)
-    labels = [label for label in labels for _ in range(config.per_label)]
-    print(
-        f"step {trained.step}: {len(labels)} pictures, {config.solver}, {config.steps} steps, guidance {config.guidance}"
-    )
-    print(f"samples: {write_samples(trained, config, labels)}", flush=True)
+    config.check()
+    trained = load_trained(Path(config.checkpoint))
+    sampler = config.sampler(trained.config.train.sampler)
+    requests = make_requests(trained, config)
+    count = len(requests.captions)
+    print(f"step {trained.step}: {count} pictures, {sampler.solver}, {sampler.steps} steps, guidance {sampler.guidance}")
+    print(f"samples: {write_samples(trained, config, sampler, requests)}", flush=True)
 
 
 def main() -> None:

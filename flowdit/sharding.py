@@ -19,8 +19,13 @@ BATCH_AXES = ("data", "fsdp")
 # parameters lead with the depth axis, which is scanned and never sharded. Everything else is small and replicated:
 # sharding biases, norms and tables makes XLA rematerialise whole tensors.
 RULES = (
-    (r"blocks\..*(qkv|up|ada_ln)\.weight$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks\..*(qkv|query|key_value|up|ada_ln)\.weight$", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks\..*(out|down)\.weight$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"time_block\.weight$", PartitionSpec("fsdp", "tensor")),
+    # The text encoder's, stored (out, in) as Hugging Face does.
+    (r"layers\..*(q_proj|k_proj|v_proj|gate_proj|up_proj)\.weight$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"layers\..*(o_proj|down_proj)\.weight$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"embed_tokens\.weight$", PartitionSpec(None, "fsdp")),
     (r"", PartitionSpec()),
 )
 
@@ -94,10 +99,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def init_sharded(mesh: Mesh, build: Callable[[], Any]) -> Any:
-    """Run `build` under jit with its results laid out by `RULES`, so that no device ever holds the whole state."""
-    shapes = jax.eval_shape(build)
-    return jax.jit(build, out_shardings=parameter_shardings(mesh, shapes))()
+def init_sharded(mesh: Mesh, build: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `build` under jit with its results laid out by `RULES`, so that no device ever holds the whole state.
+
+    `arguments` are pytrees of arrays; as arguments, and not as part of `build`, they do not become constants.
+    """
+    shapes = jax.eval_shape(build, *arguments)
+    return jax.jit(build, out_shardings=parameter_shardings(mesh, shapes))(*arguments)
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -106,13 +114,15 @@ def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def prefetch_to_device(mesh: Mesh, stream: Any, ahead: int = 2) -> Iterator[tuple[dict[str, jax.Array], dict]]:
-    """Batches on the devices, each with the stream's state after it.
+def prefetch_to_device(
+    mesh: Mesh, stream: Any, encode: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], ahead: int = 2
+) -> Iterator[tuple[dict[str, jax.Array], dict]]:
+    """Encoded batches on the devices, each with the stream's state after it.
 
-    `ahead` further ones are already there, so that copying overlaps with the current step.
+    `ahead` further ones are under way, so that copying and encoding overlap with the current step.
     """
     queue: collections.deque = collections.deque()
     for batch in stream:
-        queue.append((shard_batch(mesh, batch), stream.get_state()))
+        queue.append((encode(shard_batch(mesh, batch)), stream.get_state()))
         if len(queue) > ahead:
             yield queue.popleft()

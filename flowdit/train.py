@@ -1,4 +1,4 @@
-"""`python train_stage1.py [overrides]`: Hydra's configuration in, a trained model in `train.checkpoint_dir`."""
+"""`python train_stage1.py` and `train_stage2.py`: Hydra's configuration in, a trained model in `train.checkpoint_dir`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,18 @@ from flowdit.training.loop import train
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 @user_errors()
 def _stage1(composed: DictConfig) -> None:
+    _train(composed, "ccdit")
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config_stage2")
+@user_errors()
+def _stage2(composed: DictConfig) -> None:
+    _train(composed, "mmdit")
+
+
+def _train(composed: DictConfig, model_name: str) -> None:
     config = resolve(composed, Config)
-    config.check()
+    config.check(model_name)
     if config.mesh.multi_process:
         jax.distributed.initialize()
     train(config)
@@ -32,5 +42,7 @@ def stage1() -> None:
     run_command(_stage1)
 
 
-if __name__ == "__main__":
-    stage1()
+def stage2() -> None:
+    """Train the text-conditional model."""
+    register_schemas()
+    run_command(_stage2)

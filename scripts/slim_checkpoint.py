@@ -8,7 +8,7 @@ How `pretrained/openmoji` was made.
 import argparse
 from pathlib import Path
 
-from flowdit.sample import load_checkpoint
+from flowdit.training.trained import load_trained
 from flowdit.training.checkpoint import read_meta, save_slim
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
-    save_slim(args.target, load_checkpoint(args.checkpoint).model, read_meta(args.checkpoint))
+    save_slim(args.target, load_trained(args.checkpoint).model, read_meta(args.checkpoint))
     size = sum(path.stat().st_size for path in args.target.rglob("*") if path.is_file())
     print(f"{args.target}: {size / 1e6:.1f} MB")
 

@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set of random latents for the embedded VAE. Tests that change it work on a copy."""
-    from stage1 import write_tiny_data
+    from runs import write_tiny_data
 
     return write_tiny_data(tmp_path_factory.mktemp("data") / "tiny")
 
@@ -51,7 +51,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in one go with checkpoints 2, 4 and 6. Tests that change it work on a copy."""
-    from stage1 import train_here
+    from runs import train_here
 
     run = tmp_path_factory.mktemp("runs") / "whole"
     finished = train_here(tiny_data, run)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from stage1 import REPOSITORY, Finished, call, finish, metrics, start, steps_of, train_here
+from runs import REPOSITORY, Finished, call, finish, metrics, start, steps_of, train_here
 
 from flowdit import sample
 
@@ -55,7 +55,7 @@ def test_offline_run_is_kept_in_the_run_folder(trained):
 
 def test_sampling_needs_the_checkpoint_folder_alone(trained, tmp_path):
     checkpoint = shutil.copytree(trained[0] / "6", tmp_path / "alone")
-    settings = (f"checkpoint={checkpoint}", "labels=[cat,3]", "per_label=2", "steps=2", "guidance=2", "seed=5")
+    settings = (f"checkpoint={checkpoint}", "labels=[cat,3]", "num_images=2", "solver=heun", "steps=2", "seed=5")
     finished = finish(start("-m", "flowdit.sample", *settings, "save_latents=true", "out=pictures"))
     assert (finished.status, finished.err) == (0, "")
     out = tmp_path / "pictures"
@@ -67,8 +67,8 @@ def test_sampling_needs_the_checkpoint_folder_alone(trained, tmp_path):
     assert np.load(out / "latents.npy").shape == (4, 16, 8, 8)
     record = json.loads((out / "samples.json").read_text())
     assert (record["step"], record["weights"], record["evaluations"]) == (6, "ema", 4)
-    assert record["settings"]["class_names"] == ["cat", "cat", "sun", "sun"]
-    assert (record["settings"]["solver"], record["settings"]["guidance"]) == ("heun", 2.0)
+    assert record["settings"]["captions"] == ["cat", "cat", "sun", "sun"]
+    assert (record["settings"]["solver"], record["settings"]["guidance"]) == ("heun", 2.0)  # the second as in the previews
 
 
 def sampled_latents(checkpoint: Path, out: str, *overrides: str) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch_size(trained):
     np.testing.assert_allclose(sampled_latents(checkpoint, "batches", "batch_size=1"), first, atol=1e-5)
     assert not np.allclose(sampled_latents(checkpoint, "other", "seed=1"), first)
     # Without labels, those of the previews in training.
-    assert json.loads(Path("first/samples.json").read_text())["settings"]["labels"] == [0, 1]
+    assert json.loads(Path("first/samples.json").read_text())["settings"]["captions"] == ["cat", "dog"]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from flowdit.data.prepare import PrepareConfig
 
 FOLDER = Path(flowdit.configs.__file__).parent
 GROUP_OPTIONS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/**/*.yaml"))
-SCHEMAS = {"config": Config, "sample": SampleConfig, "prepare": PrepareConfig}
+SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, "sample": SampleConfig, "prepare": PrepareConfig}
 REQUIRED = {
     "seed": int,
     "train.num_steps": int,
@@ -27,7 +27,13 @@ REQUIRED = {
     "train.compute_dtype": str,
     "train.latent_mean": object,
     "train.latent_scale": object,
+    "train.init_from": object,
     "data.path": str,
+    "data.long_caption_prob": float,
+    "data.text_cache": object,
+    "text.encoder": str,
+    "text.max_length": int,
+    "text.dtype": str,
     "model.depth": int,
     "model.hidden_dim": int,
     "model.num_heads": int,
@@ -49,10 +55,14 @@ def composed(name: str, *overrides: str):
         return compose(name, list(overrides))
 
 
-def training(*overrides: str) -> Config:
+COMMANDS = {"config": ("train_stage1.py", "ccdit"), "config_stage2": ("train_stage2.py", "mmdit")}
+"""The script that composes a file and the model that it trains."""
+
+
+def training(*overrides: str, name: str = "config") -> Config:
     """The checked configuration of a training run."""
-    config = resolve(composed("config", "data.path=somewhere", *overrides), Config)
-    config.check()
+    config = resolve(composed(name, "data.path=somewhere", *overrides), Config)
+    config.check(COMMANDS[name][1])
     config.model.check(SD3_LATENTS)
     return config
 
@@ -62,7 +72,11 @@ def test_every_top_level_file_has_its_schema():
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [("config", "data.path=x"), ("sample", "checkpoint=x"), ("prepare", "out=x")]
+    ("name", "given"),
+    [
+        *(("config", "data.path=x"), ("config_stage2", "data.path=x")),
+        *(("sample", "checkpoint=x"), ("prepare", "out=x")),
+    ],
 )
 def test_commands_compose_into_their_schema(name, given):
     assert isinstance(resolve(composed(name, given), SCHEMAS[name]), SCHEMAS[name])
@@ -70,12 +84,12 @@ def test_commands_compose_into_their_schema(name, given):
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)
 def test_every_group_option_composes(option):
-    training(f"{option.parent.as_posix()}={option.name}")
+    training(f"{option.parent.as_posix()}={option.name}", name=command_of(option))
 
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)
 def test_every_value_of_an_option_arrives(option):
-    config = composed("config", "data.path=somewhere", f"{option.parent.as_posix()}={option.name}")
+    config = composed(command_of(option), "data.path=somewhere", f"{option.parent.as_posix()}={option.name}")
     own = OmegaConf.load(FOLDER / option.with_suffix(".yaml"))
     package = {"experiment": "", "model/size": "model."}.get(option.parent.as_posix(), f"{option.parent}.")
     names = [name for name in leaves(OmegaConf.to_container(own)) if name not in ("defaults", "path")]
@@ -94,19 +108,43 @@ def leaves(tree, prefix: str = "") -> list[str]:
 
 @pytest.mark.parametrize("experiment", [path.stem for path in FOLDER.glob("experiment/*.yaml")])
 def test_every_experiment_composes_with_every_size_and_says_its_command(experiment):
-    for size in ("s", "b", "l", "xl"):
-        training(f"experiment={experiment}", f"model/size={size}")
     text = (FOLDER / "experiment" / f"{experiment}.yaml").read_text()
     assert "# Reproduces" in text
-    assert f"python train_stage1.py experiment={experiment}" in text
+    name = command_of(Path("experiment") / experiment)
+    assert f"python {COMMANDS[name][0]} experiment={experiment}" in text
+    for size in ("s", "b", "l", "xl"):
+        training(f"experiment={experiment}", f"model/size={size}", name=name)
+
+
+def command_of(option: Path) -> str:
+    """The file that composes an option: stage 2's own ones do not fit into stage 1."""
+    text = (FOLDER / option.with_suffix(".yaml")).read_text()
+    is_stage_2 = option.parts[0] == "text" or option.name in ("stage2", "mmdit") or "train_stage2.py" in text
+    return "config_stage2" if is_stage_2 else "config"
+
+
+@pytest.mark.parametrize("experiment", [path.stem for path in FOLDER.glob("experiment/*.yaml")])
+def test_an_experiment_is_refused_by_the_other_stage(experiment):
+    own = command_of(Path("experiment") / experiment)
+    (other,) = COMMANDS.keys() - {own}
+    with pytest.raises(ValueError, match="^model.name: this command trains "):
+        training(f"experiment={experiment}", name=other)
 
 
 @pytest.mark.parametrize(("name", "kind"), REQUIRED.items(), ids=REQUIRED.keys())
-def test_promised_key_exists(name, kind):
-    value = training()
+@pytest.mark.parametrize("command", COMMANDS)
+def test_promised_key_exists(command, name, kind):
+    value = training(name=command)
     for part in name.split("."):
         value = getattr(value, part)
     assert isinstance(value, kind)
+
+
+def test_stage_2_defaults():
+    config = training(name="config_stage2")
+    assert (config.model.name, config.train.gradient_accum, config.optim.clip_norm) == ("mmdit", 8, 0.01)
+    assert (config.text.encoder, config.text.max_length) == ("google/t5gemma-2b-2b-ul2", 120)
+    assert (config.wandb.project, config.train.drop_rate) == ("flowdit-stage2", 0.1)
 
 
 def test_default_checkpoint_folder():

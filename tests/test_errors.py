@@ -1,6 +1,5 @@
 """What a user gets wrong ends in one line that names field, rule and value, and loses nothing."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -11,28 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
-from stage1 import LATENT_SHAPE, call, error_line, train_here
+from damage import SHARD, agree, change_manifest, refused, write_payloads, write_record
+from runs import LATENT_SHAPE, call, error_line, train_here
 
 from flowdit import sample
-from flowdit.data.records import encode
-
-SHARD = "train-0.array_record"
-
-
-def contents(*folders: Path) -> dict[Path, str]:
-    """Every file with its hash."""
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def refused(run: Callable[[], Any], *kept: Path) -> str:
-    """The line that `run` ends in, having changed nothing in the folders `kept`."""
-    before = contents(*kept)
-    line = error_line(run())
-    assert contents(*kept) == before
-    return line
-
 
 SETTINGS = [
     # What Hydra refuses: key, reason and value out of its many lines.
@@ -64,7 +45,9 @@ SETTINGS = [
     ("optim.learning_rate=0", "optim.learning_rate: must be positive, got 0"),
     ("optim.schedule=linear", "optim.schedule: must be one of constant, cosine, got 'linear'"),
     ("optim.warmup_steps=6", "optim.warmup_steps: must be in [0, train.num_steps=6), got 6"),
-    ("model.name=mmdit", "model.name: must be one of ccdit, got mmdit"),
+    ("model.name=mmdit", "model.name: this command trains ccdit, got mmdit"),
+    ("train.init_from=x", "train.init_from: must be null where a ccdit is trained, got x"),
+    ("train.sample_prompts=[x]", "train.sample_prompts: must be null where a ccdit is trained"),
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),
     ("data.num_threads=0", "data.num_threads: must be at least 1, got 0"),
     # Parts that do not fit each other.
@@ -98,36 +81,6 @@ def test_missing_data_path(tmp_path):
 
     assert error_line(call(stage1)) == "error: data.path: must be given, as in data.path=..."
     assert list(tmp_path.iterdir()) == []
-
-
-def write_payloads(folder: Path, payloads: list[bytes], file: str = SHARD) -> None:
-    """A shard with exactly these bytes as its records, to which the manifest agrees."""
-    writer = ArrayRecordWriter(os.fspath(folder / file), "group_size:1")
-    for payload in payloads:
-        writer.write(payload)
-    writer.close()
-    agree(folder, records=len(payloads), file=file)
-
-
-def agree(folder: Path, file: str = SHARD, **changes: Any) -> None:
-    """Make the manifest say what the shard now is, so that only its content is left to be found wrong."""
-    manifest = json.loads((folder / "dataset.json").read_text())
-    (entry,) = [shard for shard in manifest["shards"] if shard["file"] == file]
-    content = (folder / file).read_bytes()
-    entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), **changes)
-    (folder / "dataset.json").write_text(json.dumps(manifest))
-
-
-def write_record(folder: Path, **changes: Any) -> None:
-    """Replace a shard by 24 records of which number 5 is changed; a value of None removes a field."""
-    good = {"latent": np.ones(LATENT_SHAPE, np.float16), "label": 1}
-    bad = {name: value for name, value in (good | changes).items() if value is not None}
-    write_payloads(folder, [encode(bad if index == 5 else good) for index in range(24)])
-
-
-def change_manifest(folder: Path, **changes: Any) -> None:
-    manifest = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(manifest | changes))
 
 
 def truncate(folder: Path) -> None:
@@ -308,7 +261,7 @@ def sample_here(checkpoint: Path, *overrides: str):
         ("labels=[cats]", "labels: must be in [0, 4) or a class name (cat, dog, heart, sun), got 'cats'"),
         ("steps=0", "steps: must be at least 1, got 0"),
         ("solver=ddim", "solver: must be one of euler, heun, midpoint, dopri5, tsit5, got 'ddim'"),
-        ("per_label=0", "per_label: must be at least 1, got 0"),
+        ("num_images=0", "num_images: must be at least 1, got 0"),
         ("seed=-1", "seed: must be in [0, 2**32), got -1"),
         ("+extra=1", "extra: no such field in the configuration (overrides with + are not taken)"),
         ("out=file/x", "out: file/x cannot be written: Not a directory"),

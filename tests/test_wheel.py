@@ -45,7 +45,7 @@ def test_every_command_composes(installed, tmp_path):
     for module, words in {
         "train": "experiment: openmoji",
         "prepare": "source: openmoji",
-        "sample": "solver: heun",
+        "sample": "num_images: 1",
     }.items():
         arguments = ("experiment=openmoji",) if module == "train" else ()
         done = python("-P", "-m", f"flowdit.{module}", *arguments, "--cfg", "all", folder=tmp_path, path=installed)

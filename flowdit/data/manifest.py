@@ -7,7 +7,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Shard:
 class Manifest:
     """The contents of `dataset.json`. Latents on disk are raw: before the VAE's shift and scale.
 
-    `channel_mean` and `channel_std` are those of the raw latents of the train split, one value a channel.
+    `channel_mean` and `channel_std` are those of the raw latents of the train split, one value a channel. Records have
+    a label where there are class names, and captions where `has_captions`.
     """
 
     latent_shape: tuple[int, int, int]
@@ -65,12 +66,16 @@ class Manifest:
     shards: tuple[Shard, ...]
     license: str
     attribution: str
+    has_captions: bool = False
     schema_version: int = SCHEMA_VERSION
 
     @property
     def id(self) -> str:
         """SHA-256 (hex) over everything in the manifest, the shards' hashes and so their contents included."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        fields = dataclasses.asdict(self)
+        if not self.has_captions:  # ids from before this field was there stay as they are
+            del fields["has_captions"]
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
@@ -87,30 +92,37 @@ class Manifest:
     def read(cls, folder: str | Path) -> "Manifest":
         """The manifest in `folder`. Raises `ManifestError` in one line if there is none or it breaks a rule."""
         path = Path(folder) / FILE_NAME
-        try:
-            manifest = cls.parse(json.loads(path.read_text(encoding="utf-8")))
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.is_file():
             missing = f"no {FILE_NAME} in it" if path.parent.is_dir() else "no such folder"
-            raise ManifestError(f"{folder}: {missing}; `python -m flowdit.prepare` makes a data set") from None
-        except OSError as error:
-            raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
-        except ManifestError as error:
-            raise ManifestError(f"{path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{path}: is not JSON: {error}") from None
-        return manifest
+            raise ManifestError(f"{folder}: {missing}; `python -m flowdit.prepare` makes a data set")
+        return read_json(path, cls.parse)
 
     @classmethod
     def parse(cls, data: Any) -> "Manifest":
         """The manifest in what came out of JSON. Raises `ManifestError` naming the field that breaks a rule."""
-        _check_version(data)
-        manifest = _parse(cls, data, "")
+        manifest = parse_fields(cls, data, SCHEMA_VERSION)
         _check_values(manifest)
+        check_shards(manifest.shards)
         return manifest
 
     def write(self, folder: str | Path) -> None:
         """Write `dataset.json`; a reader sees the old file or the new one, never half of one."""
         write_json(Path(folder) / FILE_NAME, dataclasses.asdict(self))
+
+
+Parsed = typing.TypeVar("Parsed")
+
+
+def read_json(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:
+    """`parse` of the contents of a JSON file. Raises `ManifestError` in one line that names the file."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
+    except ManifestError as error:
+        raise ManifestError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: is not JSON: {error}") from None
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -125,8 +137,13 @@ def verify(folder: str | Path, manifest: Manifest, *, hashes: bool = False, limi
 
     Sizes are always compared; contents (SHA-256) too if `hashes` is set or all shards together have at most `limit` bytes.
     """
-    hashes = hashes or sum(shard.bytes for shard in manifest.shards) <= limit
-    for shard in manifest.shards:
+    verify_shards(folder, manifest.shards, hashes=hashes, limit=limit)
+
+
+def verify_shards(folder: str | Path, shards: Sequence[Shard], *, hashes: bool, limit: int = HASH_LIMIT_BYTES) -> None:
+    """`verify`, for the shards of any manifest."""
+    hashes = hashes or sum(shard.bytes for shard in shards) <= limit
+    for shard in shards:
         path = Path(folder) / shard.file
         if not path.is_file():
             raise _changed(path, "is missing")
@@ -145,10 +162,15 @@ def _changed(path: Path, problem: str) -> ManifestError:
     return ManifestError(f"{path}: {problem}: the data changed since it was prepared")
 
 
-def _check_version(data: Any) -> None:
+def parse_fields(kind: type[Parsed], data: Any, schema_version: int) -> Parsed:
+    """What came out of JSON as `kind`, a dataclass whose fields with a default may be missing.
+
+    Raises `ManifestError` naming the field that is missing, unknown or of another type, or the version.
+    """
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version != SCHEMA_VERSION:
-        raise ManifestError(f"schema_version: must be {SCHEMA_VERSION}, got {version}")
+    if isinstance(version, int) and version != schema_version:
+        raise ManifestError(f"schema_version: must be {schema_version}, got {version}")
+    return _parse(kind, data, "")
 
 
 def _parse(kind: Any, value: Any, field: str) -> Any:
@@ -172,10 +194,14 @@ def _parse_object(kind: Any, value: Any, field: str) -> Any:
     if not isinstance(value, dict):
         raise ManifestError(f"{field or 'the file'}: must be an object, got {type(value).__name__}")
     hints, prefix = typing.get_type_hints(kind), field and f"{field}."
-    for problem, names in (("is missing", hints.keys() - value), ("is not a known field", value.keys() - hints.keys())):
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    for problem, names in (
+        ("is missing", required - value.keys()),
+        ("is not a known field", value.keys() - hints.keys()),
+    ):
         if names:
             raise ManifestError(f"{prefix}{min(names)}: {problem}")
-    return kind(**{name: _parse(hint, value[name], f"{prefix}{name}") for name, hint in hints.items()})
+    return kind(**{name: _parse(hints[name], part, f"{prefix}{name}") for name, part in value.items()})
 
 
 def _parse_tuple(kinds: tuple[Any, ...], value: Any, field: str) -> tuple[Any, ...]:
@@ -189,31 +215,28 @@ def _parse_tuple(kinds: tuple[Any, ...], value: Any, field: str) -> tuple[Any, .
 
 
 def _check_values(manifest: Manifest) -> None:
-    channels = manifest.latent_shape[0]
-    names = [shard.file for shard in manifest.shards]
+    channels, names = manifest.latent_shape[0], manifest.class_names
+    means, stds = len(manifest.channel_mean), len(manifest.channel_std)
+    unlabelled = manifest.has_captions and not names
     rules = (
         ("latent_shape", "must be positive", manifest.latent_shape, min(manifest.latent_shape) > 0),
         ("vae.scale", "must not be 0", manifest.vae.scale, manifest.vae.scale != 0),
-        (
-            "channel_mean",
-            f"must have {channels} values",
-            len(manifest.channel_mean),
-            len(manifest.channel_mean) == channels,
-        ),
-        (
-            "channel_std",
-            f"must have {channels} values",
-            len(manifest.channel_std),
-            len(manifest.channel_std) == channels,
-        ),
+        ("channel_mean", f"must have {channels} values", means, means == channels),
+        ("channel_std", f"must have {channels} values", stds, stds == channels),
         ("channel_std", "must not be negative", manifest.channel_std, min(manifest.channel_std, default=0) >= 0),
-        ("class_names", "must be one or more different names", manifest.num_classes, _distinct(manifest.class_names)),
-        ("shards", "must be one or more different files", names, _distinct(names)),
+        ("class_names", "must be one or more different names", len(names), _distinct(names) or unlabelled),
     )
     for field, rule, value, holds in rules:
         if not holds:
             raise ManifestError(f"{field}: {rule}, got {value}")
-    for i, shard in enumerate(manifest.shards):
+
+
+def check_shards(shards: Sequence[Shard]) -> None:
+    """Raise `ManifestError` unless they are different files, none empty, within the manifest's folder."""
+    names = [shard.file for shard in shards]
+    if not _distinct(names):
+        raise ManifestError(f"shards: must be one or more different files, got {names}")
+    for i, shard in enumerate(shards):
         # A manifest is untrusted: it must not point at files outside its folder.
         if not re.fullmatch(r"[\w-][\w.-]*\.array_record", shard.file):
             raise ManifestError(f"shards[{i}].file: must be a plain file name *.array_record, got {shard.file!r}")

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +19,34 @@ ATTRIBUTION = (
 TILE, COLUMNS = 64, 49
 MIN_PICTURES = 8
 """A subgroup with fewer pictures is no class: too few to learn from and to hold one out."""
+COLOURS = [
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "violet",
+    "pink",
+    "brown",
+    "black",
+    "white",
+    "gray",
+    "grey",
+]
+MATERIALS = ["gold", "silver", "bronze", "wood", "metal", "iron", "glass", "stone", "brick", "paper", "wool", "ice"]
+LOOKS = {*COLOURS, *MATERIALS, "rainbow", "light", "dark"}
+"""What can be seen is worth naming first among the tags."""
 
 
 class OpenMoji(NamedTuple):
-    """Pictures with their classes. About 1 in 20 is held out, as in the training of the embedded VAE."""
+    """Pictures with their classes and (short, long) captions. About 1 in 20 is held out, as in the training of the embedded VAE."""
 
     tiles: UInt8[np.ndarray, " pictures 64 64 3"]
     labels: Int[np.ndarray, " pictures"]
     held_out: Bool[np.ndarray, " pictures"]
     class_names: tuple[str, ...]
+    captions: list[tuple[str, str]]
 
 
 def load() -> OpenMoji:
@@ -40,7 +60,30 @@ def load() -> OpenMoji:
         labels=np.array([class_names.index(table[i]["subgroup"]) for i in kept]),
         held_out=np.array([is_held_out(table[i]) for i in kept]),
         class_names=class_names,
+        captions=[captions(table[i]) for i in kept],
     )
+
+
+def captions(row: dict[str, Any]) -> tuple[str, str]:
+    """A short caption, which names the picture, and a long one.
+
+    The long one goes on with the kind of thing and the tags, colours and materials first, as far as they add a word:
+    "carrot", "carrot, food vegetable, orange".
+    """
+    short = re.sub("^flag: ", "flag of ", row["annotation"])
+    kind = row["subgroup"].removesuffix("-other").replace("-", " ")
+    tags = sorted(row["tags"], key=lambda tag: tag.lower() not in LOOKS)
+    parts, seen = [short], _words(short)
+    for part in (kind, *tags):
+        is_country_code = row["group"] == "flags" and re.fullmatch("[A-Z]{2}", part)
+        if not is_country_code and not _words(part) <= seen:
+            parts.append(part)
+            seen |= _words(part)
+    return short, ", ".join(parts)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def is_held_out(row: dict[str, Any]) -> bool:

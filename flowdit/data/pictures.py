@@ -1,16 +1,22 @@
-"""Pictures and their classes, before any VAE: the embedded OpenMoji set, or a folder with one sub-folder a class."""
+"""Pictures with their classes and captions, before any VAE: the embedded OpenMoji set, or a folder.
+
+A folder has one sub-folder a class, or a file of captions, or both.
+"""
 
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image, ImageOps
 
 from flowdit.data import openmoji
+from flowdit.data.caption_file import read_captions
+from flowdit.data.captions import caption_key
 from flowdit.data.manifest import file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -18,28 +24,51 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Pictures:
-    """A labelled set of pictures that are opened one at a time; `key` changes whenever the pictures do."""
+    """A set of pictures that are opened one at a time; `key` changes whenever the pictures do.
+
+    They have labels, (short, long) captions, or both.
+    """
 
     name: str
     class_names: tuple[str, ...]
-    labels: Int[np.ndarray, " pictures"]
+    labels: Int[np.ndarray, " pictures"] | None
+    captions: list[tuple[str, str]] | None
     held_out: Bool[np.ndarray, " pictures"]
     open: Callable[[int], Image.Image]
     key: str
     license: str = ""
     attribution: str = ""
 
+    def condition(self, index: int) -> dict[str, Any]:
+        """The fields of a record that say what picture `index` shows."""
+        label = {} if self.labels is None else {"label": int(self.labels[index])}
+        if self.captions is None:
+            return label
+        short, long = self.captions[index]
+        return label | {"short_caption": short, "long_caption": long}
 
-def load_pictures(source: str, held_out_fraction: float) -> Pictures:
-    """The pictures of `source`: "openmoji" (whose held-out pictures are fixed) or a folder.
+    def captions_key(self) -> str | None:
+        """SHA-256 (hex) that changes whenever a caption does."""
+        if self.captions is None:
+            return None
+        return hashlib.sha256(b"".join(caption_key(*pair) for pair in self.captions)).hexdigest()
 
-    Raises `ValueError` if there is no such folder, or it has no class sub-folders, or one of them has no picture.
+
+def load_pictures(source: str, held_out_fraction: float, captions: str = "") -> Pictures:
+    """The pictures of `source`: "openmoji" (whose captions and held-out pictures are fixed) or a folder.
+
+    `captions` is a file as `caption_file` describes it. Pictures that have captions need no class sub-folders.
+
+    Raises `ValueError` if there is no such folder, it has neither captions nor class sub-folders, one of these has no
+    picture, or the captions are not those of the pictures.
     """
     if source == "openmoji":
+        if captions:
+            raise ValueError(f"captions: must be empty for source=openmoji, which has its own, got {captions!r}")
         return _load_openmoji()
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction: must be in [0, 1), got {held_out_fraction}")
-    return _load_folder(Path(source), held_out_fraction)
+    return _load_folder(Path(source), held_out_fraction, Path(captions) if captions else None)
 
 
 def _load_openmoji() -> Pictures:
@@ -48,6 +77,7 @@ def _load_openmoji() -> Pictures:
         name="openmoji",
         class_names=data.class_names,
         labels=data.labels,
+        captions=data.captions,
         held_out=data.held_out,
         open=lambda i: Image.fromarray(data.tiles[i]),
         key=" ".join(file_sha256(openmoji.FOLDER / name) for name in ("sheet.webp", "table.json")),
@@ -56,28 +86,34 @@ def _load_openmoji() -> Pictures:
     )
 
 
-def _load_folder(folder: Path, held_out_fraction: float) -> Pictures:
+def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) -> Pictures:
     if not folder.is_dir():
         raise ValueError(f"source: must be 'openmoji' or a folder of pictures, there is no folder {str(folder)!r}")
-    classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    if not classes:
-        raise ValueError(f"source: {folder} must have one sub-folder of pictures for each class, it has no sub-folders")
-    files, labels = [], []
-    for label, class_folder in enumerate(classes):
-        found = list(_picture_files(class_folder))
-        if not found:
-            raise ValueError(f"source: class folder {class_folder} has no pictures ({' '.join(SUFFIXES)})")
-        files += found
-        labels += [label] * len(found)
+    direct = captions is not None and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    class_names, files, labels = ((), list(_picture_files(folder)), None) if direct else _class_files(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
     return Pictures(
         name=folder.resolve().name,
-        class_names=tuple(path.name for path in classes),
-        labels=np.array(labels),
+        class_names=class_names,
+        labels=labels,
+        captions=None if captions is None else read_captions(captions, folder, names),
         held_out=np.array([zlib.crc32(name.encode()) < held_out_fraction * 2**32 for name in names]),
         open=lambda i: _open(files[i]),
         key=_listing_hash(files, names),
     )
+
+
+def _class_files(folder: Path) -> tuple[tuple[str, ...], list[Path], np.ndarray]:
+    """Names of the classes, pictures, and the class number of each."""
+    classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    if not classes:
+        raise ValueError(f"source: {folder} must have one sub-folder of pictures for each class, it has no sub-folders")
+    found = [list(_picture_files(class_folder)) for class_folder in classes]
+    for class_folder, files in zip(classes, found, strict=True):
+        if not files:
+            raise ValueError(f"source: class folder {class_folder} has no pictures ({' '.join(SUFFIXES)})")
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
+    return tuple(path.name for path in classes), [file for files in found for file in files], labels
 
 
 def _picture_files(folder: Path) -> Iterator[Path]:

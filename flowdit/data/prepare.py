@@ -6,39 +6,41 @@ written when all are. Nothing depends on where a run was interrupted, so the man
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import grain
-import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Int
 from tqdm import tqdm
 
 from flowdit.data import manifest as manifests
-from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo, write_json
-from flowdit.data.pictures import Pictures, center_crop, load_pictures
-from flowdit.data.shards import Sidecar, channel_statistics, read_sidecar, remove_sidecar, write_shard
-from flowdit.models.vae import AutoencoderKL, Posterior, load_vae
-
-PLAN_NAME = "prepare.json"
-READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-"""Threads that read pictures, and batches read ahead of the encoder."""
-
-EncodeBatch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+from flowdit.data.latents import encoded_records, encoder
+from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
+from flowdit.data.pictures import Pictures, load_pictures
+from flowdit.data.shards import (
+    channel_statistics,
+    claim_folder,
+    finished_sidecar,
+    read_sidecar,
+    remove_sidecar,
+    write_shard,
+)
+from flowdit.data.text_features import write_cache
+from flowdit.models.text_encoder import TextConfig, load_text_encoder
+from flowdit.models.vae import AutoencoderKL, load_vae
 
 
 @dataclass
 class PrepareConfig:
     """What `python -m flowdit.prepare` is told.
 
-    source: "openmoji", or a folder of pictures with one sub-folder a class.
+    source: "openmoji", or a folder of pictures with one sub-folder a class; the sub-folders may be left out if there are
+        captions, and then there are no labels.
+    captions: JSON-lines file with `file` (path of a picture within `source`), `short_caption` and perhaps `long_caption`;
+        empty for none (OpenMoji has its own).
     out: folder of the data set; empty for `data/<name of the source>`.
     vae: "openmoji" (embedded), or a diffusers AutoencoderKL by folder or hub id.
     image_size: side in pixels to which pictures are resized and cropped.
@@ -49,9 +51,13 @@ class PrepareConfig:
     hflip: add a mirrored copy of each training picture.
     dtype: of the latents on disk.
     license, attribution: carried in the manifest; empty for the source's own.
+    text_encoder: encoder whose features of the captions are written as well, as `text.encoder` in training; empty for none.
+    text_dtype, text_max_length: dtype of the features, and tokens to which captions are cut.
+    text_cache: folder of the features; empty for `text_features` in `out`.
     """
 
     source: str = "openmoji"
+    captions: str = ""
     out: str = ""
     vae: str = "openmoji"
     image_size: int = 64
@@ -63,6 +69,20 @@ class PrepareConfig:
     dtype: str = "float16"
     license: str = ""
     attribution: str = ""
+    text_encoder: str = ""
+    text_dtype: str = "bfloat16"
+    text_max_length: int = 120
+    text_cache: str = ""
+
+    def check(self) -> None:
+        """Raise `ValueError` naming the first field that breaks a rule."""
+        for name in ("image_size", "batch_size", "records_per_shard", "text_max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+        for name, choices in (("dtype", ("float16", "float32")), ("text_dtype", ("bfloat16", "float32"))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}: must be {' or '.join(choices)}, got {value!r}")
 
 
 class Job(NamedTuple):
@@ -74,35 +94,46 @@ class Job(NamedTuple):
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Encode the pictures of `config.source` and write the data set, or finish one that was begun.
+    """Encode the pictures of `config.source` and write the data set and its text features, or finish what was begun.
 
     Raises `ValueError` in one line for settings that do not fit, an unreadable picture (named), a folder that holds a
     data set of other pictures or settings (left as it is), and a folder that cannot be written.
     """
-    _check(config)
-    pictures = load_pictures(config.source, config.held_out_fraction)
+    config.check()
+    pictures = load_pictures(config.source, config.held_out_fraction, config.captions)
+    if config.text_encoder and not pictures.captions:
+        raise ValueError(f"text_encoder: {config.source} has no captions to encode, got {config.text_encoder!r}")
     jobs = list(_jobs(config, pictures))
     vae = load_vae(config.vae)
     if config.image_size % (stride := vae.config.stride):
         raise ValueError(f"image_size: must be a multiple of the VAE's stride {stride}, got {config.image_size}")
     out = Path(config.out or Path("data") / pictures.name)
     try:
-        _claim(out, _plan(config, pictures, vae))
-        if (out / manifests.FILE_NAME).exists():
-            return _finished(out)
-        _write_shards(jobs, out, config, pictures, vae)
-        return _finish(jobs, out, config, pictures, vae)
+        manifest = _prepare_latents(jobs, out, config, pictures, vae)
     except OSError as error:
         raise ValueError(f"out: cannot write to {out}: {error.strerror or error}") from None
+    if config.text_encoder:
+        _prepare_text(config, out, manifest)
+    return manifest
 
 
-def _check(config: PrepareConfig) -> None:
-    for name in ("image_size", "batch_size", "records_per_shard"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
-    if config.dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype: must be float16 or float32, got {config.dtype!r}")
+def _prepare_text(config: PrepareConfig, out: Path, manifest: Manifest) -> None:
+    text = TextConfig(encoder=config.text_encoder, max_length=config.text_max_length, dtype=config.text_dtype)
+    folder = Path(config.text_cache or out / "text_features")
+    try:
+        write_cache(folder, out, manifest, load_text_encoder(text), config.batch_size)
+    except OSError as error:
+        raise ValueError(f"text_cache: cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _prepare_latents(
+    jobs: list["Job"], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL
+) -> Manifest:
+    claim_folder("out", out, _plan(config, pictures, vae), manifests.FILE_NAME)
+    if (out / manifests.FILE_NAME).exists():
+        return _finished(out)
+    _write_shards(jobs, out, config, pictures, vae)
+    return _finish(jobs, out, config, pictures, vae)
 
 
 def _jobs(config: PrepareConfig, pictures: Pictures) -> Iterator[Job]:
@@ -124,27 +155,10 @@ def _split_jobs(split: Split, items: np.ndarray, records_per_shard: int | None) 
 
 def _plan(config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL) -> dict[str, Any]:
     """Everything that the data set depends on: two runs into one folder must have it in common."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("source", "out")}
-    return settings | {"pictures": pictures.key, "vae_fingerprint": vae.fingerprint}
-
-
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Make `out` ours, or raise `ValueError` if it belongs to another data set."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / PLAN_NAME
-    if not path.exists():
-        if (out / manifests.FILE_NAME).exists() or any(out.glob("*.array_record")):
-            raise ValueError(f"out: {out} holds a data set without {PLAN_NAME}: give another folder")
-        return write_json(path, plan)
-    try:
-        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"out: {path} is damaged: remove the folder or give another one") from None
-    for name, ours in plan.items():
-        if theirs.get(name) != ours:
-            raise ValueError(
-                f"out: {out} was begun with {name}={theirs.get(name)!r}, this run has {ours!r}: give another folder"
-            )
+    text = {"text_encoder", "text_dtype", "text_max_length", "text_cache"}
+    settings = {n: v for n, v in dataclasses.asdict(config).items() if n not in {"source", "captions", "out", *text}}
+    identity = {"pictures": pictures.key, "captions": pictures.captions_key(), "vae_fingerprint": vae.fingerprint}
+    return settings | identity
 
 
 def _finished(out: Path) -> Manifest:
@@ -156,63 +170,24 @@ def _finished(out: Path) -> Manifest:
 
 
 def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL) -> None:
-    encode_batch = _encoder(vae, config.batch_size)
+    encode_batch = encoder(vae, config.batch_size)
     todo = [job for job in jobs if read_sidecar(out / job.file) is None]
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
     with tqdm(total=total, initial=total - left, unit=" images", desc="encoding", dynamic_ncols=True) as progress:
         for job in todo:
-            write_shard(out / job.file, _records(job.items, config, pictures, encode_batch, progress.update))
+            records = encoded_records(job.items, pictures, encode_batch, config.image_size, config.batch_size,
+                                      config.dtype, config.posterior_std)  # fmt: skip
+            write_shard(out / job.file, _counted(records, progress))
 
 
-def _encoder(vae: AutoencoderKL, batch_size: int) -> EncodeBatch:
-    """Maps uint8 (n, size, size, 3), n at most `batch_size`, to posterior mean and deviation, on all local devices."""
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
-    vae = eqx.filter_shard(vae, NamedSharding(mesh, PartitionSpec()))
-    rows = math.ceil(batch_size / len(devices)) * len(devices)
-
-    def encode_batch(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        padded = np.pad(images, ((0, rows - len(images)), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
-        mean, std = _posterior(vae, jax.device_put(padded, NamedSharding(mesh, PartitionSpec("batch"))))
-        return np.asarray(mean)[: len(images)], np.asarray(std)[: len(images)]
-
-    return encode_batch
-
-
-@eqx.filter_jit
-def _posterior(vae: AutoencoderKL, images: UInt8[Array, "batch height width 3"]) -> Posterior:
-    return jax.vmap(vae.encode)(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-
-
-def _records(
-    items: np.ndarray,
-    config: PrepareConfig,
-    pictures: Pictures,
-    encode_batch: EncodeBatch,
-    on_encoded: Callable[[int], object],
-) -> Iterator[dict[str, Any]]:
-    """The records of one shard. Latents are the posterior means, raw: before the VAE's shift and scale."""
-    images = grain.MapDataset.range(len(items)).map(lambda i: _image(pictures, items[i], config.image_size))
-    batches = images.batch(config.batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
-    labels = iter(pictures.labels[items[:, 0]].tolist())
-    for batch in batches:
-        mean, std = (part.astype(config.dtype) for part in encode_batch(batch))
-        if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-            raise ValueError(f"dtype: the VAE's latents are not finite in {config.dtype}: is it the right VAE?")
-        for i in range(len(batch)):
-            record = {"latent": mean[i], "label": next(labels)}
-            yield record | ({"latent_std": std[i]} if config.posterior_std else {})
-        on_encoded(len(batch))
-
-
-def _image(pictures: Pictures, item: np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    index, mirrored = item
-    image = np.asarray(center_crop(pictures.open(index), size))
-    return image[:, ::-1] if mirrored else image
+def _counted(records: Iterator[dict[str, Any]], progress: tqdm) -> Iterator[dict[str, Any]]:
+    for record in records:
+        yield record
+        progress.update()
 
 
 def _finish(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL) -> Manifest:
-    sidecars = [_finished_sidecar(out / job.file) for job in jobs]
+    sidecars = [finished_sidecar(out / job.file) for job in jobs]
     mean, std = channel_statistics(s for s, job in zip(sidecars, jobs, strict=True) if job.split == "train")
     side = config.image_size // vae.config.stride
     manifest = Manifest(
@@ -230,6 +205,7 @@ def _finish(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Picture
         channel_mean=tuple(mean.tolist()),
         channel_std=tuple(std.tolist()),
         class_names=pictures.class_names,
+        has_captions=pictures.captions is not None,
         shards=tuple(
             Shard(job.file, job.split, s.records, s.bytes, s.sha256) for job, s in zip(jobs, sidecars, strict=True)
         ),
@@ -242,12 +218,6 @@ def _finish(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Picture
     return manifest
 
 
-def _finished_sidecar(path: Path) -> Sidecar:
-    sidecar = read_sidecar(path)
-    assert sidecar is not None, path
-    return sidecar
-
-
 def _remove_sidecars(manifest: Manifest, out: Path) -> None:
     for shard in manifest.shards:
         remove_sidecar(out / shard.file)
@@ -258,6 +228,6 @@ def _summary(manifest: Manifest, out: Path) -> str:
     normalised_std = manifest.vae.scale * math.sqrt(np.mean(std**2) + np.var(mean))
     return (
         f"{out}: {manifest.num_records('train')} training and {manifest.num_records('validation')} validation records, "
-        f"{manifest.num_classes} classes, latents {'x'.join(map(str, manifest.latent_shape))}, "
+        f"{manifest.num_classes} classes, {'captions, ' if manifest.has_captions else ''}latents {'x'.join(map(str, manifest.latent_shape))}, "
         f"deviation after shift and scale {normalised_std:.3f}"
     )

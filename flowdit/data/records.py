@@ -182,6 +182,31 @@ class LabelField:
         """Nothing is left to check."""
 
 
+class CaptionField:
+    """A text, possibly empty; batches are arrays of `str` objects."""
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, str):
+            raise RecordError(f"must be a string, got {_kind(value)}")
+        if not value.isascii() and not _is_unicode(value):
+            raise RecordError(f"must be valid Unicode, got {value[:100]!r}")
+
+    def stack(self, values: Sequence[str]) -> np.ndarray:
+        return np.array(values, object)
+
+    def check_numbers(self, array: Any) -> None:
+        """A caption has no numbers."""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it could be written to a file: a pickle can hold halves of surrogate pairs, at which tokenizers fail."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _kind(value: Any) -> str:
     return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
 
@@ -217,8 +242,17 @@ def _named(name: str, check: Callable[[Any], None], value: Any) -> None:
 
 
 def stage1_schema(latent_shape: tuple[int, int, int], num_classes: int, has_latent_std: bool = False) -> Schema:
-    """Class-conditional records: `latent` (channels, height, width) and `label`, with `latent_std` on request."""
+    """Class-conditional records: `latent` (channels, height, width) and `label`, perhaps `latent_std`."""
     fields: dict[str, Field] = {"latent": ArrayField(tuple(latent_shape)), "label": LabelField(num_classes)}
-    if has_latent_std:
-        fields["latent_std"] = ArrayField(tuple(latent_shape), minimum=0.0)
-    return Schema(fields)
+    return Schema(fields | _std_field(latent_shape, has_latent_std))
+
+
+def stage2_schema(latent_shape: tuple[int, int, int], has_latent_std: bool = False) -> Schema:
+    """Text-conditional records: `latent` (channels, height, width), `short_caption`, `long_caption`, perhaps `latent_std`."""
+    fields: dict[str, Field] = {"latent": ArrayField(tuple(latent_shape))}
+    fields |= {"short_caption": CaptionField(), "long_caption": CaptionField()}
+    return Schema(fields | _std_field(latent_shape, has_latent_std))
+
+
+def _std_field(latent_shape: tuple[int, int, int], has_latent_std: bool) -> dict[str, Field]:
+    return {"latent_std": ArrayField(tuple(latent_shape), minimum=0.0)} if has_latent_std else {}

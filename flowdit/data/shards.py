@@ -1,12 +1,13 @@
 """Writing one ArrayRecord shard so that an interruption leaves nothing half-written behind.
 
-A shard is written under a temporary name and renamed; then a sidecar says that it is whole and what it holds.
+A shard is written under a temporary name and renamed; then a sidecar says that it is whole and what it holds. The folder
+carries a plan from the beginning, so that runs with other settings cannot mix their shards.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,37 @@ from jaxtyping import Float64
 from flowdit.data.manifest import file_sha256, write_json
 from flowdit.data.records import encode
 
+PLAN_NAME = "prepare.json"
+
+Sums = dict[str, Any]
+"""Numbers or arrays of numbers by name."""
+
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a finished shard holds; sums are over the latents' positions, one a channel."""
+    """What a finished shard holds; `sums` are the totals over its records of what `write_shard` was told to sum."""
 
     records: int
     bytes: int
     sha256: str
-    values_per_channel: int
-    channel_sum: list[float]
-    channel_square_sum: list[float]
+    sums: Sums
 
 
-def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> Sidecar:
-    """Write `records` (at least one, each with a `latent`) to `path` and its sidecar beside it. `OSError` if it cannot."""
+def latent_sums(record: Mapping[str, Any]) -> Sums:
+    """What the statistics of the channels need: sums over the latent's positions, one a channel."""
+    flat = record["latent"].reshape(len(record["latent"]), -1).astype(np.float64)
+    return {"values_per_channel": flat.shape[1], "channel": flat.sum(1), "channel_square": np.square(flat).sum(1)}
+
+
+def write_shard(
+    path: Path, records: Iterable[Mapping[str, Any]], sums_of: Callable[[Mapping[str, Any]], Sums] = latent_sums
+) -> Sidecar:
+    """Write `records` (at least one) to `path` and its sidecar beside it. Raises `OSError` if it cannot."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        count, values, sums = _write_records(temporary, records)
-        sidecar = Sidecar(count, temporary.stat().st_size, file_sha256(temporary), values, *sums.tolist())
+        count, sums = _write_records(temporary, records, sums_of)
+        sidecar = Sidecar(count, temporary.stat().st_size, file_sha256(temporary), sums)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,21 +57,21 @@ def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> Sidecar:
     return sidecar
 
 
-def _write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> tuple[int, int, np.ndarray]:
-    """Number of records, of values in each channel, and the (2, channels) sums of values and of their squares."""
-    count = values = 0
-    sums: Any = 0.0
+def _write_records(
+    path: Path, records: Iterable[Mapping[str, Any]], sums_of: Callable[[Mapping[str, Any]], Sums]
+) -> tuple[int, Sums]:
+    """Number of records, and the sums over them as JSON can hold them."""
+    count, sums = 0, {}
     # One record a group: Grain reads single records at random, and a group is read whole.
     writer = _writing(ArrayRecordWriter, os.fspath(path), "group_size:1")
     try:
         for record in records:
             _writing(writer.write, encode(record))
-            flat = record["latent"].reshape(len(record["latent"]), -1).astype(np.float64)
-            sums = sums + np.stack([flat.sum(1), np.square(flat).sum(1)])
-            count, values = count + 1, values + flat.shape[1]
+            count += 1
+            sums = {name: sums.get(name, 0) + part for name, part in sums_of(record).items()}
     finally:
         _writing(writer.close)
-    return count, values, sums
+    return count, {name: np.asarray(total).tolist() for name, total in sums.items()}
 
 
 def _writing(function: Any, *args: Any) -> Any:
@@ -68,6 +80,13 @@ def _writing(function: Any, *args: Any) -> Any:
         return function(*args)
     except (RuntimeError, ValueError) as error:
         raise OSError(str(error).split(";")[0]) from None
+
+
+def finished_sidecar(path: Path) -> Sidecar:
+    """The sidecar of a shard that has been finished."""
+    sidecar = read_sidecar(path)
+    assert sidecar is not None, path
+    return sidecar
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
@@ -87,10 +106,32 @@ def _sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def claim_folder(field: str, folder: Path, plan: Mapping[str, Any], manifest_name: str) -> None:
+    """Make `folder`, of the configuration field `field`, ours: two runs into it must have all of `plan` in common.
+
+    Raises `ValueError` saying what differs if it belongs to another plan, or to none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PLAN_NAME
+    if not path.exists():
+        if (folder / manifest_name).exists() or any(folder.glob("*.array_record")):
+            raise ValueError(f"{field}: {folder} holds a data set without {PLAN_NAME}: give another folder")
+        return write_json(path, plan)
+    try:
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{field}: {path} is damaged: remove the folder or give another one") from None
+    for name, ours in plan.items():
+        if theirs.get(name) != ours:
+            raise ValueError(
+                f"{field}: {folder} was begun with {name}={theirs.get(name)!r}, this run has {ours!r}: give another folder"
+            )
+
+
 def channel_statistics(sidecars: Iterable[Sidecar]) -> tuple[Float64[np.ndarray, " channels"], ...]:
     """Mean and standard deviation of each channel over all shards."""
     parts = list(sidecars)
-    values = sum(part.values_per_channel for part in parts)
-    mean = np.sum([part.channel_sum for part in parts], axis=0) / values
-    mean_square = np.sum([part.channel_square_sum for part in parts], axis=0) / values
+    values = sum(part.sums["values_per_channel"] for part in parts)
+    mean = np.sum([part.sums["channel"] for part in parts], axis=0) / values
+    mean_square = np.sum([part.sums["channel_square"] for part in parts], axis=0) / values
     return mean, np.sqrt(np.maximum(mean_square - mean**2, 0))

@@ -32,12 +32,9 @@ def velocity_target(x_0: Float[Array, "*shape"], noise: Float[Array, "*shape"]) 
     return noise - x_0
 
 
-def sample_times(key: PRNGKeyArray, count: int, distribution: str, shift: float = 1.0) -> Float[Array, " count"]:
-    """Training times in (0, 1): uniform, or logit-normal(0, 1) (Esser et al. 2024, section 3.1), then shifted."""
-    if distribution == "uniform":
-        t = jax.random.uniform(key, (count,))
-    else:
-        t = jax.nn.sigmoid(jax.random.normal(key, (count,)))
+def sample_time(key: PRNGKeyArray, distribution: str, shift: float = 1.0) -> Float[Array, ""]:
+    """A training time in (0, 1): uniform, or logit-normal(0, 1) (Esser et al. 2024, section 3.1), then shifted."""
+    t = jax.random.uniform(key) if distribution == "uniform" else jax.nn.sigmoid(jax.random.normal(key))
     return shift_times(t, shift)
 
 
@@ -53,28 +50,22 @@ def resolution_shift(latent_shape: tuple[int, int, int]) -> float:
 
 def normalise_latents(latent: Float[Array, "*b c h w"], mean: Array, scale: Array) -> Float[Array, "*b c h w"]:
     """Raw VAE latents -> what the model sees: (latent - mean) * scale, scalars or one value a channel."""
-    return (latent - _per_channel(mean)) * _per_channel(scale)
+    return (latent - _per_channel(mean, latent.ndim)) * _per_channel(scale, latent.ndim)
 
 
 def denormalise_latents(latent: Float[Array, "*b c h w"], mean: Array, scale: Array) -> Float[Array, "*b c h w"]:
     """Inverse of `normalise_latents`."""
-    return latent / _per_channel(scale) + _per_channel(mean)
+    return latent / _per_channel(scale, latent.ndim) + _per_channel(mean, latent.ndim)
 
 
-def _per_channel(value: Array) -> Array:
-    return jnp.asarray(value, jnp.float32).reshape(1, -1, 1, 1)
+def _per_channel(value: Array, ndim: int) -> Array:
+    return jnp.asarray(value, jnp.float32).reshape((1,) * (ndim - 3) + (-1, 1, 1))
 
 
 def drop_condition(key: PRNGKeyArray, condition: Any, null: Any, rate: float) -> Any:
-    """Replace whole examples' conditions (leading batch axis) by `null` (no batch axis) with probability `rate`."""
-    batch = jax.tree.leaves(condition)[0].shape[0]
-    dropped = jax.random.bernoulli(key, rate, (batch,))
-
-    def select(value, null_value):
-        mask = dropped.reshape((-1,) + (1,) * (value.ndim - 1))
-        return jnp.where(mask, jnp.asarray(null_value, value.dtype)[None], value)
-
-    return jax.tree.map(select, condition, null)
+    """One example's condition, or with probability `rate` its `null` counterpart (the same pytree)."""
+    dropped = jax.random.bernoulli(key, rate)
+    return jax.tree.map(lambda value, null_value: jnp.where(dropped, null_value, value), condition, null)
 
 
 def example_losses(
@@ -112,14 +103,12 @@ def guided_velocity(
     """v = v_null + w (v_cond - v_null) over all channels (Ho & Salimans 2022), both halves in one batch.
 
     Outside `interval` (low <= t <= high) the conditional velocity alone is used (Kynkaanniemi et al. 2024).
-    `null` has no batch axis. With guidance 1 the unconditional half is not computed.
+    `null` has the batch axis of `condition`. With guidance 1 the unconditional half is not computed.
     """
     batch = x_t.shape[0]
     if guidance == 1.0:
         return jax.vmap(model, in_axes=(0, None, 0))(x_t, t, condition)
-    both = jax.tree.map(
-        lambda c, n: jnp.concatenate([c, jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)]), condition, null
-    )
+    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
     velocity = jax.vmap(model, in_axes=(0, None, 0))(jnp.concatenate([x_t, x_t]), t, both)
     v_cond, v_null = velocity[:batch], velocity[batch:]
     weight = jnp.where((t >= interval[0]) & (t <= interval[1]), guidance, 1.0)

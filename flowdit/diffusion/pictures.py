@@ -41,21 +41,37 @@ def save_grid(
     """A grid in row-major order, each picture with its caption below. Small pictures are enlarged to be seen."""
     zoom = max(1, 128 // images.shape[2])
     height, width = images.shape[1] * zoom, images.shape[2] * zoom
-    cell_height, cell_width = height + 16 + gap, width + gap
-    rows = -(-len(images) // columns)
+    font = ImageFont.load_default(11)
+    texts = [wrap_caption(caption, font.getlength, width) for caption in captions]
+    cell_height, cell_width = height + 2 + 14 * max(text.count("\n") + 1 for text in texts) + gap, width + gap
+    rows, columns = -(-len(images) // columns), min(columns, len(images))
     canvas = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    draw = ImageDraw.Draw(canvas)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         left, top = gap + i % columns * cell_width, gap + i // columns * cell_height
         canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS), (left, top))
-        draw.text((left + width // 2, top + height + 1), _fitted(caption, font, width), "#444", font, anchor="ma")
+        draw.text((left + width // 2, top + height + 1), text, "#444", font, anchor="ma", align="center", spacing=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    if font.getlength(text) <= width:
+def wrap_caption(caption: str, length: Callable[[str], float], width: float, max_lines: int = 3) -> str:
+    """`caption` in at most `max_lines` lines of at most `width`; what does not fit ends in an ellipsis."""
+    lines, words = [""], caption.split()
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if length(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], " ".join(lines[max_lines - 1 :])]
+    return "\n".join(_shortened(line, length, width) for line in lines)
+
+
+def _shortened(text: str, length: Callable[[str], float], width: float) -> str:
+    if length(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
+    while text and length(text + "…") > width:
         text = text[:-1]
     return text + "…"

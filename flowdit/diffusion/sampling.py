@@ -75,7 +75,7 @@ def sample(
     null: Any,
     config: SamplerConfig,
 ) -> Samples:
-    """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0.
+    """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0; `condition` and `null` lead with the batch axis.
 
     A guided evaluation runs a batch twice as large and counts once. An adaptive solve controls the error over the
     whole batch, so its result depends on what is in the batch; if it needs more than `config.steps` it raises.

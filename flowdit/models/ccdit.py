@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import cast
 
 import equinox as eqx
@@ -18,54 +17,12 @@ from flowdit.models.layers import (
     layer_norm,
     mlp,
     modulate,
-    patchify,
     self_attention,
-    sincos_positions,
     time_embedding,
-    unpatchify,
     xavier_linear,
     zero_linear,
 )
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-@dataclasses.dataclass
-class ModelConfig:
-    """Shape of the transformer. Latent shape and number of classes come from the data manifest."""
-
-    name: str = "ccdit"
-    depth: int = 28
-    hidden_dim: int = 1152
-    num_heads: int = 16
-    patch_size: int = 2
-    mlp_ratio: float = 4.0
-    qk_norm: bool = True
-    remat: str = "none"
-
-    def check(self, latent_shape: tuple[int, int, int]) -> None:
-        """Raise `ValueError` for a combination that cannot be built on latents of (channels, height, width)."""
-        for field in ("depth", "hidden_dim", "num_heads", "patch_size"):
-            if (value := getattr(self, field)) < 1:
-                raise ValueError(f"model.{field}: must be at least 1, got {value}")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"model.mlp_ratio: must be positive, got {self.mlp_ratio}")
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"model.hidden_dim: must be divisible by model.num_heads={self.num_heads}, got {self.hidden_dim}"
-            )
-        if self.hidden_dim % 4:
-            raise ValueError(f"model.hidden_dim: must be divisible by 4 (2-D positions), got {self.hidden_dim}")
-        if any(side % self.patch_size for side in latent_shape[1:]):
-            raise ValueError(
-                f"model.patch_size: must divide the latents' height and width {latent_shape[1:]}, got {self.patch_size}"
-            )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"model.remat: must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+from flowdit.models.transformer import ModelConfig, embed_patches, project_velocity, scan_blocks
 
 
 class Block(eqx.Module):
@@ -98,6 +55,7 @@ class CCDiT(eqx.Module):
     latent_shape: tuple[int, int, int] = eqx.field(static=True)
     patch_size: int = eqx.field(static=True)
     remat: str = eqx.field(static=True, default="none")
+    interpolation_scale: float = eqx.field(static=True, default=1.0)
 
     @property
     def null_label(self) -> int:
@@ -108,21 +66,10 @@ class CCDiT(eqx.Module):
     ) -> Float[Array, "channels height width"]:
         """Velocity at `x_t`, flow time `t` in [0, 1] (0 data, 1 noise). Runs in the dtype of the parameters, returns float32."""
         condition = self.time_embed(t) + self.class_table[label]
-        x = self.patch_embed(patchify(x_t, self.patch_size).astype(condition.dtype))
-        grid = (side // self.patch_size for side in self.latent_shape[1:])
-        x = x + jnp.asarray(sincos_positions(x.shape[1], *grid), x.dtype)
-        x = self._run_blocks(x, condition)
+        x = embed_patches(x_t, self.patch_embed, self.patch_size, self.interpolation_scale)
+        x = scan_blocks(self.blocks, x, condition, remat=self.remat)
         shift, scale = jnp.split(self.final_ada_ln(jax.nn.silu(condition)), 2)
-        velocity = self.final_linear(modulate(layer_norm(x), shift, scale))
-        return unpatchify(velocity, self.patch_size, self.latent_shape).astype(jnp.float32)
-
-    def _run_blocks(self, x: Array, condition: Array) -> Array:
-        def body(x, block):
-            return block(x, condition), None
-
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, x, self.blocks)[0]
+        return project_velocity(x, shift, scale, self.final_linear, self.patch_size, self.latent_shape)
 
 
 def build_ccdit(
@@ -152,4 +99,5 @@ def build_ccdit(
         latent_shape=latent_shape,
         patch_size=config.patch_size,
         remat=config.remat,
+        interpolation_scale=config.interpolation_scale,
     )

@@ -9,7 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from flowdit.models.attention import attend
 
 
 class Linear(eqx.Module):
@@ -33,7 +35,7 @@ def xavier_linear(in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> Linear:
 
 
 def normal_linear(in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> Linear:
-    """Normal(0, 0.02) weight and zero bias (the time MLP of DiT)."""
+    """Normal(0, 0.02) weight and zero bias (the time MLP of DiT; the t block and the caption MLP of PixArt)."""
     return Linear(0.02 * jax.random.normal(key, (in_dim, out_dim)), jnp.zeros(out_dim))
 
 
@@ -81,24 +83,62 @@ class SelfAttention(eqx.Module):
     implementation: str = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
-        tokens, dim = x.shape
-        query, key, value = jnp.split(self.qkv(x).reshape(tokens, 3 * self.num_heads, -1), 3, axis=1)
+        query, key, value = jnp.split(self.qkv(x).reshape(x.shape[0], 3 * self.num_heads, -1), 3, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes bfloat16 with float32 in there
-            mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)  # type: ignore[arg-type]
-        return self.out(mixed.reshape(tokens, dim))
+        return self.out(attend(query, key, value, implementation=self.implementation).reshape(x.shape))
+
+
+class CrossAttention(eqx.Module):
+    """Multi-head attention from image tokens to text tokens of the same width, with optional Q/K RMSNorm.
+
+    `mask` is True at the text tokens to attend to. Without any, all are attended to: the result stays finite.
+    """
+
+    query: Linear
+    key_value: Linear
+    out: Linear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    num_heads: int = eqx.field(static=True)
+    implementation: str = eqx.field(static=True)
+
+    def __call__(
+        self, x: Float[Array, "tokens dim"], text: Float[Array, "text_tokens dim"], mask: Bool[Array, " text_tokens"]
+    ) -> Float[Array, "tokens dim"]:
+        query = self.query(x).reshape(x.shape[0], self.num_heads, -1)
+        key, value = jnp.split(self.key_value(text).reshape(text.shape[0], 2 * self.num_heads, -1), 2, axis=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return self.out(attend(query, key, value, mask, self.implementation).reshape(x.shape))
 
 
 def self_attention(dim: int, num_heads: int, qk_norm: bool, implementation: str, *, key: PRNGKeyArray) -> SelfAttention:
     """Attention over `dim` channels in `num_heads` heads, Xavier-initialised."""
     qkv_key, out_key = jax.random.split(key)
-    query_norm, key_norm = (RMSNorm(jnp.ones(dim // num_heads)) if qk_norm else None for _ in range(2))
-    # Xavier per projection, not over the fused (dim, 3 dim) matrix, whose larger fan-out would shrink the weights.
-    projections = [xavier_linear(dim, dim, key=k) for k in jax.random.split(qkv_key, 3)]
-    qkv = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *projections)
-    out = xavier_linear(dim, dim, key=out_key)
-    return SelfAttention(qkv, out, query_norm, key_norm, num_heads, implementation)
+    norms = _head_norms(dim // num_heads, qk_norm)
+    qkv = _fused_xavier(dim, 3, key=qkv_key)
+    return SelfAttention(qkv, xavier_linear(dim, dim, key=out_key), *norms, num_heads, implementation)
+
+
+def cross_attention(
+    dim: int, num_heads: int, qk_norm: bool, implementation: str, *, key: PRNGKeyArray
+) -> CrossAttention:
+    """Xavier-initialised but for the zero output projection: the text starts without a say (PixArt-alpha)."""
+    query_key, key_value_key = jax.random.split(key)
+    query, key_value = xavier_linear(dim, dim, key=query_key), _fused_xavier(dim, 2, key=key_value_key)
+    norms = _head_norms(dim // num_heads, qk_norm)
+    return CrossAttention(query, key_value, zero_linear(dim, dim), *norms, num_heads, implementation)
+
+
+def _head_norms(head_dim: int, qk_norm: bool) -> tuple[RMSNorm, RMSNorm] | tuple[None, None]:
+    return (RMSNorm(jnp.ones(head_dim)), RMSNorm(jnp.ones(head_dim))) if qk_norm else (None, None)
+
+
+def _fused_xavier(dim: int, count: int, *, key: PRNGKeyArray) -> Linear:
+    """`count` square projections side by side: Xavier over the fused matrix, of larger fan-out, would be too small."""
+    projections = [xavier_linear(dim, dim, key=k) for k in jax.random.split(key, count)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *projections)
 
 
 class MLP(eqx.Module):
@@ -107,7 +147,7 @@ class MLP(eqx.Module):
     up: Linear
     down: Linear
 
-    def __call__(self, x: Float[Array, "*tokens dim"]) -> Float[Array, "*tokens dim"]:
+    def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
@@ -118,22 +158,28 @@ def mlp(dim: int, hidden_dim: int, *, key: PRNGKeyArray) -> MLP:
 
 
 class TimeEmbedding(eqx.Module):
-    """Flow time in [0, 1] -> (dim,): sinusoidal features of 1000 t through Linear, SiLU, Linear."""
+    """Flow time in [0, 1] -> (dim,): sinusoidal features of 1000 t through Linear, SiLU, Linear.
+
+    With `scale` 1 it embeds other numbers, such as the height of a picture in pixels.
+    """
 
     up: Linear
     down: Linear
     freq_shift: float = eqx.field(static=True, default=0.0)
+    scale: float = eqx.field(static=True, default=1000.0)
 
     def __call__(self, t: Float[Array, ""]) -> Float[Array, " dim"]:
-        features = sinusoidal_features(1000 * t, self.up.weight.shape[0], self.freq_shift)
+        features = sinusoidal_features(self.scale * t, self.up.weight.shape[0], self.freq_shift)
         return self.down(jax.nn.silu(self.up(features.astype(self.up.weight.dtype))))
 
 
-def time_embedding(dim: int, *, freq_shift: float = 0.0, key: PRNGKeyArray, num_features: int = 256) -> TimeEmbedding:
-    """Normal(0, 0.02)-initialised embedding of the flow time."""
+def time_embedding(
+    dim: int, *, freq_shift: float = 0.0, scale: float = 1000.0, key: PRNGKeyArray, num_features: int = 256
+) -> TimeEmbedding:
+    """Normal(0, 0.02)-initialised embedding of the flow time (`scale` 1: of any number)."""
     up_key, down_key = jax.random.split(key)
     up, down = normal_linear(num_features, dim, key=up_key), normal_linear(dim, dim, key=down_key)
-    return TimeEmbedding(up, down, freq_shift)
+    return TimeEmbedding(up, down, freq_shift, scale)
 
 
 def sinusoidal_features(
@@ -150,13 +196,18 @@ def sinusoidal_features(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 
-def sincos_positions(dim: int, height: int, width: int) -> Float[np.ndarray, "tokens dim"]:
-    """Fixed 2-D sin-cos table in row-major token order; the width coordinate fills the first half (DiT, MAE)."""
+def sincos_positions(
+    dim: int, height: int, width: int, interpolation_scale: float = 1.0
+) -> Float[np.ndarray, "tokens dim"]:
+    """Fixed 2-D sin-cos table in row-major token order; the width coordinate fills the first half (DiT, MAE).
+
+    Coordinates are token numbers over `interpolation_scale` (PixArt-alpha), as in diffusers for a grid of the base size.
+    """
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     frequencies = 1 / 10_000 ** (np.arange(dim // 4) / (dim / 4))
 
     def features(coordinate: np.ndarray) -> np.ndarray:
-        angles = coordinate.reshape(-1, 1) * frequencies[None]
+        angles = coordinate.reshape(-1, 1) / interpolation_scale * frequencies[None]
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     return np.concatenate([features(columns), features(rows)], axis=1).astype(np.float32)

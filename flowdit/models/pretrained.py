@@ -6,7 +6,7 @@ key. Every file read here is untrusted: JSON and safetensors hold data only, and
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,42 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
+import safetensors
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 
-def find_folder(field: str, name: str | Path, *, embedded: Mapping[str, Path], subfolder: str, stem: str) -> Path:
+def find_folder(
+    field: str,
+    name: str | Path,
+    *,
+    stem: str,
+    embedded: Mapping[str, Path] | None = None,
+    subfolder: str = "",
+    also: Sequence[str] = (),
+) -> Path:
     """The local folder of a network, downloaded from the hub where needed.
 
     Args:
         field: what the user calls the setting, for the error message.
         name: a key of `embedded`, a local folder, or a Hugging Face hub id, looked for in this order.
+        stem: the weights' file name up to `.safetensors` or `-00001-of-00002.safetensors`.
         embedded: networks that ship with the package.
         subfolder: where a pipeline keeps this network; used where it holds a `config.json`.
-        stem: the weights' file name up to `.safetensors` or `-00001-of-00002.safetensors`.
+        also: further files to download beside `config.json` and the weights.
 
     Raises:
         ValueError: no such folder, and the hub does not have the name or cannot be reached.
     """
+    embedded = embedded or {}
     folder = embedded[name] if isinstance(name, str) and name in embedded else Path(name)
     if not folder.is_dir():
-        files = ["config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
+        weights = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
+        files = ["config.json", *weights, *also]
+        nested = [f"{subfolder}/{file}" for file in files] if subfolder else []
         accepted = ", ".join([*map(repr, embedded), "an existing folder or a reachable Hugging Face hub id"])
-        folder = _download(field, str(name), [*files, *(f"{subfolder}/{file}" for file in files)], accepted)
+        folder = _download(field, str(name), [*files, *nested], accepted)
     return folder / subfolder if (folder / subfolder / "config.json").is_file() else folder
 
 
@@ -48,8 +61,14 @@ def _download(field: str, name: str, patterns: list[str], accepted: str) -> Path
         raise ValueError(f"{field} must be {accepted}, not {name!r} ({type(error).__name__}: {reason})") from error
 
 
-def find_weights(folder: Path, stem: str) -> list[Path]:
+def _every_key(key: str) -> bool:
+    return True
+
+
+def find_weights(folder: Path, stem: str, wanted: Callable[[str], bool] = _every_key) -> list[Path]:
     """The safetensors files of a folder, sorted: the single one, or the shards that its index lists.
+
+    Of shards, those alone that hold a tensor whose key is `wanted`: the others need not be there.
 
     Raises:
         ValueError: neither is there, or the index names something that is not a file beside it.
@@ -62,7 +81,7 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must map tensors to files, not {weight_map!r}")
-    return sorted({_shard(index, name) for name in weight_map.values()})
+    return sorted({_shard(index, name) for key, name in weight_map.items() if wanted(key)})
 
 
 def _shard(index: Path, name: Any) -> Path:
@@ -82,14 +101,19 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(files: Sequence[Path]) -> dict[str, Array]:
-    """All tensors of some safetensors files by key; `ValueError` naming a file that is truncated or something else."""
+def read_tensors(files: Sequence[Path], wanted: Callable[[str], bool] = _every_key) -> dict[str, np.ndarray]:
+    """The tensors of some safetensors files whose key is `wanted`, in host memory; the others are not read.
+
+    Raises:
+        ValueError: naming a file that is truncated, something else, or of a dtype that numpy does not have.
+    """
     tensors = {}
     for file in files:
         try:
-            # As jax arrays ("flax"): numpy, the other choice without torch, has no bfloat16.
-            tensors |= safetensors.flax.load_file(file)
-        except (OSError, safetensors.SafetensorError) as error:
+            # numpy knows bfloat16 by name because JAX registers it.
+            with safetensors.safe_open(file, framework="np") as stored:
+                tensors |= {key: stored.get_tensor(key) for key in stored.keys() if wanted(key)}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
     return tensors
 
@@ -110,14 +134,51 @@ def _file_digest(file: Path) -> str:
         raise ValueError(f"{file}: not a readable file ({error})") from error
 
 
+def tensors_fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
+    """16 hex digits over the name, dtype, shape and about a thousand evenly spread values of every tensor.
+
+    For networks of several GB, where hashing every byte takes longer than reading it. Networks of one shape that were
+    trained apart differ nearly everywhere, so a sample tells them apart; it is no check against damage.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        values = tensors[key].reshape(-1)
+        # An odd stride, or a sample of a matrix could stay within one column.
+        sample = values[:: max(1, values.size // 1024) | 1]
+        digest.update(f"{key} {values.dtype} {tensors[key].shape}\n".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def fill(
-    shapes: PyTree[jax.ShapeDtypeStruct], tensors: Mapping[str, Array], dtype: DTypeLike, *, source: Path
+    shapes: PyTree[jax.ShapeDtypeStruct],
+    tensors: dict[str, np.ndarray],
+    dtype: DTypeLike,
+    *,
+    source: Path,
+    shardings: PyTree[Sharding] | None = None,
 ) -> PyTree[Array]:
     """The module `shapes` with each parameter taken from `tensors` by its path and cast to `dtype`.
+
+    `tensors` is emptied on the way, so that host memory never holds the network twice. With `shardings`, a tree like
+    `shapes`, a device gets its own part of a parameter and nothing else.
 
     Raises:
         ValueError: listing every tensor that is missing, unexpected, or of another shape, with `source` named.
     """
+    check_tensors(shapes, tensors, source=source)
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Sharding | None = None) -> Array:
+        # Reshaped and cast in host memory, where a new shape does not cost a compilation.
+        value = tensors.pop(_key(path)).reshape(leaf.shape).astype(dtype, copy=False)
+        if sharding is None:
+            return jnp.asarray(value)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+
+    return jax.tree_util.tree_map_with_path(place, shapes, *([] if shardings is None else [shardings]))
+
+
+def check_tensors(shapes: PyTree[jax.ShapeDtypeStruct], tensors: Mapping[str, np.ndarray], *, source: Path) -> None:
+    """Raise `ValueError`, listing all faults, unless `tensors` are the parameters of `shapes` by path and shape."""
     parameters = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     faults = {
         "missing": sorted(parameters.keys() - tensors.keys()),
@@ -127,17 +188,13 @@ def fill(
     found = [f"{len(keys)} {fault}: {', '.join(keys)}" for fault, keys in faults.items() if keys]
     if found:
         raise ValueError(f"{source}: tensors must match config.json, but {'; '.join(found)}")
-    # Reshaped and cast in host memory, where a new shape does not cost a compilation.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(np.asarray(tensors[_key(path)]).reshape(leaf.shape).astype(dtype)), shapes
-    )
 
 
 def _key(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _misfits(parameters: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, Array]) -> list[str]:
+def _misfits(parameters: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, np.ndarray]) -> list[str]:
     shapes = {key: _stored_shape(key, parameters[key]) for key in sorted(parameters.keys() & tensors.keys())}
     return [
         f"{key} ({tensors[key].dtype}{list(tensors[key].shape)} for float{list(shape)})"

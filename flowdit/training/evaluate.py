@@ -17,14 +17,18 @@ from flowdit.diffusion.pictures import make_decoder, save_grid
 from flowdit.diffusion.sampling import SamplerConfig, picture_noise, sample
 from flowdit.models.vae import AutoencoderKL, load_vae
 from flowdit.sharding import replicated, shard_batch
-from flowdit.training.step import Objective, cast_floating, make_validation_step
+from flowdit.training.objective import Objective
+from flowdit.training.stages import Encode, Requests
+from flowdit.training.step import cast_floating, make_validation_step
 
 
 class Validation:
     """Loss on held-out records at eight fixed times with fixed noise: comparable between steps and runs."""
 
-    def __init__(self, source: Source, mesh: Mesh, objective: Objective, batch_size: int, limit: int, seed: int):
-        self._source, self._mesh, self._batch_size, self._limit = source, mesh, batch_size, limit
+    def __init__(self, source: Source, mesh: Mesh, encode: Encode, objective: Objective, batch_size: int, limit: int,
+                 seed: int):  # fmt: skip
+        self._source, self._mesh, self._encode = source, mesh, encode
+        self._batch_size, self._limit = batch_size, limit
         self._step = make_validation_step(objective, seed)
 
     def losses(self, model: Any) -> dict[str, float]:
@@ -32,7 +36,8 @@ class Validation:
         rows = dict(process_index=jax.process_index(), process_count=jax.process_count())
         sums, weight = np.zeros(len(VALIDATION_TIMES)), 0.0
         for i, batch in enumerate(validation_batches(self._source, self._batch_size, self._limit, **rows)):
-            batch_sums, batch_weight = self._step(model, shard_batch(self._mesh, batch), jnp.asarray(i))
+            on_devices = self._encode(shard_batch(self._mesh, batch))
+            batch_sums, batch_weight = self._step(model, on_devices, jnp.asarray(i))
             sums, weight = sums + np.asarray(batch_sums), weight + float(batch_weight)
         by_time = {f"validation/loss_t{t:.4f}": float(s / weight) for t, s in zip(VALIDATION_TIMES, sums, strict=True)}
         return {"validation/loss": float(sums.sum() / weight / len(sums)), **by_time}
@@ -50,26 +55,26 @@ def load_matching_vae(name: str, manifest: Manifest) -> AutoencoderKL:
 
 
 class Preview:
-    """Draws the same noise and labels every time, so that successive grids show the model alone changing."""
+    """Draws the same noise and requests every time, so that successive grids show the model alone changing."""
 
     def __init__(self, folder: Path, mesh: Mesh, manifest: Manifest, objective: Objective, sampler: SamplerConfig,
-                 labels: list[int], seed: int):  # fmt: skip
-        self._folder, self._labels, self._names = folder, labels, manifest.class_names
+                 requests: Requests, seed: int):  # fmt: skip
+        self._folder, self._requests = folder, requests
         self._decode = make_decoder(load_matching_vae(manifest.vae.name, manifest), objective.mean, objective.scale)
+        count = len(requests.captions)
 
-        def draw(model):
-            noise = picture_noise(jax.random.key(seed), len(labels), manifest.latent_shape)
-            model = cast_floating(model, objective.compute_dtype)
-            return sample(model, noise, jnp.asarray(labels), objective.null, sampler).latents
+        def draw(model, condition, null):
+            noise = picture_noise(jax.random.key(seed), count, manifest.latent_shape)
+            return sample(cast_floating(model, objective.compute_dtype), noise, condition, null, sampler).latents
 
         # Replicated results can be read by every process; the pictures are few and small.
         self._draw = jax.jit(draw, out_shardings=replicated(mesh))
 
     def draw(self, model: Any, step: int) -> Path | None:
         """Write `samples/<step>.png` in the run folder (on the first process)."""
-        latents = np.asarray(self._draw(model))
+        latents = np.asarray(self._draw(model, self._requests.condition, self._requests.null))
         if jax.process_index() != 0:
             return None
         path = self._folder / "samples" / f"{step:08d}.png"
-        save_grid(path, self._decode(latents), [self._names[label] for label in self._labels], columns=8)
+        save_grid(path, self._decode(latents), self._requests.captions, columns=8)
         return path

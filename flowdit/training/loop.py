@@ -39,7 +39,7 @@ def train(config: Config) -> None:
 
     with stop_signal() as signalled, contextlib.closing(tracker), contextlib.closing(writer):
         steps = range(start + 1, settings.num_steps + 1)
-        for step, (batch, data_state) in zip(steps, prefetch_to_device(run.mesh, run.stream), strict=False):
+        for step, (batch, data_state) in zip(steps, prefetch_to_device(run.mesh, run.stream, run.stage.encode), strict=False):
             state, metrics = run.train_step(state, batch)
             progress.add(metrics)
             last = step == settings.num_steps
@@ -78,9 +78,12 @@ def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
     shape = "x".join(map(str, manifest["latent_shape"]))
     for note in run.notes:
         tracker.say(note)
+    if run.figures:
+        tracker.log(start, run.figures)
+        tracker.say("  ".join(f"{name} {value:.3g}" for name, value in run.figures.items()))
     tracker.say(f"model: {parameters / 1e6:.2f} M parameters; {devices}, mesh {dict(run.mesh.shape)}")
     tracker.say(
-        f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {len(manifest['class_names'])} classes"
+        f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {run.stage.summary}"
     )
     if start < num_steps:
         tracker.say(f"compiling the training step, then steps {start + 1} to {num_steps}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from flowdit.diffusion import flow
+from flowdit.training.objective import Objective
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -32,30 +32,6 @@ class TrainState(eqx.Module):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised: which batch field conditions the model, its null value, and how time and latents are treated.
-
-    Stage 1 conditions on `label` with the null class. `mean` and `scale` normalise raw latents, a value or one a channel.
-    """
-
-    condition_field: str
-    null: Any
-    drop_rate: float
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    time_distribution: str = "logit_normal"
-    time_shift: float = 1.0
-    compute_dtype: str = "float32"
-
-    def latents(self, batch: Batch, key: PRNGKeyArray | None) -> Float[Array, "batch c h w"]:
-        """Normalised latents; with `latent_std` in the batch and a key, a fresh draw from the VAE's posterior."""
-        latent = batch["latent"]
-        if key is not None and "latent_std" in batch:
-            latent = latent + batch["latent_std"] * jax.random.normal(key, latent.shape)
-        return flow.normalise_latents(latent, jnp.asarray(self.mean), jnp.asarray(self.scale))
-
-
 def cast_floating(tree: Any, dtype: str) -> Any:
     """Floating-point arrays of `tree` in `dtype`."""
 
@@ -71,41 +47,38 @@ def init_state(model: Any, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(zero, model, jax.tree.map(jnp.copy, model), optimizer.init(model), jnp.copy(zero), jnp.copy(zero))
 
 
-def draw_examples(objective: Objective, batch: Batch, key: PRNGKeyArray) -> dict[str, Any]:
-    """Noise, times and dropped conditions, drawn at global batch shape: the same on any number of devices."""
-    posterior_key, noise_key, time_key, drop_key = jax.random.split(key, 4)
-    x_0 = objective.latents(batch, posterior_key)
-    condition = batch[objective.condition_field]
-    return {
-        "x_0": x_0,
-        "noise": jax.random.normal(noise_key, x_0.shape),
-        "t": flow.sample_times(time_key, x_0.shape[0], objective.time_distribution, objective.time_shift),
-        "condition": flow.drop_condition(drop_key, condition, objective.null, objective.drop_rate),
-    }
-
-
 def loss_and_grads(
-    objective: Objective, model: Any, examples: dict[str, Any], gradient_accum: int
-) -> tuple[Float[Array, " batch"], Any]:
-    """Losses of all examples and the gradient of their mean, over `gradient_accum` micro-batches by scan.
+    objective: Objective, model: Any, batch: Batch, keys: Key[Array, " batch"], gradient_accum: int
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"], Any]:
+    """Losses and times of all examples and the gradient of the mean loss, over `gradient_accum` micro-batches by scan.
 
-    A micro-batch takes every `gradient_accum`-th example, so that each stays spread over all devices.
+    What is random comes from the examples' own `keys` inside the scan: it is the same for any number of micro-batches
+    and devices, and memory grows with the micro-batch alone.
     """
 
-    def micro_loss(model, examples):
+    def micro_loss(model, batch, keys):
+        examples = jax.vmap(objective.draw)(batch, keys)
         losses = flow.example_losses(cast_floating(model, objective.compute_dtype), **examples)
-        return losses.mean(), losses
+        return losses.mean(), (losses, examples["t"])
 
     def accumulate(grads, micro_batch):
-        (_, losses), new = jax.value_and_grad(micro_loss, has_aux=True)(model, micro_batch)
-        return jax.tree.map(lambda total, g: total + g / gradient_accum, grads, new), losses
-
-    def split(x):
-        return x.reshape(-1, gradient_accum, *x.shape[1:]).swapaxes(0, 1)
+        (_, results), new = jax.value_and_grad(micro_loss, has_aux=True)(model, *micro_batch)
+        return jax.tree.map(lambda total, g: total + g / gradient_accum, grads, new), results
 
     zeros = jax.tree.map(jnp.zeros_like, model)
-    grads, losses = jax.lax.scan(accumulate, zeros, jax.tree.map(split, examples))
-    return losses.swapaxes(0, 1).reshape(-1), grads
+    grads, results = jax.lax.scan(accumulate, zeros, split_micro_batches((batch, keys), gradient_accum))
+    losses, times = join_micro_batches(results)
+    return losses, times, grads
+
+
+def split_micro_batches(batch: Any, count: int) -> Any:
+    """(batch, ...) -> (count, batch / count, ...). Every `count`-th row goes together: each stays spread over devices."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join_micro_batches(micro_batches: Any) -> Any:
+    """Inverse of `split_micro_batches`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), micro_batches)
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
@@ -129,8 +102,8 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        examples = draw_examples(objective, batch, jax.random.fold_in(jax.random.key(seed), state.step))
-        losses, grads = loss_and_grads(objective, state.model, examples, gradient_accum)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), len(batch["latent"]))
+        losses, times, grads = loss_and_grads(objective, state.model, batch, keys, gradient_accum)
         if grad_shardings is not None:  # reduce-scatter to the owners of the parameters instead of all-reduce
             grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
         loss, grad_norm = losses.mean(), optax.tree.norm(grads)
@@ -146,7 +119,7 @@ def make_train_step(
 
         skipped = state.skipped + (~finite).astype(jnp.int32)
         skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
-        bin_sums, bin_counts = flow.loss_bins(losses, examples["t"])
+        bin_sums, bin_counts = flow.loss_bins(losses, times)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -168,13 +141,14 @@ def make_validation_step(objective: Objective, seed: int) -> Callable[[Any, Batc
 
     def validation_step(model, batch, index):
         model = cast_floating(model, objective.compute_dtype)
-        x_0 = objective.latents(batch, None)
+        x_0 = jax.vmap(lambda example: objective.latent(example, None))(batch)
+        condition = jax.vmap(objective.conditioning.of_example)(batch)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x76616C), index)
 
         def losses_at(t, key):
             noise = jax.random.normal(key, x_0.shape)
             times = jnp.full(x_0.shape[0], t)
-            losses = flow.example_losses(model, x_0, noise, times, batch[objective.condition_field])
+            losses = flow.example_losses(model, x_0, noise, times, condition)
             return (losses * batch["weight"]).sum()
 
         times = jnp.asarray(flow.VALIDATION_TIMES)

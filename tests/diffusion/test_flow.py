@@ -17,8 +17,8 @@ def test_path_ends_and_velocity():
 
 
 def test_times_follow_their_distribution():
-    uniform = flow.sample_times(jax.random.key(0), 20_000, "uniform")
-    normal = flow.sample_times(jax.random.key(0), 20_000, "logit_normal")
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    uniform, normal = (jax.vmap(lambda key: flow.sample_time(key, kind))(keys) for kind in ("uniform", "logit_normal"))
     assert jnp.abs(uniform.mean() - 0.5) < 0.01 and jnp.abs(uniform.var() - 1 / 12) < 0.002
     logits = jnp.log(normal / (1 - normal))
     assert jnp.abs(logits.mean()) < 0.03 and jnp.abs(logits.std() - 1) < 0.03
@@ -33,7 +33,9 @@ def test_shift_is_the_equation_and_keeps_the_ends():
 
 def test_drop_replaces_whole_examples_at_the_rate():
     condition = {"label": jnp.arange(10_000), "text": jnp.ones((10_000, 3))}
-    dropped = flow.drop_condition(jax.random.key(0), condition, {"label": -1, "text": jnp.zeros(3)}, 0.1)
+    null = {"label": jnp.asarray(-1), "text": jnp.zeros(3)}
+    keys = jax.random.split(jax.random.key(0), 10_000)
+    dropped = jax.vmap(lambda key, example: flow.drop_condition(key, example, null, 0.1))(keys, condition)
     rows = dropped["label"] == -1
     assert jnp.abs(rows.mean() - 0.1) < 0.01
     np.testing.assert_array_equal(rows, (dropped["text"] == 0).all(1))
@@ -42,7 +44,8 @@ def test_drop_replaces_whole_examples_at_the_rate():
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.0, 1.0), (1.0, 0.0)])
 def test_drop_rate_ends(rate, kept):
-    dropped = flow.drop_condition(jax.random.key(0), jnp.ones(50), 0.0, rate)
+    keys = jax.random.split(jax.random.key(0), 50)
+    dropped = jax.vmap(lambda key: flow.drop_condition(key, jnp.ones(()), jnp.zeros(()), rate))(keys)
     assert dropped.mean() == kept
 
 
@@ -68,6 +71,7 @@ def test_normalisation_round_trip_per_channel():
     mean, scale = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 1.0, 2.0])
     normal = flow.normalise_latents(latent, mean, scale)
     np.testing.assert_allclose(normal[:, 2], (latent[:, 2] - 3) * 2, rtol=1e-6)
+    np.testing.assert_array_equal(flow.normalise_latents(latent[1], mean, scale), normal[1])
     np.testing.assert_allclose(flow.denormalise_latents(normal, mean, scale), latent, rtol=1e-5, atol=1e-6)
 
 
@@ -78,5 +82,5 @@ def velocity_of_label(x, t, label):
 @pytest.mark.parametrize(("t", "expected"), [(0.5, 7.0 + 3 * (2.0 - 7.0)), (0.1, 2.0), (0.95, 2.0)])
 def test_guidance_acts_on_all_channels_inside_its_interval(t, expected):
     x = jnp.zeros((2, 4, 2, 2))
-    v = flow.guided_velocity(velocity_of_label, x, jnp.asarray(t), jnp.array([2, 2]), 7, 3.0, (0.2, 0.9))
+    v = flow.guided_velocity(velocity_of_label, x, jnp.asarray(t), jnp.array([2, 2]), jnp.array([7, 7]), 3.0, (0.2, 0.9))
     np.testing.assert_allclose(v, jnp.full(x.shape, expected))

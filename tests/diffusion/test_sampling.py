@@ -8,6 +8,7 @@ import pytest
 from flowdit.diffusion.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, picture_noise, sample
 
 LABELS = jnp.array([1, 2])
+NULL = jnp.zeros_like(LABELS)
 ORDER = {"euler": 1, "heun": 2, "midpoint": 2, "dopri5": 5, "tsit5": 5}
 
 
@@ -26,7 +27,7 @@ def exact_end(noise, label):
 def solve(solver, steps, **settings):
     noise = picture_noise(jax.random.key(0), 2, (1, 4, 4))
     config = SamplerConfig(solver=solver, steps=steps, guidance=1.0, **settings)
-    result = jax.jit(lambda noise: sample(gaussian_velocity, noise, LABELS, 0, config))(noise)
+    result = jax.jit(lambda noise: sample(gaussian_velocity, noise, LABELS, NULL, config))(noise)
     return float(jnp.abs(result.latents - exact_end(noise, LABELS)).max()), int(result.evaluations)
 
 
@@ -46,7 +47,7 @@ def test_evaluations_are_those_that_happen(solver):
         return gaussian_velocity(x, t, label)
 
     noise = picture_noise(jax.random.key(0), 1, (1, 2, 2))
-    result = sample(counting_velocity, noise, LABELS[:1], 0, SamplerConfig(solver=solver, steps=5, guidance=1.0))
+    result = sample(counting_velocity, noise, LABELS[:1], NULL[:1], SamplerConfig(solver=solver, steps=5, guidance=1.0))
     jax.effects_barrier()
     assert int(result.evaluations) == len(calls)
 
@@ -72,7 +73,7 @@ def test_guidance_through_the_solver():
     """With v = label everywhere, x(0) = noise - v_guided."""
     noise = picture_noise(jax.random.key(0), 2, (1, 2, 2))
     field = lambda x, t, label: jnp.ones_like(x) * label.astype(jnp.float32)
-    latents = sample(field, noise, LABELS, 0, SamplerConfig(solver="euler", steps=4, guidance=3.0)).latents
+    latents = sample(field, noise, LABELS, NULL, SamplerConfig(solver="euler", steps=4, guidance=3.0)).latents
     np.testing.assert_allclose(
         latents, noise - 3.0 * LABELS.reshape(2, 1, 1, 1).astype(jnp.float32), rtol=1e-5, atol=1e-5
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from flowdit.models.ccdit import Block, CCDiT, ModelConfig, build_ccdit
+from flowdit.models.ccdit import Block, CCDiT, build_ccdit
 from flowdit.models.layers import (
     MLP,
     Linear,
@@ -20,6 +20,7 @@ from flowdit.models.layers import (
     sinusoidal_features,
     unpatchify,
 )
+from flowdit.models.transformer import ModelConfig
 
 LATENT = (4, 8, 8)
 SMALL = ModelConfig(depth=3, hidden_dim=48, num_heads=4, patch_size=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stage1 import (
+from runs import (
     FAST,
     NUM_STEPS,
     assert_same_checkpoint,
@@ -21,8 +21,9 @@ from stage1 import (
     wait_for_line,
 )
 
-from flowdit.data.loader import TrainStream, open_source
+from flowdit.data.loader import Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
+from flowdit.data.records import stage1_schema
 from flowdit.training.tracking import Progress
 
 LONG = ("train.num_steps=60", "train.save_every=10")
@@ -56,9 +57,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal
     monkeypatch.setattr(Progress, "add", add_and_signal)
 
 
+def tiny_source(data: Path) -> Source:
+    manifest = Manifest.read(data)
+    return open_source(data, manifest, schema=stage1_schema(manifest.latent_shape, manifest.num_classes))
+
+
 def next_batch(data: Path, run: Path) -> dict[str, np.ndarray]:
     """The batch that a run resumed from its newest checkpoint would see first."""
-    stream = TrainStream(open_source(data, Manifest.read(data)), seed=0, batch_size=8)
+    stream = TrainStream(tiny_source(data), seed=0, batch_size=8)
     stream.set_state(stored_json(run / str(steps_of(run)[-1]), "dataset"))
     return next(stream)
 
@@ -92,7 +98,7 @@ def test_the_next_batch_is_the_one_of_a_run_in_one_go(tiny_data, tmp_path, monke
     # The loader and the copy to the devices run ahead of the step: what they have read must not count as seen.
     stop_after(monkeypatch, 3)
     train_here(tiny_data, tmp_path / "run")
-    stream = TrainStream(open_source(tiny_data, Manifest.read(tiny_data)), seed=0, batch_size=8)
+    stream = TrainStream(tiny_source(tiny_data), seed=0, batch_size=8)
     expected = [next(stream) for _ in range(4)][3]
     np.testing.assert_equal(next_batch(tiny_data, tmp_path / "run"), expected)
 
@@ -135,7 +141,7 @@ def assert_close_losses(run: Path, whole: Path) -> None:
 
 
 def start_training(data: Path, run: Path, *overrides: str, script: str = "from flowdit.train import stage1; stage1()"):
-    return start("-c", script, *FAST, f"data.path={data}", f"train.checkpoint_dir={run}", *overrides)
+    return start("-c", script, "experiment=tiny", *FAST, f"data.path={data}", f"train.checkpoint_dir={run}", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Stage 1 for tests: a tiny data set, and the commands run as a user runs them, in this process or in one of their own."""
+"""Runs for tests: a tiny data set for both stages, and the commands as a user runs them, in this process or their own."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ import pytest
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
 from flowdit.data.shards import channel_statistics, write_shard
 from flowdit.models.vae import load_vae
-from flowdit.train import stage1
+from flowdit.train import stage1, stage2
 
 REPOSITORY = Path(__file__).parents[1]
 LATENT_SHAPE = (16, 8, 8)
@@ -28,11 +28,9 @@ SHARDS: dict[str, tuple[Split, int]] = {
     "validation-0.array_record": ("validation", 8),
 }
 NUM_STEPS = 6
-FAST = (
-    *("experiment=tiny", "optim.warmup_steps=4"),
-    *("train.validate_every=0", "train.sample_every=0", "train.keep_last=20"),
-)
+FAST = ("optim.warmup_steps=4", "train.validate_every=0", "train.sample_every=0", "train.keep_last=20")
 """Nothing but training steps and a checkpoint after every second one; the learning rate depends on the step."""
+CAPTIONS = (("red apple", "a red apple, food, fruit"), ("sun", ""), ("", "a dog that sleeps"), ("", ""))
 
 
 class Finished(NamedTuple):
@@ -52,7 +50,9 @@ def write_tiny_data(folder: Path) -> Path:
 
     def record(index: int) -> dict[str, Any]:
         latent = info.shift + noise.standard_normal(LATENT_SHAPE) / info.scale
-        return {"latent": latent.astype(np.float16), "label": index % len(CLASS_NAMES)}
+        short, long = CAPTIONS[index % len(CAPTIONS)]
+        latent = latent.astype(np.float16)
+        return {"latent": latent, "label": index % len(CLASS_NAMES), "short_caption": short, "long_caption": long}
 
     shards, sidecars = [], []
     for file, (split, count) in SHARDS.items():
@@ -68,6 +68,7 @@ def write_tiny_data(folder: Path) -> Path:
         channel_mean=tuple(mean.tolist()),
         channel_std=tuple(std.tolist()),
         class_names=CLASS_NAMES,
+        has_captions=True,
         shards=tuple(shards),
         license="CC0",
         attribution="",
@@ -91,7 +92,12 @@ def call(main: Callable[[], None], *overrides: str) -> Finished:
 
 def train_here(data: Path, run: Path, *overrides: str) -> Finished:
     """Stage 1 without validation and samples, in this process."""
-    return call(stage1, *FAST, f"data.path={data}", f"train.checkpoint_dir={run}", *overrides)
+    return call(stage1, "experiment=tiny", *FAST, f"data.path={data}", f"train.checkpoint_dir={run}", *overrides)
+
+
+def train_text_here(data: Path, run: Path, *overrides: str) -> Finished:
+    """Stage 2 without validation and samples, in this process."""
+    return call(stage2, "experiment=tiny_text", *FAST, f"data.path={data}", f"train.checkpoint_dir={run}", *overrides)
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:

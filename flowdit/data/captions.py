@@ -1,0 +1,80 @@
+"""The text of a batch: which caption of each record is read, and how it becomes arrays.
+
+A record has a short and a long caption; a visit reads one of them, chosen by a number in [0, 1) that the loader draws. A
+`TextReader` turns the choice into arrays. Online training reads token ids (`TokenizedCaptions`); the other kind reads
+features from a cache (`flowdit.data.text_cache`).
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from flowdit.models.text_encoder import Tokens
+
+
+@runtime_checkable
+class TextReader(Protocol):
+    """Captions to the text arrays of a batch; threads may share one."""
+
+    @property
+    def truncated(self) -> int:
+        """Captions handed out so far that had more tokens than there was room for."""
+        ...
+
+    def read(
+        self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
+    ) -> dict[str, np.ndarray]:
+        """`text_mask` bool (n, max_length), all False for a record without any caption, and what it masks.
+
+        `records` are those of the data set at `indices`; `draws` are numbers in [0, 1), one a record.
+        """
+        ...
+
+
+class TokenizedCaptions:
+    """Reads `text_ids` int32 (n, max_length) beside the mask, for an encoder that runs in the training loop."""
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], Tokens], long_caption_prob: float):
+        self._tokenize, self._long_caption_prob, self._truncated = tokenize, long_caption_prob, Counter()
+
+    @property
+    def truncated(self) -> int:
+        return self._truncated.value
+
+    def read(
+        self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
+    ) -> dict[str, np.ndarray]:
+        use_long = choose_long(records, draws, self._long_caption_prob)
+        names = np.where(use_long, "long_caption", "short_caption")
+        tokens = self._tokenize([record[name] for record, name in zip(records, names, strict=True)])
+        self._truncated.add(int(tokens.truncated.sum()))
+        return {"text_ids": tokens.ids, "text_mask": tokens.mask}
+
+
+class Counter:
+    """A sum to which many threads add."""
+
+    def __init__(self) -> None:
+        self.value, self._lock = 0, threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.value += count
+
+
+def choose_long(
+    records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"], long_caption_prob: float
+) -> Bool[np.ndarray, " n"]:
+    """Whether the long caption is read: where the draw is below `long_caption_prob`, or the short caption is empty."""
+    short, long = ([bool(record[name].strip()) for record in records] for name in ("short_caption", "long_caption"))
+    return (draws < long_caption_prob) & np.array(long, bool) | ~np.array(short, bool)
+
+
+def caption_key(short: str, long: str) -> bytes:
+    """8 bytes that change whenever one of the captions does (BLAKE2b). The short one's length separates the two."""
+    parts = [text.encode() for text in (short, long)]
+    return hashlib.blake2b(len(parts[0]).to_bytes(8, "little") + b"".join(parts), digest_size=8).digest()

@@ -1,0 +1,71 @@
+"""Pictures to records: read and cropped by threads, encoded by the VAE in batches on all local devices."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import grain
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, UInt8
+
+from flowdit.data.pictures import Pictures, center_crop
+from flowdit.models.vae import AutoencoderKL, Posterior
+
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+"""Threads that read pictures, and batches read ahead of the encoder."""
+
+EncodeBatch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def encoder(vae: AutoencoderKL, batch_size: int) -> EncodeBatch:
+    """Maps uint8 (n, size, size, 3), n at most `batch_size`, to posterior mean and deviation, on all local devices."""
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+    vae = eqx.filter_shard(vae, NamedSharding(mesh, PartitionSpec()))
+    rows = math.ceil(batch_size / len(devices)) * len(devices)
+
+    def encode_batch(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        padded = np.pad(images, ((0, rows - len(images)), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
+        mean, std = _posterior(vae, jax.device_put(padded, NamedSharding(mesh, PartitionSpec("batch"))))
+        return np.asarray(mean)[: len(images)], np.asarray(std)[: len(images)]
+
+    return encode_batch
+
+
+@eqx.filter_jit
+def _posterior(vae: AutoencoderKL, images: UInt8[Array, "batch height width 3"]) -> Posterior:
+    return jax.vmap(vae.encode)(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+
+
+def encoded_records(
+    items: Int[np.ndarray, "records 2"],
+    pictures: Pictures,
+    encode_batch: EncodeBatch,
+    image_size: int,
+    batch_size: int,
+    dtype: str,
+    posterior_std: bool,
+) -> Iterator[dict[str, Any]]:
+    """The records of one shard, whose items are rows of (number of the picture, whether mirrored).
+
+    Latents are the posterior means, raw: before the VAE's shift and scale.
+    """
+    images = grain.MapDataset.range(len(items)).map(lambda i: _image(pictures, items[i], image_size))
+    batches = images.batch(batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
+    numbers = iter(items[:, 0].tolist())
+    for batch in batches:
+        mean, std = (part.astype(dtype) for part in encode_batch(batch))
+        if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+            raise ValueError(f"dtype: the VAE's latents are not finite in {dtype}: is it the right VAE?")
+        for i in range(len(batch)):
+            record = {"latent": mean[i]} | pictures.condition(next(numbers))
+            yield record | ({"latent_std": std[i]} if posterior_std else {})
+
+
+def _image(pictures: Pictures, item: np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    index, mirrored = item
+    image = np.asarray(center_crop(pictures.open(index), size))
+    return image[:, ::-1] if mirrored else image

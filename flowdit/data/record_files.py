@@ -1,0 +1,93 @@
+"""Random access to the records of several ArrayRecord files, with errors that say which record of which file."""
+
+import bisect
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
+
+from flowdit.data.manifest import Shard
+from flowdit.data.records import RecordError, decode
+
+
+@dataclass
+class _FileInstruction:
+    """The words in which ArrayRecordDataSource takes a file whose length is known."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class RecordFiles:
+    """Files in a row: `read` takes indices in [0, len(files)). `check` is called with every record that is read."""
+
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int], check: Callable[[Mapping[str, Any]], None]):
+        self._paths, self._check = paths, check
+        self._ends = list(itertools.accumulate(counts))
+        files = [_FileInstruction(os.fspath(path), 0, n, n) for path, n in zip(paths, counts, strict=True)]
+        self._records = ArrayRecordDataSource(files)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The records at `indices`, decoded and checked.
+
+        Raises `RecordError` naming file, record within the file, and what is wrong with it.
+        """
+        return [self._parse(i, data) for i, data in zip(indices, self._read_bytes(indices), strict=True)]
+
+    def locate(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, whose error becomes one line that says where record `index` lies."""
+        try:
+            return function(*args)
+        except RecordError as error:
+            raise RecordError(f"{self._where(index)}: {error}") from error.__cause__
+        except RuntimeError as error:
+            raise RecordError(f"{self._where(index)}: the file is damaged: {_first_clause(error)}") from None
+
+    def _parse(self, index: int, data: bytes) -> dict[str, Any]:
+        record = self.locate(index, decode, data)
+        self.locate(index, self._check, record)
+        return record
+
+    def _read_bytes(self, indices: Sequence[int]) -> Sequence[bytes]:
+        try:
+            return self._records.__getitems__(indices)
+        except RuntimeError:  # does not say which file: find the record by reading one at a time
+            return [self.locate(i, self._records.__getitem__, i) for i in indices]
+
+    def _where(self, index: int) -> str:
+        file = bisect.bisect_right(self._ends, index)
+        return f"{self._paths[file]}: record {index - (self._ends[file - 1] if file else 0)}"
+
+
+def check_files(paths: Sequence[Path], shards: Sequence[Shard]) -> None:
+    """Raise `ValueError` naming a file that is missing, cut short, foreign, or holds another number of records."""
+    with ThreadPoolExecutor(16) as pool:  # thousands of shards on a network disk open slowly one after another
+        list(pool.map(_check_file, paths, shards))
+
+
+def _check_file(path: Path, shard: Shard) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        reader = ArrayRecordReader(os.fspath(path))
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: is not a whole ArrayRecord file: {_first_clause(error)}") from None
+    if count != shard.records:
+        raise ValueError(f"{path}: must hold {shard.records} records as in the manifest, holds {count}")
+
+
+def _first_clause(error: Exception) -> str:
+    return str(error).split(";")[0].split("\n")[0]

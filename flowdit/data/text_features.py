@@ -1,0 +1,105 @@
+"""Captions to a cache of text features (`text_cache`), in steps that can be interrupted and run again."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from flowdit.data.captions import caption_key
+from flowdit.data.loader import open_source
+from flowdit.data.manifest import Manifest, Shard, read_json, verify_shards, write_json
+from flowdit.data.records import stage2_schema
+from flowdit.data.shards import claim_folder, finished_sidecar, read_sidecar, remove_sidecar, write_shard
+from flowdit.data.text_cache import CAPTIONS, FILE_NAME, CacheManifest, packed_dtype
+from flowdit.models.text_encoder import TextEncoder
+
+
+def write_cache(
+    folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder, batch_size: int = 32
+) -> CacheManifest:
+    """Write the features of all captions of the data set in `data`, or finish a cache that was begun.
+
+    Raises `ValueError` in one line if `folder` holds features of another encoder, dtype, length or data set, `OSError` if
+    it cannot be written.
+    """
+    identity = {name: getattr(encoder, name) for name in ("fingerprint", "dtype", "max_length", "width")}
+    claim_folder("text_cache", folder, {"encoder": encoder.name, **identity, "data": manifest.id}, FILE_NAME)
+    if (folder / FILE_NAME).exists():
+        cache = read_json(folder / FILE_NAME, CacheManifest.parse)
+        cache.check_made_by(folder, encoder, manifest)
+        verify_shards(folder, cache.shards, hashes=False)
+        print(f"{folder} already holds the text features of this data set: nothing to do")
+    else:
+        _write_shards(folder, data, manifest, encoder, batch_size)
+        cache = _finish(folder, manifest, encoder)
+        print(_summary(folder, cache))
+    for shard in cache.shards:
+        remove_sidecar(folder / shard.file)
+    return cache
+
+
+def _write_shards(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder, batch_size: int) -> None:
+    todo = [shard for shard in manifest.shards if read_sidecar(folder / shard.file) is None]
+    total, left = (sum(shard.records for shard in some) for some in (manifest.shards, todo))
+    with tqdm(total=total, initial=total - left, unit=" records", desc="encoding text", dynamic_ncols=True) as progress:
+        for shard in todo:
+            write_shard(folder / shard.file, _records(data, manifest, shard, encoder, batch_size, progress), _text_sums)
+
+
+def _records(
+    data: Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, batch_size: int, progress: tqdm
+) -> Iterator[dict[str, Any]]:
+    alone = dataclasses.replace(manifest, shards=(shard,))
+    source = open_source(data, alone, shard.split, schema=stage2_schema(manifest.latent_shape, manifest.has_latent_std))
+    for start in range(0, len(source), batch_size):
+        records = source.read(range(start, min(start + batch_size, len(source))))
+        # Short and long apart: captions of like length are padded less.
+        encoded = [encoder.encode([record[name] for record in records]) for name in CAPTIONS]
+        for row, record in enumerate(records):
+            truncated = np.array([bool(texts.truncated[row]) for texts in encoded])
+            features = (_pack(texts.features[row][texts.mask[row]], encoder) for texts in encoded)
+            key = caption_key(*(record[name] for name in CAPTIONS))
+            yield {"key": key, "truncated": truncated} | dict(zip(CAPTIONS, features, strict=True))
+            progress.update()
+
+
+def _pack(features: Float[np.ndarray, "tokens width"], encoder: TextEncoder) -> np.ndarray:
+    if not np.isfinite(features.astype(np.float32)).all():
+        raise ValueError(f"text_encoder: {encoder.name} gives features that are not finite in {encoder.dtype}")
+    return features.view(packed_dtype(encoder.dtype))
+
+
+def _text_sums(record: Mapping[str, Any]) -> dict[str, int]:
+    return {"captions": sum(len(record[name]) > 0 for name in CAPTIONS), "truncated": int(record["truncated"].sum())}
+
+
+def _finish(folder: Path, manifest: Manifest, encoder: TextEncoder) -> CacheManifest:
+    sidecars = [finished_sidecar(folder / shard.file) for shard in manifest.shards]
+    cache = CacheManifest(
+        encoder=encoder.name,
+        fingerprint=encoder.fingerprint,
+        dtype="bfloat16" if encoder.dtype == "bfloat16" else "float32",
+        max_length=encoder.max_length,
+        width=encoder.width,
+        data=manifest.id,
+        captions=sum(sidecar.sums["captions"] for sidecar in sidecars),
+        truncated=sum(sidecar.sums["truncated"] for sidecar in sidecars),
+        shards=tuple(
+            dataclasses.replace(shard, bytes=sidecar.bytes, sha256=sidecar.sha256)
+            for shard, sidecar in zip(manifest.shards, sidecars, strict=True)
+        ),
+    )
+    write_json(folder / FILE_NAME, dataclasses.asdict(cache))
+    return cache
+
+
+def _summary(folder: Path, cache: CacheManifest) -> str:
+    megabytes = sum(shard.bytes for shard in cache.shards) / 1e6
+    return (
+        f"{folder}: features of {cache.captions} captions by {cache.encoder} in {cache.dtype}, {megabytes:.1f} MB, "
+        f"{cache.truncated} captions truncated to {cache.max_length} tokens"
+    )

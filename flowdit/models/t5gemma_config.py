@@ -1,0 +1,122 @@
+"""What a Hugging Face `config.json` says about the encoder of a T5Gemma model, checked field by field."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MODEL_TYPES = ("t5gemma", "t5_gemma_module")
+ATTENTION = ("sliding_attention", "full_attention")
+COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+)
+NUMBERS = ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5GemmaConfig:
+    """The encoder of a T5Gemma model; the defaults are those of transformers' `T5GemmaModuleConfig`."""
+
+    vocab_size: int = 256_000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    rms_norm_eps: float = 1e-6
+    query_pre_attn_scalar: float = 256.0
+    attn_logit_softcapping: float | None = 50.0
+    sliding_window: int = 4096
+    layer_types: tuple[str, ...] = ()
+    rope_theta: float = 10_000.0
+    pad_token_id: int = 0
+
+    @property
+    def is_sliding(self) -> tuple[bool, ...]:
+        """For each layer, whether it attends within the sliding window only."""
+        return tuple(kind == "sliding_attention" for kind in self.layer_types)
+
+    @classmethod
+    def from_huggingface(cls, raw: Mapping[str, Any]) -> "T5GemmaConfig":
+        """The encoder in a parsed `config.json`: of a whole model, of its encoder alone, or of the bare module.
+
+        Raises:
+            ValueError: naming the first field that is damaged or belongs to another architecture.
+        """
+        encoder = _encoder_section(raw)
+        values: dict[str, Any] = {
+            field.name: encoder.get(field.name, field.default) for field in dataclasses.fields(cls)
+        }
+        values["rope_theta"] = _rope_theta(encoder)
+        values["pad_token_id"] = values["pad_token_id"] or 0  # null where padding was never set; padding is masked
+        _check_numbers(values)
+        if not values["layer_types"]:
+            values["layer_types"] = [ATTENTION[i % 2] for i in range(values["num_hidden_layers"])]
+        _check_attention(values)
+        values["layer_types"] = tuple(values["layer_types"])
+        # JSON may say 50 or 50.0, which must give one fingerprint.
+        values |= {
+            name: float(values[name]) for name in (*NUMBERS, "attn_logit_softcapping") if values[name] is not None
+        }
+        return cls(**values)
+
+
+def _encoder_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = raw.get("model_type")
+    if found not in MODEL_TYPES:
+        raise ValueError(f"must be a T5Gemma checkpoint (model_type t5gemma), found model_type {found!r}")
+    encoder = raw.get("encoder") if found == "t5gemma" else raw
+    _require("encoder", encoder, isinstance(encoder, Mapping), "an object with the encoder's settings")
+    assert isinstance(encoder, Mapping)
+    activation, bias = encoder.get("hidden_activation", "gelu_pytorch_tanh"), encoder.get("attention_bias", False)
+    _require("hidden_activation", activation, activation == "gelu_pytorch_tanh", "'gelu_pytorch_tanh'")
+    _require("attention_bias", bias, bias is False, "false")
+    return encoder
+
+
+def _rope_theta(encoder: Mapping[str, Any]) -> Any:
+    """The base of the rotary frequencies; transformers 5 keeps it in `rope_parameters`, 4 beside `rope_scaling`."""
+    scaling = encoder.get("rope_scaling")
+    _require("rope_scaling", scaling, scaling is None, "null: scaled rotary positions are not implemented")
+    rope = encoder.get("rope_parameters") or {"rope_theta": encoder.get("rope_theta", T5GemmaConfig.rope_theta)}
+    is_plain = isinstance(rope, Mapping) and set(rope) <= {"rope_theta", "rope_type"}
+    is_plain = is_plain and rope.get("rope_type", "default") == "default"
+    _require("rope_parameters", rope, is_plain, "of rope_type 'default': no other rotary positions are implemented")
+    return rope.get("rope_theta", T5GemmaConfig.rope_theta)
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for name in COUNTS:
+        _require(name, values[name], type(values[name]) is int and values[name] > 0, "a whole number above 0")
+    for name in NUMBERS:
+        _require(name, values[name], _is_positive(values[name]), "a number above 0")
+    cap, pad = values["attn_logit_softcapping"], values["pad_token_id"]
+    _require("attn_logit_softcapping", cap, cap is None or _is_positive(cap), "null or a number above 0")
+    is_token = type(pad) is int and 0 <= pad < values["vocab_size"]
+    _require("pad_token_id", pad, is_token, f"a token below vocab_size={values['vocab_size']}")
+
+
+def _check_attention(values: Mapping[str, Any]) -> None:
+    heads, kv_heads, head_dim = values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"]
+    _require("num_key_value_heads", kv_heads, heads % kv_heads == 0, f"a divisor of num_attention_heads={heads}")
+    _require("head_dim", head_dim, head_dim % 2 == 0, "even")
+    kinds, depth = values["layer_types"], values["num_hidden_layers"]
+    are_kinds = isinstance(kinds, list) and len(kinds) == depth and all(kind in ATTENTION for kind in kinds)
+    _require("layer_types", kinds, are_kinds, f"a list of {depth}, each one of {', '.join(ATTENTION)}")
+
+
+def _require(name: str, value: Any, is_valid: bool, rule: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} must be {rule}, not {value!r}")
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

@@ -1,0 +1,234 @@
+"""Frozen text encoders behind one interface: texts to token ids on the host, token ids to features on the devices.
+
+Two kinds: T5Gemma, from a Hugging Face folder, and `wordllama`, the 256-wide static token embeddings that the package of
+that name carries in its wheel, for runs that must do without a download.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+from tokenizers import Tokenizer
+
+from flowdit import sharding
+from flowdit.models import pretrained
+from flowdit.models.t5gemma import WEIGHTS_STEM, load_t5gemma
+
+WORDLLAMA = "wordllama"
+DTYPES = ("bfloat16", "float32")
+TOKENIZER_FILE = "tokenizer.json"
+# Everything is compiled once for each length and number of texts: few of both.
+SHORTEST = 16
+MAX_BATCH = 32
+
+Network = Callable[[Int[Array, " length"], Bool[Array, " length"]], Float[Array, "length width"]]
+
+
+@dataclasses.dataclass
+class TextConfig:
+    """Which frozen network reads the captions.
+
+    `encoder` is "wordllama", a folder with a T5Gemma model, or its Hugging Face hub id. Captions are cut to `max_length`
+    tokens. `dtype` is that of weights and features.
+    """
+
+    encoder: str = "google/t5gemma-2b-2b-ul2"
+    max_length: int = 120
+    dtype: str = "bfloat16"
+
+    def check(self) -> None:
+        """Raise `ValueError` naming the first field that no encoder could follow."""
+        if not self.encoder.strip():
+            raise ValueError(f"text.encoder: must be 'wordllama', a folder or a hub id, got {self.encoder!r}")
+        if self.max_length < 1:
+            raise ValueError(f"text.max_length: must be at least 1, got {self.max_length}")
+        if self.dtype not in DTYPES:
+            why = "; activations of the T5 family overflow float16" if self.dtype == "float16" else ""
+            raise ValueError(f"text.dtype: must be one of {', '.join(DTYPES)}, got {self.dtype!r}{why}")
+
+
+class Tokens(NamedTuple):
+    """Texts as token ids, padded on the right. `truncated`: the text had more tokens than there was room for."""
+
+    ids: Int[np.ndarray, "n length"]
+    mask: Bool[np.ndarray, "n length"]
+    truncated: Bool[np.ndarray, " n"]
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder makes of texts. Features where `mask` is False mean nothing."""
+
+    features: Float[np.ndarray, "n length width"]
+    mask: Bool[np.ndarray, "n length"]
+    truncated: Bool[np.ndarray, " n"]
+
+
+class TokenTable(eqx.Module):
+    """Static embeddings: a token has the same features wherever it stands."""
+
+    weight: Float[Array, "vocabulary width"]
+
+    def __call__(self, ids: Int[Array, " length"], mask: Bool[Array, " length"]) -> Float[Array, "length width"]:
+        return self.weight[ids]
+
+
+@eqx.filter_jit
+def encode_tokens(
+    network: Network, ids: Int[Array, "n length"], mask: Bool[Array, "n length"]
+) -> Float[Array, "n length width"]:
+    """`network` over a batch; jitted, and usable within another jit such as the training step's."""
+    return jax.vmap(network)(ids, mask)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A frozen text encoder.
+
+    `fingerprint` is 16 hex digits over weights, configuration and tokenizer: equal where features are. `network` maps
+    the tokens of one text, (length,) ids and mask, to features (length, width) in `dtype`; callers `vmap`.
+    """
+
+    name: str
+    fingerprint: str
+    dtype: str
+    max_length: int
+    width: int
+    network: Network
+    tokenizer: Tokenizer
+    add_special_tokens: bool
+    pad_id: int
+
+    def tokenize(self, texts: Sequence[str], length: int | None = None) -> Tokens:
+        """Token ids padded to `length` (default `max_length`); longer texts are cut, special tokens kept.
+
+        A text that is empty or only white space has no token, not even a special one. Threads may share an encoder.
+        """
+        length = self.max_length if length is None else length
+        room = length - (self.tokenizer.num_special_tokens_to_add(False) if self.add_special_tokens else 0)
+        ids = np.full((len(texts), length), self.pad_id, np.int32)
+        mask, truncated = np.zeros((len(texts), length), bool), np.zeros(len(texts), bool)
+        for row, content in enumerate(self.tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+            if texts[row].strip():
+                truncated[row] = len(content) > room
+                content.truncate(room)
+                whole = self.tokenizer.post_process(content, add_special_tokens=self.add_special_tokens)
+                ids[row, : len(whole)] = whole.ids
+                mask[row, : len(whole)] = True
+        return Tokens(ids, mask, truncated)
+
+    def encode(self, texts: Sequence[str]) -> TextFeatures:
+        """Features of `texts` in host memory, padded to the smallest of a few lengths that holds the longest text."""
+        tokens = self.tokenize(texts)
+        length = self._padded_length(int(tokens.mask.sum(1).max(initial=0)))
+        ids, mask = tokens.ids[:, :length], tokens.mask[:, :length]
+        # A power of two: few sizes to compile, and a single prompt does not cost a full batch.
+        batch = min(MAX_BATCH, 1 << max(0, len(texts) - 1).bit_length())
+        features = np.empty((len(texts), length, self.width), jnp.dtype(self.dtype))
+        for start in range(0, len(texts), batch):
+            rows = slice(start, start + batch)
+            features[rows] = self._encode_rows(ids[rows], mask[rows], batch)
+        return TextFeatures(features, mask, tokens.truncated)
+
+    def _padded_length(self, longest: int) -> int:
+        length = SHORTEST
+        while length < longest:
+            length *= 2
+        return min(length, self.max_length)
+
+    def _encode_rows(
+        self, ids: Int[np.ndarray, "n length"], mask: Bool[np.ndarray, "n length"], batch: int
+    ) -> Float[np.ndarray, "n length width"]:
+        padding = ((0, batch - len(ids)), (0, 0))
+        padded = (jnp.asarray(np.pad(rows, padding)) for rows in (ids, mask))
+        return np.asarray(encode_tokens(self.network, *padded))[: len(ids)]
+
+
+def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
+    """Read tokenizer and weights of `config.encoder`; with `mesh`, the weights are laid out on it.
+
+    Raises:
+        ValueError: one line, naming `text.encoder` and the file or tensors at fault, or another field of `config`.
+    """
+    config.check()
+    if config.encoder == WORDLLAMA:
+        return _load_wordllama(config, mesh)
+    folder = pretrained.find_folder("text.encoder", config.encoder, stem=WEIGHTS_STEM, also=[TOKENIZER_FILE])
+    try:
+        encoder = _load_t5gemma(config, folder, mesh)
+    except ValueError as error:
+        raise ValueError(f"text.encoder: {error}") from error
+    if (specials := encoder.tokenizer.num_special_tokens_to_add(False)) >= config.max_length:
+        raise ValueError(f"text.max_length: must leave room beside {specials} special tokens, got {config.max_length}")
+    return encoder
+
+
+def _load_t5gemma(config: TextConfig, folder: Path, mesh: Mesh | None) -> TextEncoder:
+    # Before the weights, which take long: most faults of a folder show here.
+    tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
+    network = load_t5gemma(folder, config.dtype, mesh)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= network.config.vocab_size:
+        raise ValueError(
+            f"{folder}: {TOKENIZER_FILE} must have ids below vocab_size={network.config.vocab_size}, not {largest}"
+        )
+    identity = f"{network.fingerprint} {pretrained.fingerprint(folder / TOKENIZER_FILE)}"
+    return TextEncoder(
+        name=config.encoder,
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        dtype=config.dtype,
+        max_length=config.max_length,
+        width=network.config.hidden_size,
+        network=network,
+        tokenizer=tokenizer,
+        add_special_tokens=True,
+        pad_id=network.config.pad_token_id,
+    )
+
+
+def _load_wordllama(config: TextConfig, mesh: Mesh | None) -> TextEncoder:
+    # Found and not imported: the package's own code is not needed, and pulls in others that are.
+    spec = importlib.util.find_spec(WORDLLAMA)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("text.encoder: 'wordllama' needs the package of that name: pip install wordllama")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    tokenizer_file = folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
+    weights = folder / "weights" / "l2_supercat_256.safetensors"
+    tokenizer = _read_tokenizer(tokenizer_file)
+    # Taken as they are: their standard deviation is 0.9 already.
+    tensors = {key.removeprefix("embedding."): tensor for key, tensor in pretrained.read_tensors([weights]).items()}
+    shapes = eqx.filter_eval_shape(lambda: TokenTable(jnp.zeros((tokenizer.get_vocab_size(), 256))))
+    shardings = None if mesh is None else sharding.parameter_shardings(mesh, shapes)
+    network = pretrained.fill(shapes, tensors, config.dtype, source=weights, shardings=shardings)
+    return TextEncoder(
+        name=WORDLLAMA,
+        fingerprint=pretrained.fingerprint(weights, tokenizer_file),
+        dtype=config.dtype,
+        max_length=config.max_length,
+        width=network.weight.shape[1],
+        network=network,
+        tokenizer=tokenizer,
+        add_special_tokens=False,  # its "<s>" carries no meaning without a network behind it
+        pad_id=0,
+    )
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: must hold {file.name}, as transformers saves a fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises nothing more specific.
+        raise ValueError(f"{file}: not a readable tokenizer ({error})") from error
+    # Whatever the file says: Gemma's pads on the left.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

@@ -1,0 +1,108 @@
+"""What the class- and the text-conditional transformer share: their shape, and the way in, through and out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowdit.models.layers import Linear, layer_norm, modulate, patchify, sincos_positions, unpatchify
+
+MODEL_NAMES = ("ccdit", "mmdit")
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Shape of the transformer. Latent shape, number of classes and width of the text come from data and encoder.
+
+    `interpolation_scale` divides the position coordinates, so that a larger grid spans the range of a smaller one:
+    PixArt uses 0.5 at 256 pixels, 1 at 512 and 2 at 1024. `micro_conditioning` (mmdit only) adds height, width and
+    aspect ratio to the time embedding (SDXL; PixArt-alpha at 1024).
+    """
+
+    name: str = "ccdit"
+    depth: int = 28
+    hidden_dim: int = 1152
+    num_heads: int = 16
+    patch_size: int = 2
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True
+    remat: str = "none"
+    micro_conditioning: bool = False
+    interpolation_scale: float = 1.0
+
+    def check(self, latent_shape: tuple[int, int, int]) -> None:
+        """Raise `ValueError` for a combination that cannot be built on latents of (channels, height, width)."""
+        if self.name not in MODEL_NAMES:
+            raise ValueError(f"model.name: must be one of {', '.join(MODEL_NAMES)}, got {self.name!r}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"model.remat: must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        for field in ("depth", "hidden_dim", "num_heads", "patch_size"):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"model.{field}: must be at least 1, got {value}")
+        for field in ("mlp_ratio", "interpolation_scale"):
+            if (value := getattr(self, field)) <= 0:
+                raise ValueError(f"model.{field}: must be positive, got {value}")
+        self._check_divisibility(latent_shape)
+
+    def _check_divisibility(self, latent_shape: tuple[int, int, int]) -> None:
+        dim = self.hidden_dim
+        if dim % self.num_heads:
+            raise ValueError(f"model.hidden_dim: must be divisible by model.num_heads={self.num_heads}, got {dim}")
+        if dim % 4:
+            raise ValueError(f"model.hidden_dim: must be divisible by 4 (2-D positions), got {dim}")
+        if self.micro_conditioning and self.name != "mmdit":
+            raise ValueError(
+                f"model.micro_conditioning: must be false unless model.name=mmdit, got true with {self.name}"
+            )
+        if self.micro_conditioning and dim % 3:
+            raise ValueError(f"model.hidden_dim: must be divisible by 3 with model.micro_conditioning=true, got {dim}")
+        if any(side % self.patch_size for side in latent_shape[1:]):
+            raise ValueError(
+                f"model.patch_size: must divide the latents' height and width {latent_shape[1:]}, got {self.patch_size}"
+            )
+
+
+def embed_patches(
+    x_t: Float[Array, "channels height width"], linear: Linear, patch_size: int, interpolation_scale: float
+) -> Float[Array, "tokens dim"]:
+    """Patches through `linear`, plus their positions, in the dtype of the parameters."""
+    x = linear(patchify(x_t, patch_size).astype(linear.weight.dtype))
+    height, width = (side // patch_size for side in x_t.shape[1:])
+    return x + jnp.asarray(sincos_positions(x.shape[1], height, width, interpolation_scale), x.dtype)
+
+
+def scan_blocks(blocks: Any, x: Float[Array, "tokens dim"], *inputs: Any, remat: str) -> Float[Array, "tokens dim"]:
+    """`x = block(x, *inputs)` for every block of a module whose leaves lead with the depth axis.
+
+    A scan, so compile time does not grow with depth. `remat` names what the backward pass keeps (`REMAT_POLICIES`).
+    """
+
+    def body(x, block):
+        return block(x, *inputs), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, blocks)[0]
+
+
+def project_velocity(
+    x: Float[Array, "tokens dim"],
+    shift: Float[Array, " dim"],
+    scale: Float[Array, " dim"],
+    linear: Linear,
+    patch_size: int,
+    latent_shape: tuple[int, int, int],
+) -> Float[Array, "channels height width"]:
+    """The final layer: norm, modulation and projection to patches, put together as a float32 latent."""
+    patches = linear(modulate(layer_norm(x), shift, scale))
+    return unpatchify(patches, patch_size, latent_shape).astype(jnp.float32)

@@ -1,0 +1,173 @@
+"""What a user gets wrong in stage 2 ends in one line that names field, rule and value, and loses nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from damage import SHARD, change_manifest, refused, write_record
+from models.text_folders import write_t5gemma
+from runs import call, train_here, train_text_here
+
+from flowdit import sample
+
+
+@pytest.fixture(scope="module")
+def text_run(tiny_data, tmp_path_factory) -> Path:
+    """A finished run of stage 2 with one checkpoint."""
+    run = tmp_path_factory.mktemp("text") / "run"
+    assert train_text_here(tiny_data, run, "train.num_steps=5", "train.save_every=0").status == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("text.max_length=0", "text.max_length: must be at least 1, got 0"),
+        ("text.dtype=float16", "text.dtype: must be one of bfloat16, float32, got 'float16'"),
+        ("text.encoder=''", "text.encoder: must be"),
+        ("data.long_caption_prob=1.5", "data.long_caption_prob: must be in [0, 1], got 1.5"),
+        ("model.name=ccdit", "model.name: this command trains mmdit, got ccdit"),
+        ("model.micro_conditioning=true", "model.hidden_dim: must be divisible by 3"),
+        ("train.sample_labels=[1]", "train.sample_labels: must be null where a mmdit is trained"),
+        ("train.init_time=2", "train.init_time: must be in [0, 1], got 2.0"),
+        ("train.init_shared_map=last", "train.init_shared_map: must be one of block0, mean, got last"),
+        ("train.init_class=zero", "train.init_class: must be one of dropped, null, got zero"),
+        ("train.init_from=nowhere", "train.init_from: nowhere: not a checkpoint folder"),
+        ("data.text_cache=nowhere", "nowhere"),
+    ],
+)
+def test_bad_setting(tiny_data, tmp_path, override, expected):
+    line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", override), tiny_data)
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"short_caption": None}, "short_caption: is missing"),
+        ({"long_caption": 5}, "long_caption: must be a string, got int"),
+        ({"short_caption": b"sun"}, "short_caption: must be a string, got bytes"),
+    ],
+    ids=["missing", "a number", "bytes"],
+)
+def test_bad_caption(tiny_data, tmp_path, changes, expected):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    write_record(data, **changes)
+    line = refused(lambda: train_text_here(data, tmp_path / "run"), data)
+    assert line.startswith(f"error: {data / SHARD}: record 5: {expected}"), line
+
+
+def test_data_without_captions_or_classes(tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    change_manifest(data, has_captions=False)
+    line = refused(lambda: train_text_here(data, tmp_path / "run"), data)
+    assert line == f"error: data.path: {data} has no captions, which stage 2 needs"
+    change_manifest(data, has_captions=True, class_names=[])
+    line = refused(lambda: train_here(data, tmp_path / "run"), data)
+    assert line == f"error: data.path: {data} has no classes, which stage 1 needs; stage 2 takes its captions"
+
+
+def test_encoder_folder_without_tokenizer(tiny_data, tmp_path):
+    folder = write_t5gemma(tmp_path / "t5gemma")
+    (folder / "tokenizer.json").unlink()
+    line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", f"text.encoder={folder}"), folder)
+    assert line.startswith(f"error: text.encoder: {folder}: must hold tokenizer.json")
+
+
+def test_encoder_of_another_architecture(tiny_data, tmp_path):
+    folder = write_t5gemma(tmp_path / "t5gemma")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", f"text.encoder={folder}"), folder)
+    assert line.startswith("error: text.encoder: ")
+    assert "bert" in line
+    assert "t5gemma" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.depth=3", "model.depth: must be 2 as in train.init_from, got 3"),
+        ("model.hidden_dim=48", "model.hidden_dim: must be 32 as in train.init_from, got 48"),
+        ("model.patch_size=4", "model.patch_size: must be 2 as in train.init_from, got 4"),
+        ("model.qk_norm=false", "model.qk_norm: must be True as in train.init_from, got False"),
+    ],
+)
+def test_start_from_a_class_model_of_another_shape(tiny_data, whole_run, tmp_path, override, expected):
+    settings = (f"train.init_from={whole_run / '6'}", override)
+    line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", *settings), whole_run)
+    assert line == f"error: {expected}"
+
+
+def test_start_from_a_text_model(tiny_data, text_run, tmp_path):
+    start = f"train.init_from={text_run / '5'}"
+    line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", start), text_run)
+    assert line == f"error: train.init_from: {text_run / '5'} must hold a class-conditional model (ccdit), got mmdit"
+
+
+def test_start_from_a_damaged_checkpoint(tiny_data, whole_run, tmp_path):
+    start = shutil.copytree(whole_run / "6", tmp_path / "6")
+    file = max((path for path in (start / "model_ema").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", f"train.init_from={start}"), start)
+    assert line == f"error: train.init_from: {file}: content differs from its checksum"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("text.max_length=16", "text.encoder: must be that of the checkpoint to resume"),
+        ("text.dtype=bfloat16", "text.encoder: must be that of the checkpoint to resume"),
+        ("data.long_caption_prob=0", "data.long_caption_prob: must be 0.5 as in the checkpoint to resume, got 0"),
+    ],
+)
+def test_resume_with_other_text(tiny_data, text_run, override, expected):
+    settings = ("train.is_restore=true", "train.num_steps=6", override)
+    line = refused(lambda: train_text_here(tiny_data, text_run, *settings), text_run)
+    assert line.startswith(f"error: {expected}")
+
+
+def sample_here(checkpoint: Path, *overrides: str):
+    return call(sample.main, f"checkpoint={checkpoint}", "steps=1", "solver=euler", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("labels=[1]", "labels: {run} holds a text model, which takes prompts"),
+        ("prompts=[]", "prompts: must hold at least one prompt"),
+        ("prompts_file=nowhere", "prompts_file: nowhere cannot be read"),
+        ("prompts_file=empty", "prompts_file: must hold at least one prompt"),
+        ("text_encoder=nowhere", "text.encoder"),
+    ],
+)
+def test_bad_sampling(text_run, tmp_path, override, expected):
+    (tmp_path / "empty").write_text("\n \n")
+    line = refused(lambda: sample_here(text_run / "5", override), text_run)
+    assert line.startswith("error: " + expected.format(run=text_run / "5"))
+
+
+def test_sampling_with_another_encoder(text_run, tmp_path):
+    folder = write_t5gemma(tmp_path / "t5gemma")
+    line = refused(lambda: sample_here(text_run / "5", f"text_encoder={folder}", "prompts=[sun]"), text_run)
+    assert line.startswith("error: text_encoder: must be the one of the training run (wordllama, fingerprint ")
+
+
+@pytest.mark.parametrize("field", ["prompts=[sun]", "negative_prompt=sun", "prompts_file=x"])
+def test_prompts_for_a_class_model(whole_run, field):
+    line = refused(lambda: sample_here(whole_run / "6", field), whole_run)
+    assert line == f"error: {field.split('=')[0]}: {whole_run / '6'} holds a class model, which takes labels"
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_named(text_run, tmp_path):
+    settings = (f"prompts=[{'red apple ' * 20}, sun]", f"out={tmp_path / 'out'}")
+    finished = sample_here(text_run / "5", *settings)
+    assert (finished.status, finished.err) == (0, "")
+    warnings = [line for line in finished.out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "longer than 32 tokens" in warnings[0]
+    assert "red apple" in warnings[0]

@@ -1,0 +1,177 @@
+"""Stage 2 as a run: exact resume, features online and cached, the start from a class model, memory, layouts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import (
+    NUM_STEPS,
+    assert_same_checkpoint,
+    call,
+    metrics,
+    steps_of,
+    stored_arrays,
+    stored_json,
+    train_text_here,
+)
+
+from flowdit import prepare
+from flowdit.diffusion.conditioning import text_conditioning
+from flowdit.models.mmdit import build_mmdit
+from flowdit.models.transformer import ModelConfig
+from flowdit.sharding import MeshConfig, init_sharded, make_mesh, parameter_shardings, shard_batch
+from flowdit.training.objective import Objective
+from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.training.step import init_state, make_train_step
+from flowdit.training.tracking import Progress
+
+LATENT, WIDTH, LENGTH = (4, 8, 8), 6, 5
+MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=2)
+OBJECTIVE = Objective(text_conditioning(None), 0.3, (0.1,) * 4, (0.9,) * 4)
+
+
+@pytest.fixture(scope="module")
+def whole_text_run(tiny_data, tmp_path_factory):
+    """A finished run of stage 2 in one go, with checkpoints 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("text") / "whole"
+    finished = train_text_here(tiny_data, run)
+    assert (finished.status, finished.err) == (0, "")
+    assert "captions, wordllama features of 256 x 32 tokens online" in finished.out
+    return run
+
+
+def test_resume_is_exact(tiny_data, whole_text_run, tmp_path):
+    run, seen, add = tmp_path / "run", [], Progress.add
+
+    def add_and_stop(self, values):
+        add(self, values)
+        seen.append(values)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "add", add_and_stop)
+        with pytest.raises(KeyboardInterrupt):  # as harsh as a kill: nothing is saved but step 2
+            train_text_here(tiny_data, run)
+    assert steps_of(run) == [2]
+    finished = train_text_here(tiny_data, run, "train.is_restore=true")
+    assert f"resumed from {run / '2'}" in finished.out
+    assert_same_checkpoint(run / str(NUM_STEPS), whole_text_run / str(NUM_STEPS))
+    assert metrics(run, "train/loss") == metrics(whole_text_run, "train/loss")
+
+
+def make_cache(data, *overrides):
+    return call(
+        prepare.main, "source=openmoji", f"out={data}", "text_encoder=wordllama", "text_dtype=float32",
+        "text_max_length=32", *overrides,
+    )  # fmt: skip
+
+
+def test_cached_features_give_the_losses_of_online_ones(tiny_data, whole_text_run, tmp_path, monkeypatch):
+    cache = write_cache(tiny_data, tmp_path / "features")
+    finished = train_text_here(tiny_data, tmp_path / "run", f"data.text_cache={cache}")
+    assert (finished.status, finished.err) == (0, "")
+    assert "from " + str(cache) in finished.out
+    online, cached = metrics(whole_text_run, "train/loss"), metrics(tmp_path / "run", "train/loss")
+    np.testing.assert_allclose(list(cached.values()), list(online.values()), rtol=1e-6)
+
+
+def test_accumulation_and_meshes_give_the_same_losses(tiny_data, whole_text_run, tmp_path):
+    for i, settings in enumerate([("train.gradient_accum=1",), ("train.gradient_accum=4", "mesh.fsdp=2", "mesh.tensor=2")]):
+        finished = train_text_here(tiny_data, tmp_path / str(i), *settings)
+        assert finished.status == 0, finished.err
+        losses, expected = (list(metrics(run, "train/loss").values()) for run in (tmp_path / str(i), whole_text_run))
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("choices", [("block0", "dropped"), ("mean", "null")], ids=str)
+def test_start_from_a_class_model(tiny_data, whole_run, tmp_path, choices):
+    shared_map, class_condition = choices
+    run, start = tmp_path / "run", whole_run / str(NUM_STEPS)
+    settings = (f"train.init_from={start}", f"train.init_shared_map={shared_map}", f"train.init_class={class_condition}")
+    frozen = ("optim.learning_rate=1e-12", "train.num_steps=5", "train.ema_decay=0")
+    finished = train_text_here(tiny_data, run, *settings, *frozen)
+    assert (finished.status, finished.err) == (0, "")
+    drift = metrics(run, "init/drift_t0.5000")
+    assert 0 <= drift[0] < 1e-5
+    assert metrics(run, "init/drift_t0.9375")[0] > 1e-4
+    assert "init/drift_t0.5000" in finished.out
+    theirs, ours = stored_arrays(start), stored_arrays(run / "5")
+    for name in ("patch_embed.weight", "blocks.attention.qkv.weight", "blocks.mlp.up.bias", "final_linear.weight"):
+        np.testing.assert_allclose(ours[f"model_ema.{name}"], theirs[f"model_ema.{name}"], atol=1e-10)
+
+
+def test_start_is_taken_once(tiny_data, whole_run, tmp_path):
+    """A resumed run has its own weights: the class model need not even be there any more."""
+    run = tmp_path / "run"
+    assert train_text_here(tiny_data, run, f"train.init_from={whole_run / '6'}", "train.num_steps=5").status == 0
+    finished = train_text_here(tiny_data, run, "train.init_from=gone", "train.is_restore=true")
+    assert finished.status == 0, finished.err
+    assert f"changed since the checkpoint: train.init_from: {whole_run / '6'} -> gone" in finished.out
+    assert steps_of(run)[-1] == NUM_STEPS
+
+
+def test_a_checkpoint_tells_its_text_encoder(whole_text_run):
+    text = stored_json(whole_text_run / "6", "meta")["text"]
+    assert (text["name"], text["dtype"], text["max_length"], text["width"]) == ("wordllama", "float32", 32, 256)
+    assert len(text["fingerprint"]) == 16
+
+
+def test_micro_conditioning_trains(tiny_data, tmp_path):
+    finished = train_text_here(tiny_data, tmp_path / "run", "model.micro_conditioning=true", "model.hidden_dim=48")
+    assert (finished.status, finished.err) == (0, "")
+    assert "state.model.size_embed.side.up.weight" in stored_arrays(tmp_path / "run" / "6")
+
+
+def batch_of(size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "latent": rng.normal(size=(size, *LATENT)).astype(np.float32),
+        "text_features": rng.normal(size=(size, LENGTH, WIDTH)).astype(np.float32),
+        "text_mask": np.arange(LENGTH) < rng.integers(0, LENGTH + 1, size).reshape(-1, 1),
+    }
+
+
+def build(optimizer):
+    return init_state(build_mmdit(MODEL, LATENT, WIDTH, key=jax.random.key(0)), optimizer)
+
+
+def test_golden_losses():
+    """A refactor must reproduce these; a change of randomness, initialisation or mathematics must own up here."""
+    mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimConfig(learning_rate=1e-2), 100)
+    state = init_sharded(mesh, lambda: build(optimizer))
+    step = make_train_step(optimizer, OBJECTIVE, 0, 2, 0.9, grad_shardings=parameter_shardings(mesh, state.model))
+    losses = []
+    for _ in range(3):
+        state, values = step(state, shard_batch(mesh, batch_of(8)))
+        losses.append(float(values["loss"]))
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-4)
+
+
+GOLDEN_LOSSES = [0.0, 0.0, 0.0]
+
+
+def temporary_bytes(batch_size: int, gradient_accum: int) -> int:
+    optimizer = make_optimizer(OptimConfig(), 10)
+    batch = jax.tree.map(jnp.asarray, batch_of(batch_size))
+    step = make_train_step(optimizer, OBJECTIVE, 0, gradient_accum)
+    return step.lower(jax.eval_shape(lambda: build(optimizer)), batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches():
+    """Micro-batches of 8: sixteen of them need what two need, but for the batch itself, re-ordered once."""
+    inputs = sum(array.nbytes for array in batch_of(8).values())
+    two, sixteen = temporary_bytes(16, 2), temporary_bytes(128, 16)
+    assert sixteen - two < 2 * 14 * inputs
+    assert temporary_bytes(128, 1) > 2 * sixteen
+
+
+def test_dropped_captions_train_the_null_caption_alone():
+    """At drop rate 1 no caption reaches the loss: the caption's features have no gradient path, the null caption has."""
+    objective = dataclasses.replace(OBJECTIVE, drop_rate=1.0)
+    example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
+    drawn = objective.draw(example, jax.random.key(0))
+    assert bool(drawn["condition"].dropped)
+    np.testing.assert_array_equal(drawn["condition"].mask, example["text_mask"])
