@@ -1,4 +1,7 @@
-"""`python -m flowdit.prepare [source=... out=...]`: pictures in, ArrayRecord shards of latents and `dataset.json` out."""
+"""`python -m flowdit.prepare [source=... out=...]`: pictures in, ArrayRecord shards of latents and `dataset.json` out.
+
+With `text_encoder=...` a cache of the captions' features as well.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import hydra
@@ -58,7 +59,9 @@ def read_prompts(trained: Trained, config: SampleConfig) -> list[str]:
             raise ValueError(f"prompts_file: {config.prompts_file} cannot be read: {problem}") from None
         prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{'prompts' if config.prompts_file is None else 'prompts_file'}: must hold at least one prompt")
+        raise ValueError(
+            f"{'prompts' if config.prompts_file is None else 'prompts_file'}: must hold at least one prompt"
+        )
     return list(prompts)
 
 
@@ -100,7 +103,7 @@ def draw(
         return padded.reshape(-1, batch_size, *x.shape[1:])
 
     parts = jax.tree.map(batches, (noise, requests.condition, requests.null))
-    results = [run(trained.model, *jax.tree.map(lambda x: x[i], parts)) for i in range(-(-count // batch_size))]
+    results = [run(trained.model, *jax.tree.map(itemgetter(i), parts)) for i in range(-(-count // batch_size))]
     latents = np.concatenate([np.asarray(result.latents) for result in results])[:count]
     return latents, max(int(result.evaluations) for result in results)
 
@@ -139,7 +142,9 @@ def _sample(composed: DictConfig) -> None:
     sampler = config.sampler(trained.config.train.sampler)
     requests = make_requests(trained, config)
     count = len(requests.captions)
-    print(f"step {trained.step}: {count} pictures, {sampler.solver}, {sampler.steps} steps, guidance {sampler.guidance}")
+    print(
+        f"step {trained.step}: {count} pictures, {sampler.solver}, {sampler.steps} steps, guidance {sampler.guidance}"
+    )
     print(f"samples: {write_samples(trained, config, sampler, requests)}", flush=True)
 
 

@@ -8,8 +8,8 @@ How `pretrained/openmoji` was made.
 import argparse
 from pathlib import Path
 
-from flowdit.training.trained import load_trained
 from flowdit.training.checkpoint import read_meta, save_slim
+from flowdit.training.trained import load_trained
 
 
 def main() -> None:

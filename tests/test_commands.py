@@ -68,7 +68,10 @@ def test_sampling_needs_the_checkpoint_folder_alone(trained, tmp_path):
     record = json.loads((out / "samples.json").read_text())
     assert (record["step"], record["weights"], record["evaluations"]) == (6, "ema", 4)
     assert record["settings"]["captions"] == ["cat", "cat", "sun", "sun"]
-    assert (record["settings"]["solver"], record["settings"]["guidance"]) == ("heun", 2.0)  # the second as in the previews
+    assert (record["settings"]["solver"], record["settings"]["guidance"]) == (
+        "heun",
+        2.0,
+    )  # the second as in the previews
 
 
 def sampled_latents(checkpoint: Path, out: str, *overrides: str) -> np.ndarray:

@@ -20,7 +20,7 @@ READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 EncodeBatch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def encoder(vae: AutoencoderKL, batch_size: int) -> EncodeBatch:
+def latent_encoder(vae: AutoencoderKL, batch_size: int) -> EncodeBatch:
     """Maps uint8 (n, size, size, 3), n at most `batch_size`, to posterior mean and deviation, on all local devices."""
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)

@@ -68,7 +68,7 @@ def captions(row: dict[str, Any]) -> tuple[str, str]:
     """A short caption, which names the picture, and a long one.
 
     The long one goes on with the kind of thing and the tags, colours and materials first, as far as they add a word:
-    "carrot", "carrot, food vegetable, orange".
+    "pear", "pear, food fruit, green".
     """
     short = re.sub("^flag: ", "flag of ", row["annotation"])
     kind = row["subgroup"].removesuffix("-other").replace("-", " ")

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from flowdit.data import manifest as manifests
-from flowdit.data.latents import encoded_records, encoder
+from flowdit.data.latents import encoded_records, latent_encoder
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
 from flowdit.data.pictures import Pictures, load_pictures
 from flowdit.data.shards import (
@@ -119,15 +119,16 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 def _prepare_text(config: PrepareConfig, out: Path, manifest: Manifest) -> None:
     text = TextConfig(encoder=config.text_encoder, max_length=config.text_max_length, dtype=config.text_dtype)
+    encoder = load_text_encoder(text)
     folder = Path(config.text_cache or out / "text_features")
     try:
-        write_cache(folder, out, manifest, load_text_encoder(text), config.batch_size)
+        write_cache(folder, out, manifest, encoder, config.batch_size)
     except OSError as error:
         raise ValueError(f"text_cache: cannot write to {folder}: {error.strerror or error}") from None
 
 
 def _prepare_latents(
-    jobs: list["Job"], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL
+    jobs: list[Job], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL
 ) -> Manifest:
     claim_folder("out", out, _plan(config, pictures, vae), manifests.FILE_NAME)
     if (out / manifests.FILE_NAME).exists():
@@ -170,7 +171,7 @@ def _finished(out: Path) -> Manifest:
 
 
 def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL) -> None:
-    encode_batch = encoder(vae, config.batch_size)
+    encode_batch = latent_encoder(vae, config.batch_size)
     todo = [job for job in jobs if read_sidecar(out / job.file) is None]
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
     with tqdm(total=total, initial=total - left, unit=" images", desc="encoding", dynamic_ncols=True) as progress:
@@ -226,8 +227,9 @@ def _remove_sidecars(manifest: Manifest, out: Path) -> None:
 def _summary(manifest: Manifest, out: Path) -> str:
     mean, std = np.array(manifest.channel_mean), np.array(manifest.channel_std)
     normalised_std = manifest.vae.scale * math.sqrt(np.mean(std**2) + np.var(mean))
+    classes = f"{manifest.num_classes} classes" if manifest.class_names else "no classes"
     return (
         f"{out}: {manifest.num_records('train')} training and {manifest.num_records('validation')} validation records, "
-        f"{manifest.num_classes} classes, {'captions, ' if manifest.has_captions else ''}latents {'x'.join(map(str, manifest.latent_shape))}, "
+        f"{classes}, {'captions' if manifest.has_captions else 'no captions'}, latents {'x'.join(map(str, manifest.latent_shape))}, "
         f"deviation after shift and scale {normalised_std:.3f}"
     )

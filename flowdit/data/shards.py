@@ -115,7 +115,7 @@ def claim_folder(field: str, folder: Path, plan: Mapping[str, Any], manifest_nam
     path = folder / PLAN_NAME
     if not path.exists():
         if (folder / manifest_name).exists() or any(folder.glob("*.array_record")):
-            raise ValueError(f"{field}: {folder} holds a data set without {PLAN_NAME}: give another folder")
+            raise ValueError(f"{field}: {folder} holds shards without {PLAN_NAME}: give another folder")
         return write_json(path, plan)
     try:
         theirs = dict(json.loads(path.read_text(encoding="utf-8")))

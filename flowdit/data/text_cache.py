@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from flowdit.data.captions import Counter, caption_key, choose_long
-from flowdit.data.manifest import Manifest, ManifestError, Shard, check_shards, parse_fields, read_json, verify_shards
+from flowdit.data.manifest import Manifest, Shard, check_shards, parse_fields, read_json, verify_shards
 from flowdit.data.record_files import RecordFiles, check_files
 from flowdit.data.records import RecordError
 from flowdit.models.text_encoder import TextEncoder
@@ -46,17 +46,12 @@ class CacheManifest:
     def parse(cls, data: Any) -> "CacheManifest":
         """The manifest in what came out of JSON. Raises `ManifestError` naming the field that breaks a rule."""
         manifest = parse_fields(cls, data, SCHEMA_VERSION)
-        for name in ("max_length", "width"):
-            if (value := getattr(manifest, name)) < 1:
-                raise ManifestError(f"{name}: must be at least 1, got {value}")
         check_shards(manifest.shards)
         return manifest
 
     def check_made_by(self, folder: Path, encoder: TextEncoder, manifest: Manifest) -> None:
         """Raise `ValueError` saying what differs unless `encoder` made these features, of that data set."""
-        theirs, ours = (
-            f"{maker.fingerprint} ({name})" for maker, name in ((self, self.encoder), (encoder, encoder.name))
-        )
+        theirs, ours = f"{self.fingerprint} ({self.encoder})", f"{encoder.fingerprint} ({encoder.name})"
         for name, same, got, expected in (
             ("fingerprint of the encoder", self.fingerprint == encoder.fingerprint, theirs, ours),
             ("dtype", self.dtype == encoder.dtype, self.dtype, encoder.dtype),

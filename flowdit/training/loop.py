@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from flowdit.config import Config
+from flowdit.data.captions import TextReader
 from flowdit.sharding import prefetch_to_device
 from flowdit.training.checkpoint import CheckpointWriter
 from flowdit.training.optim import learning_rate_schedule
@@ -39,14 +40,16 @@ def train(config: Config) -> None:
 
     with stop_signal() as signalled, contextlib.closing(tracker), contextlib.closing(writer):
         steps = range(start + 1, settings.num_steps + 1)
-        for step, (batch, data_state) in zip(steps, prefetch_to_device(run.mesh, run.stream, run.stage.encode), strict=False):
+        for step, (batch, data_state) in zip(
+            steps, prefetch_to_device(run.mesh, run.stream, run.stage.encode), strict=False
+        ):
             state, metrics = run.train_step(state, batch)
             progress.add(metrics)
             last = step == settings.num_steps
             stopping = writer.reached_preemption(step) if jax.process_count() > 1 else bool(signalled)
 
             if is_due(step, settings.log_every) or step == start + 1 or last or stopping:
-                values = progress.summary(float(np.asarray(learning_rate(step - 1))))
+                values = progress.summary(float(np.asarray(learning_rate(step - 1)))) | text_figures(run.captions)
                 tracker.log(step, values)
                 tracker.say(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)
@@ -70,6 +73,11 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def text_figures(captions: TextReader | None) -> dict[str, int]:
+    """How many of the captions read so far, a few of them ahead of the step, were longer than `text.max_length`."""
+    return {} if captions is None else {"data/truncated_captions": captions.truncated}
+
+
 def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
     """What is about to run, before the silence of the first compilation."""
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.model))
@@ -80,11 +88,8 @@ def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
         tracker.say(note)
     if run.figures:
         tracker.log(start, run.figures)
-        tracker.say("  ".join(f"{name} {value:.3g}" for name, value in run.figures.items()))
     tracker.say(f"model: {parameters / 1e6:.2f} M parameters; {devices}, mesh {dict(run.mesh.shape)}")
-    tracker.say(
-        f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {run.stage.summary}"
-    )
+    tracker.say(f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {run.stage.summary}")
     if start < num_steps:
         tracker.say(f"compiling the training step, then steps {start + 1} to {num_steps}")
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from flowdit.config import Config, from_stored
 from flowdit.data import manifest as data_manifest
+from flowdit.data.captions import TextReader
 from flowdit.data.loader import DataConfig, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh, parameter_shardings
@@ -22,7 +23,7 @@ from flowdit.training.evaluate import Preview, Validation
 from flowdit.training.objective import Objective, make_objective
 from flowdit.training.optim import make_optimizer
 from flowdit.training.stages import Stage, make_stage
-from flowdit.training.start import from_class_model, load_class_model, drift_figures
+from flowdit.training.start import drift_figures, from_class_model, load_class_model
 from flowdit.training.step import TrainState, TrainStep, init_state, make_train_step
 
 # Fields that an exact resume needs unchanged; the rest may change and is reported.
@@ -37,6 +38,7 @@ class Run(NamedTuple):
     stage: Stage
     state: TrainState
     stream: TrainStream
+    captions: TextReader | None
     train_step: TrainStep
     validation: Validation | None
     preview: Preview | None
@@ -74,11 +76,13 @@ def start_run(config: Config) -> Run:
         state = resume(folder, template, stream, meta, notes)
     else:
         state = init_sharded(mesh, build_state, class_model)
-    figures = {} if class_model is None else drift_figures(class_model, state.model, train)
+    figures = {} if class_model is None else drift_figures(class_model, state.model, train, notes)
     shardings = parameter_shardings(mesh, template.model)
     accum, decay, warmup = train.gradient_accum, train.ema_decay, train.ema_warmup
     train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, shardings)
-    return Run(folder, mesh, stage, state, stream, train_step, validation, preview, meta, notes, figures)
+    return Run(
+        folder, mesh, stage, state, stream, data.train.text, train_step, validation, preview, meta, notes, figures
+    )
 
 
 def _evaluations(

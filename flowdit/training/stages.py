@@ -61,7 +61,9 @@ def make_stage(config: Config, manifest: Manifest, mesh: Mesh) -> Stage:
 def class_stage(config: Config, manifest: Manifest) -> Stage:
     """Stage 1: records of latent and label, the class-conditional DiT."""
     if not manifest.class_names:
-        raise ValueError(f"data.path: {config.data.path} has no classes, which stage 1 needs; stage 2 takes its captions")
+        raise ValueError(
+            f"data.path: {config.data.path} has no classes, which stage 1 needs; stage 2 takes its captions"
+        )
     conditioning = class_conditioning(manifest.num_classes)
     labels = resolve_labels("train.sample_labels", config.train.sample_labels, manifest.class_names)
     return Stage(

@@ -51,9 +51,11 @@ def from_class_model(class_model: CCDiT, text_model: MMDiT, train: TrainConfig) 
     )
 
 
-def drift_figures(class_model: CCDiT, text_model: MMDiT, train: TrainConfig) -> dict[str, float]:
+def drift_figures(class_model: CCDiT, text_model: MMDiT, train: TrainConfig, notes: list[str]) -> dict[str, float]:
     """By time, how far the velocities of the two models on noise are apart, relatively: 0 at `train.init_time`."""
     times = jnp.asarray(sorted({*VALIDATION_TIMES, train.init_time}))
     x_t = jax.random.normal(jax.random.key(0), (len(times), 4, *text_model.latent_shape))
     apart = jax.jit(drift, static_argnames="class_condition")(class_model, text_model, times, x_t, train.init_class)
+    by_time = ", ".join(f"{t:.3g}: {d:.2g}" for t, d in zip(times, apart, strict=True))
+    notes.append(f"started from {train.init_from}; relative drift of the velocity by t: {by_time}")
     return {f"init/drift_t{t:.4f}": float(d) for t, d in zip(times, apart, strict=True)}

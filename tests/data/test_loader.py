@@ -6,15 +6,12 @@ import json
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from latent_records import LATENT_SHAPE, record_of, write_dataset
+from latent_records import LATENT_SHAPE, open_captioned, record_of, word_encoder, write_dataset
+from latent_records import open_labelled as open_train
 
-from flowdit.data.loader import TrainStream, open_source, validation_batches
-from flowdit.data.manifest import Manifest
+from flowdit.data.captions import TokenizedCaptions
+from flowdit.data.loader import DataConfig, TrainStream, validation_batches
 from flowdit.data.records import RecordError
-
-
-def open_train(folder):
-    return open_source(folder, Manifest.read(folder))
 
 
 def ids(batch):
@@ -103,8 +100,6 @@ def test_the_state_of_another_stream_is_refused(folder, change, message):
     [
         ({"batch_size": 6, "process_count": 4}, "train.batch_size: must be a positive multiple of 4 processes, got 6"),
         ({"batch_size": 0}, "train.batch_size: must be a positive multiple"),
-        ({"batch_size": 4, "num_threads": 0}, "data.num_threads: must be at least 1, got 0"),
-        ({"batch_size": 4, "prefetch": 0}, "data.prefetch: must be at least 1, got 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(folder, settings, message):
@@ -112,9 +107,24 @@ def test_settings_that_do_not_fit_are_refused(folder, settings, message):
         TrainStream(open_train(folder), seed=0, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_threads": 0}, "data.num_threads: must be at least 1, got 0"),
+        ({"prefetch": 0}, "data.prefetch: must be at least 1, got 0"),
+        ({"long_caption_prob": 1.5}, r"data.long_caption_prob: must be in \[0, 1\], got 1.5"),
+        ({"long_caption_prob": float("nan")}, "data.long_caption_prob: .* got nan"),
+    ],
+)
+def test_a_field_that_breaks_a_rule_is_named(settings, message):
+    DataConfig().check()
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings).check()
+
+
 @pytest.mark.parametrize("batch_size", [2, 4, 8])
 def test_validation_counts_every_record_once_in_fixed_order(folder, batch_size):
-    source = open_source(folder, Manifest.read(folder), "validation")
+    source = open_train(folder, "validation")
     batches = list(validation_batches(source, batch_size))
     assert all(len(batch["latent"]) == batch_size for batch in batches)
     seen = [i for batch in batches for i, weight in zip(ids(batch), batch["weight"], strict=True) if weight]
@@ -185,12 +195,11 @@ def test_a_shard_with_another_number_of_records_is_named(folder):
 
 
 def test_a_missing_shard_and_an_absent_split_are_named(folder):
-    manifest = Manifest.read(folder)
     (folder / "train-00001-of-00002.array_record").unlink()
     with pytest.raises(ValueError, match="train-00001-of-00002.array_record: no such file"):
-        open_source(folder, manifest)
+        open_train(folder)
     with pytest.raises(ValueError, match="no records in split 'test'"):
-        open_source(folder, manifest, "test")
+        open_train(folder, "test")
 
 
 def test_damage_inside_a_shard_is_found_when_its_record_is_read(tmp_path):
@@ -206,3 +215,78 @@ def test_damage_inside_a_shard_is_found_when_its_record_is_read(tmp_path):
     source.read([122, 124])
     with pytest.raises(RecordError, match=f"{path.name}: record 123: the file is damaged: .*hash mismatch"):
         source.read(list(range(400)))
+
+
+def open_text(folder, long_caption_prob=0.5, split="train"):
+    return open_captioned(folder, TokenizedCaptions(word_encoder().tokenize, long_caption_prob), split)
+
+
+def drawn(batch):
+    """Which record each row holds, and which caption of it: its ids, without padding."""
+    assert set(batch) - {"weight"} == {"latent", "text_ids", "text_mask"}
+    texts = [tuple(ids[mask].tolist()) for ids, mask in zip(batch["text_ids"], batch["text_mask"], strict=True)]
+    assert all(text[0] == record + 1 for text, record in zip(texts, ids(batch), strict=True))
+    return list(zip(ids(batch), texts, strict=True))
+
+
+def take_drawn(stream, count):
+    return [drawn(batch) for batch in itertools.islice(stream, count)]
+
+
+@pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_as_many_captions_are_long_as_asked_for(captions, probability, share):
+    stream = TrainStream(open_text(captions, probability), seed=0, batch_size=50)
+    long = np.mean([len(text) > 1 for batch in take_drawn(stream, 8) for _, text in batch])
+    # The standard deviation of the share over 400 draws is at most 0.025.
+    assert long == share if share in (0, 1) else abs(long - share) < 0.08
+
+
+def test_another_visit_of_a_record_may_read_its_other_caption(captions):
+    stream = TrainStream(open_text(captions), seed=0, batch_size=20)
+    visits = [dict(batch) for batch in take_drawn(stream, 8)]
+    assert all(len({visit[record] for visit in visits}) == 2 for record in range(20))
+
+
+def test_the_captions_depend_on_the_seed(captions):
+    source = open_text(captions)
+    runs = [take_drawn(TrainStream(source, seed=seed, batch_size=20), 1)[0] for seed in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert sorted(runs[0]) != sorted(runs[2])
+
+
+@pytest.mark.parametrize("consumed", [0, 3])
+def test_the_same_captions_come_after_a_resume_on_other_threads_and_processes(captions, consumed):
+    whole = take_drawn(TrainStream(open_text(captions), seed=1, batch_size=8), 9)
+    first = TrainStream(open_text(captions), seed=1, batch_size=8, num_threads=2, prefetch=3)
+    assert take_drawn(first, consumed) == whole[:consumed]
+    parts = []
+    for i in range(2):
+        stream = TrainStream(
+            open_text(captions), seed=1, batch_size=8, num_threads=1, prefetch=1, process_index=i, process_count=2
+        )
+        next(stream)
+        stream.set_state(first.get_state())
+        parts.append(take_drawn(stream, 6))
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole[consumed : consumed + 6]
+
+
+def test_every_evaluation_reads_the_same_captions(captions):
+    source = open_text(captions, split="validation")
+    evaluations = [
+        [
+            row
+            for batch in validation_batches(source, size)
+            for row, w in zip(drawn(batch), batch["weight"], strict=True)
+            if w
+        ]
+        for size in (2, 2, 7)
+    ]
+    assert evaluations[0] == evaluations[1] == evaluations[2]
+    assert {len(text) > 1 for _, text in evaluations[0]} == {True, False}
+
+
+def test_records_without_captions_are_named(folder):
+    with pytest.raises(
+        RecordError, match=r"train-0.*: record [0-9]+: short_caption: is missing, the record has \['label"
+    ):
+        take(TrainStream(open_text(folder), seed=0, batch_size=4), 1)

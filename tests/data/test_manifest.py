@@ -1,6 +1,7 @@
 """The manifest: read strictly, written whole, and compared with the shards."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -48,9 +49,27 @@ def test_id_does_not_depend_on_the_layout_of_the_file(folder):
     assert Manifest.read(folder).id == before
 
 
+def test_a_file_from_before_captions_is_read_and_keeps_its_id(folder):
+    before = Manifest.read(folder)
+    edit(folder, lambda d: d.pop("has_captions"))
+    assert Manifest.read(folder) == before and not before.has_captions
+    data = json.loads((folder / "dataset.json").read_text())
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    assert before.id == hashlib.sha256(canonical.encode()).hexdigest()
+    edit(folder, lambda d: d.update(has_captions=True))
+    assert Manifest.read(folder).id != before.id
+
+
+def test_captions_take_the_place_of_classes(folder):
+    edit(folder, lambda d: d.update(has_captions=True, class_names=[]))
+    assert Manifest.read(folder).num_classes == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda d: d.update(has_captions=True, class_names=["a", "a"]), "class_names: must be one or more different"),
+        (lambda d: d.update(has_captions=1), "has_captions: must be bool, got 1"),
         (lambda d: d.update(schema_version=2), "schema_version: must be 1, got 2"),
         (lambda d: d.pop("vae"), "vae: is missing"),
         (lambda d: d["vae"].pop("shift"), "vae.shift: is missing"),

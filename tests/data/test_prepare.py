@@ -13,14 +13,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from latent_records import open_captioned, open_labelled
 from PIL import Image
 
 import flowdit.data.prepare as prepare_module
 from flowdit.data import openmoji
-from flowdit.data.loader import open_source
 from flowdit.data.manifest import Manifest, ManifestError, verify
 from flowdit.data.pictures import center_crop
 from flowdit.data.prepare import PrepareConfig, prepare
+from flowdit.data.text_cache import open_cache
+from flowdit.models.text_encoder import TextConfig, load_text_encoder
 from flowdit.models.vae import load_vae
 
 
@@ -59,7 +61,7 @@ def test_records_are_the_posterior_means_of_the_pictures(config, source):
     vae = load_vae("openmoji")
     encode = eqx.filter_jit(vae.encode)
     assert (manifest.vae.fingerprint, manifest.vae.scale) == (vae.fingerprint, vae.config.scaling_factor)
-    records = {split: open_source(config.out, manifest, split) for split in ("train", "validation")}
+    records = {split: open_labelled(config.out, split) for split in ("train", "validation")}
     assert len(records["train"]) + len(records["validation"]) == 24 and len(records["validation"]) > 0
     found = [record for part in records.values() for record in part.read(list(range(len(part))))]
     for label, name in enumerate(manifest.class_names):
@@ -71,7 +73,7 @@ def test_records_are_the_posterior_means_of_the_pictures(config, source):
 
 def test_statistics_are_those_of_the_training_latents(config):
     manifest = prepare(config)
-    train = open_source(config.out, manifest)
+    train = open_labelled(config.out)
     latents = train.read_batch(list(range(len(train))))["latent"].astype(np.float64)
     np.testing.assert_allclose(manifest.channel_mean, latents.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(manifest.channel_std, latents.std((0, 2, 3)), rtol=1e-9)
@@ -79,7 +81,7 @@ def test_statistics_are_those_of_the_training_latents(config):
 
 def test_training_records_are_shuffled_over_the_shards(config):
     manifest = prepare(config)
-    labels = [r["label"] for r in open_source(config.out, manifest).read(list(range(manifest.num_records("train"))))]
+    labels = [r["label"] for r in open_labelled(config.out).read(list(range(manifest.num_records("train"))))]
     assert labels != sorted(labels)
 
 
@@ -90,7 +92,7 @@ def test_options_add_mirrored_copies_deviations_and_single_precision(config):
     assert full.num_records("train") == 2 * plain.num_records("train")
     assert full.num_records("validation") == plain.num_records("validation")
     assert full.has_latent_std and full.latent_dtype == "float32"
-    record = open_source(config.out + "-full", full).read([0])[0]
+    record = open_labelled(config.out + "-full").read([0])[0]
     assert record["latent"].dtype == record["latent_std"].dtype == np.float32
     assert (record["latent_std"] > 0).all()
 
@@ -185,7 +187,7 @@ def test_other_pictures_in_the_same_folder_are_refused(config, source):
 def test_a_folder_of_foreign_shards_is_refused(config):
     prepare(config)
     (Path(config.out) / "prepare.json").unlink()
-    with pytest.raises(ValueError, match=r"out: .* holds a data set without prepare.json"):
+    with pytest.raises(ValueError, match=r"out: .* holds shards without prepare.json"):
         prepare(config)
     (Path(config.out) / "prepare.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"out: .*prepare.json is damaged"):
@@ -203,6 +205,14 @@ def test_a_folder_of_foreign_shards_is_refused(config):
         ({"held_out_fraction": 1.0}, r"held_out_fraction: must be in \[0, 1\), got 1.0"),
         ({"held_out_fraction": 0.9999}, "held_out_fraction: 0.9999 leaves no picture to train on"),
         ({"dtype": "int8"}, "dtype: must be float16 or float32, got 'int8'"),
+        ({"text_dtype": "float16"}, "text_dtype: must be bfloat16 or float32, got 'float16'"),
+        ({"text_max_length": 0}, "text_max_length: must be at least 1, got 0"),
+        ({"text_encoder": "wordllama"}, "text_encoder: .*source has no captions to encode, got 'wordllama'"),
+        ({"captions": "nowhere.jsonl"}, "captions: cannot read nowhere.jsonl: No such file"),
+        (
+            {"source": "openmoji", "captions": "a.jsonl"},
+            "captions: must be empty for source=openmoji, .* got 'a.jsonl'",
+        ),
     ],
 )
 def test_bad_settings_are_named_and_nothing_is_written(config, changes, message):
@@ -272,6 +282,84 @@ def test_center_crop_takes_the_middle_without_distortion():
     assert (cropped[:, 1:-1, 1] > 240).all() and (cropped[..., 0] == 0).all()
 
 
+def write_captions(source, path, **changes):
+    """A line for each picture, in another order than the pictures'; `changes` are short captions by picture."""
+    names = sorted((file.relative_to(source).as_posix() for file in source.rglob("*.png")), reverse=True)
+    lines = [{"file": name, "short_caption": changes.get(name, name), "long_caption": f"long {name}"} for name in names]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_captions_go_with_their_pictures_beside_the_classes(config, source, tmp_path):
+    captions = write_captions(source, tmp_path / "captions.jsonl")
+    plain, captioned = prepare(config), prepare(replaced(config, captions=captions, out=config.out + "-text"))
+    assert (plain.has_captions, captioned.has_captions) == (False, True)
+    assert captioned.class_names == plain.class_names
+    indices = list(range(plain.num_records("train")))
+    labelled = open_labelled(config.out).read(indices)
+    for labels, texts in zip(labelled, open_captioned(config.out + "-text", None).read(indices), strict=True):
+        np.testing.assert_array_equal(labels["latent"], texts["latent"])
+        assert texts["label"] == labels["label"]
+        assert texts["short_caption"].split("/")[0] == captioned.class_names[texts["label"]]
+        assert texts["long_caption"] == f"long {texts['short_caption']}"
+    assert len({texts["short_caption"] for texts in open_captioned(config.out + "-text", None).read(indices)}) > 12
+
+
+def test_captioned_pictures_need_no_class_folders(config, source, tmp_path):
+    captions = write_captions(source / "red", source / "red" / "captions.jsonl")
+    manifest = prepare(replaced(config, source=str(source / "red"), captions=captions))
+    assert (manifest.class_names, manifest.has_captions) == ((), True)
+    record = open_captioned(config.out, None).read([0])[0]
+    assert set(record) == {"latent", "short_caption", "long_caption"}
+
+
+def test_other_captions_in_the_same_folder_are_refused(config, source, tmp_path):
+    captions = write_captions(source, tmp_path / "captions.jsonl")
+    prepare(replaced(config, captions=captions))
+    moved = str(Path(captions).rename(tmp_path / "moved.jsonl"))
+    prepare(replaced(config, captions=moved))
+    write_captions(source, tmp_path / "moved.jsonl", **{"red/00.png": "another"})
+    with pytest.raises(ValueError, match="out: .* was begun with captions='[0-9a-f]{64}', this run has '[0-9a-f]{64}'"):
+        prepare(replaced(config, captions=moved))
+
+
+def test_captions_that_are_not_those_of_the_pictures_leave_nothing_behind(config, source, tmp_path):
+    captions = write_captions(source, tmp_path / "captions.jsonl")
+    (source / "red" / "00.png").unlink()
+    with pytest.raises(ValueError, match=r"captions.jsonl has 1 captions without a picture in .*: 'red/00.png'"):
+        prepare(replaced(config, captions=captions))
+    assert not Path(config.out).exists()
+
+
+def test_text_features_are_added_to_a_finished_data_set(config, source, tmp_path, capsys):
+    captioned = replaced(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
+    manifest = prepare(captioned)
+    with_text = replaced(captioned, text_encoder="wordllama", text_dtype="float32", text_max_length=6)
+    assert prepare(with_text) == manifest
+    assert "text_features: features of 48 captions by wordllama in float32" in capsys.readouterr().out
+    encoder = load_text_encoder(TextConfig(encoder="wordllama", dtype="float32", max_length=6))
+    text = open_cache(Path(config.out) / "text_features", manifest, "train", encoder, 0.5)
+    source = open_captioned(config.out, text)
+    batch, record = source.read_batch([3], np.array([0.9])), source.read([3])[0]
+    expected = encoder.encode([record["short_caption"]])
+    valid = batch["text_mask"][0]
+    np.testing.assert_array_equal(batch["text_features"][0][valid], expected.features[0][expected.mask[0]])
+    with pytest.raises(ValueError, match="text_cache: .*text_features was begun with max_length=6, this run has 7"):
+        prepare(replaced(with_text, text_max_length=7))
+    other = tmp_path / "other"
+    prepare(replaced(with_text, text_max_length=7, text_cache=str(other)))
+    assert (other / "text_features.json").exists()
+
+
+def test_a_text_cache_that_cannot_be_written_is_named(config, source, tmp_path):
+    captions = write_captions(source, tmp_path / "captions.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="text_cache: cannot write to .*file/text: Not a directory"):
+        prepare(
+            replaced(config, captions=captions, text_encoder="wordllama", text_cache=str(tmp_path / "file" / "text"))
+        )
+
+
 def test_openmoji_has_classes_of_eight_and_holds_whole_families_out():
     data = openmoji.load()
     assert data.tiles.shape == (2216, 64, 64, 3) and len(data.class_names) == 87
@@ -294,3 +382,17 @@ def test_openmoji_tiles_match_their_names():
     assert centres["grinning face"] == [252, 234, 43]
     classes = dict(zip(names, (data.class_names[label] for label in data.labels), strict=True))
     assert (classes["flag: Japan"], classes["blue heart"]) == ("country-flag", "heart")
+
+
+def test_openmoji_captions_name_picture_kind_and_looks():
+    data = openmoji.load()
+    captions = dict(data.captions)
+    assert len(data.captions) == 2216 and all(short.strip() for short in captions)
+    assert captions["pear"] == "pear, food fruit, green"
+    assert captions["flag of Germany"] == "flag of Germany, country flag"
+    assert captions["red apple"] == "red apple, food fruit, diet, health, ripe"
+    assert captions["tomato"].startswith("tomato, food fruit, red, ")
+    assert not any(short.startswith("flag:") for short in captions)
+    table = json.loads((openmoji.FOLDER / "table.json").read_text())
+    names = [row["annotation"] for row in table if row["subgroup"] in data.class_names]
+    assert [short.replace("flag of ", "flag: ") for short, _ in data.captions] == names

@@ -7,7 +7,7 @@ import pickletools
 import numpy as np
 import pytest
 
-from flowdit.data.records import RecordError, decode, encode, stage1_schema
+from flowdit.data.records import RecordError, decode, encode, stage1_schema, stage2_schema
 
 SCHEMA = stage1_schema((4, 2, 2), num_classes=92)
 STD_SCHEMA = stage1_schema((4, 2, 2), num_classes=92, has_latent_std=True)
@@ -189,3 +189,43 @@ def test_stack_widens_to_float32_and_int32():
     assert (batch["latent"].dtype, batch["latent"].shape) == (np.float32, (2, 4, 2, 2))
     assert (batch["label"].dtype, batch["label"].tolist()) == (np.int32, [3, 4])
     np.testing.assert_array_equal(batch["latent"][1], good_record()["latent"])
+
+
+def captioned_record(**changes):
+    return good_record(short_caption="a cat", long_caption="") | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"short_caption": 5}, "^short_caption: must be a string, got int$"),
+        ({"short_caption": None}, "^short_caption: must be a string, got NoneType$"),
+        ({"long_caption": b"a cat"}, "^long_caption: must be a string, got bytes$"),
+        ({"long_caption": np.zeros(2, np.int32)}, "^long_caption: must be a string, got an array of int32$"),
+        ({"long_caption": "a \ud800"}, r"^long_caption: must be valid Unicode, got 'a .ud800'$"),
+        ({"latent": [1.0]}, "^latent: must be a float16 or float32 array, got list$"),
+    ],
+)
+def test_schema_names_a_caption_that_is_no_text(changes, message):
+    schema = stage2_schema((4, 2, 2))
+    schema.check(decode(encode(captioned_record())))
+    with pytest.raises(RecordError, match=message):
+        schema.check(decode(encode(captioned_record(**changes))))
+
+
+@pytest.mark.parametrize("name", ["short_caption", "long_caption"])
+def test_schema_names_a_missing_caption(name):
+    record = captioned_record()
+    del record[name]
+    with pytest.raises(RecordError, match=f"^{name}: is missing, the record has "):
+        stage2_schema((4, 2, 2)).check(record)
+
+
+def test_captions_are_stacked_as_they_are():
+    schema = stage2_schema((4, 2, 2), has_latent_std=True)
+    std = np.ones((4, 2, 2), np.float16)
+    records = [captioned_record(latent_std=std, short_caption=text) for text in ("é", "", "a" * 1000)]
+    batch = schema.stack(records)
+    schema.check_numbers(batch)
+    assert batch["short_caption"].tolist() == ["é", "", "a" * 1000]
+    assert set(batch) == {"latent", "latent_std", "short_caption", "long_caption"}

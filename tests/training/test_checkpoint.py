@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from runs import assert_same_checkpoint, error_line, steps_of, stored_arrays, train_here
 
-from flowdit.training.trained import load_trained
 from flowdit.training import loop
+from flowdit.training.trained import load_trained
 
 
 @pytest.fixture

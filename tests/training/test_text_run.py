@@ -79,7 +79,9 @@ def test_cached_features_give_the_losses_of_online_ones(tiny_data, whole_text_ru
 
 
 def test_accumulation_and_meshes_give_the_same_losses(tiny_data, whole_text_run, tmp_path):
-    for i, settings in enumerate([("train.gradient_accum=1",), ("train.gradient_accum=4", "mesh.fsdp=2", "mesh.tensor=2")]):
+    for i, settings in enumerate(
+        [("train.gradient_accum=1",), ("train.gradient_accum=4", "mesh.fsdp=2", "mesh.tensor=2")]
+    ):
         finished = train_text_here(tiny_data, tmp_path / str(i), *settings)
         assert finished.status == 0, finished.err
         losses, expected = (list(metrics(run, "train/loss").values()) for run in (tmp_path / str(i), whole_text_run))
@@ -90,7 +92,11 @@ def test_accumulation_and_meshes_give_the_same_losses(tiny_data, whole_text_run,
 def test_start_from_a_class_model(tiny_data, whole_run, tmp_path, choices):
     shared_map, class_condition = choices
     run, start = tmp_path / "run", whole_run / str(NUM_STEPS)
-    settings = (f"train.init_from={start}", f"train.init_shared_map={shared_map}", f"train.init_class={class_condition}")
+    settings = (
+        f"train.init_from={start}",
+        f"train.init_shared_map={shared_map}",
+        f"train.init_class={class_condition}",
+    )
     frozen = ("optim.learning_rate=1e-12", "train.num_steps=5", "train.ema_decay=0")
     finished = train_text_here(tiny_data, run, *settings, *frozen)
     assert (finished.status, finished.err) == (0, "")

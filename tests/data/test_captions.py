@@ -1,0 +1,48 @@
+"""Which caption is read, and what becomes of empty and long ones."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from latent_records import word_encoder
+
+from flowdit.data.captions import TokenizedCaptions, caption_key, choose_long
+
+
+def records(*pairs):
+    return [{"short_caption": short, "long_caption": long} for short, long in pairs]
+
+
+def test_a_draw_below_the_probability_reads_the_long_caption():
+    pairs = records(*[("w1", "w2")] * 4)
+    assert choose_long(pairs, np.array([0.0, 0.29, 0.3, 0.99]), 0.3).tolist() == [True, True, False, False]
+    assert not choose_long(pairs, np.zeros(4), 0.0).any()
+    assert choose_long(pairs, np.full(4, np.nextafter(1, 0)), 1.0).all()
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.9])
+def test_an_empty_caption_is_replaced_by_the_other_one(draw):
+    text = TokenizedCaptions(word_encoder().tokenize, 0.5)
+    batch = text.read([0, 1, 2], records(("w1", " \n"), ("", "w2"), (" ", "")), np.full(3, draw))
+    assert batch["text_mask"].tolist() == [[True] + [False] * 3] * 2 + [[False] * 4]
+    assert batch["text_ids"][:2, 0].tolist() == [2, 3]
+    assert (batch["text_ids"].dtype, batch["text_mask"].dtype) == (np.int32, bool)
+
+
+def test_truncated_captions_are_counted_over_all_threads():
+    text = TokenizedCaptions(word_encoder(max_length=2).tokenize, 0.5)
+    pairs = records(("w1 a b", "w2"), ("w1", "w2 a b c"), ("w1 a", "w2 a"))
+
+    def read(_):
+        text.read([0, 1, 2], pairs, np.array([0.9, 0.1, 0.1]))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(200)))
+    assert text.truncated == 400
+
+
+def test_the_key_of_captions_tells_where_one_ends():
+    pairs = [("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc"), ("ab", "d"), ("c", "ab")]
+    keys = {caption_key(*pair) for pair in pairs}
+    assert len(keys) == len(pairs) and {len(key) for key in keys} == {8}
+    assert caption_key("ab", "c") == caption_key("ab", "c")
