@@ -81,7 +81,7 @@ def measure() -> str:
         caching = time.perf_counter() - start
         cached = open_cache(folder / "text_features", manifest, "train", encoder, 0.5)
         online = TokenizedCaptions(encoder.tokenize, 0.5)
-        encode = online_encoding(encoder, make_mesh(MeshConfig()), gradient_accum=1)
+        encode = online_encoding(encoder, make_mesh(MeshConfig()), micro_batch=BATCH_SIZE)
         contenders = {
             "features from the cache": training(folder, manifest, encoder.width, cached, lambda batch: batch),
             "encoder in the loop": training(folder, manifest, encoder.width, online, encode),

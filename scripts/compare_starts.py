@@ -19,8 +19,8 @@ STARTS = {
     "scratch": {},
     "block0, dropped": {"init_shared_map": "block0", "init_class": "dropped"},
     "mean, dropped": {"init_shared_map": "mean", "init_class": "dropped"},
-    "block0, null": {"init_shared_map": "block0", "init_class": "null"},
-    "mean, null": {"init_shared_map": "mean", "init_class": "null"},
+    "block0, null class": {"init_shared_map": "block0", "init_class": "null_class"},
+    "mean, null class": {"init_shared_map": "mean", "init_class": "null_class"},
 }
 Curve = dict[int, float]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models.text_folders import write_t5gemma
 from PIL import Image
 from runs import REPOSITORY, Finished, call, finish, metrics, start, steps_of, train_here
 
@@ -89,6 +90,59 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch_size(trained):
     assert not np.allclose(sampled_latents(checkpoint, "other", "seed=1"), first)
     # Without labels, those of the previews in training.
     assert json.loads(Path("first/samples.json").read_text())["settings"]["captions"] == ["cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def text_trained(tiny_data, tmp_path_factory) -> tuple[Path, Path, Finished]:
+    """Folder of a T5Gemma, run folder and output of `python train_stage2.py`, with validation and samples."""
+    folder = tmp_path_factory.mktemp("text")
+    encoder, run = write_t5gemma(folder / "t5gemma"), folder / "run"
+    script = str(REPOSITORY / "train_stage2.py")
+    settings = ("experiment=tiny_text", "train.batch_size=16", "train.gradient_accum=8", "wandb.enabled=false")
+    # A learning rate at which six steps are enough for the captions to show.
+    settings += ("optim.learning_rate=0.03", f"text.encoder={encoder}", "text.max_length=16")
+    data = (f"data.path={tiny_data}", f"train.checkpoint_dir={run}")
+    return encoder, run, finish(start(script, *settings, *data))
+
+
+def test_stage_2_shows_its_progress(text_trained):
+    encoder, run, finished = text_trained
+    assert (finished.status, finished.err) == (0, "")
+    for expected in (
+        f"data: 48 records, latents 16x8x8, captions, {encoder} features of 48 x 16 tokens online",
+        *("step 3  validation loss ", f"samples: {run / 'samples' / '00000006.png'}", f"done; checkpoint: {run / '6'}"),
+    ):
+        assert expected in finished.out
+    with Image.open(run / "samples" / "00000006.png") as grid:
+        assert np.ptp(np.asarray(grid)) > 0
+    assert metrics(run, "data/truncated_captions")[6] > 0  # "a red apple, food, fruit" letter by letter
+
+
+def test_sampling_prompts(text_trained, tmp_path):
+    encoder, run, _ = text_trained
+    (tmp_path / "prompts.txt").write_text("red apple\n\nflag of Germany\n")
+    checkpoint, moved = shutil.copytree(run / "6", tmp_path / "alone"), shutil.copytree(encoder, tmp_path / "moved")
+    settings = (f"checkpoint={checkpoint}", f"text_encoder={moved}", "prompts_file=prompts.txt", "num_images=2")
+    finished = finish(start("-m", "flowdit.sample", *settings, "steps=1", "out=pictures"))
+    assert (finished.status, finished.err) == (0, "")
+    names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+    apples, flags = (f"000{i}_red_apple.png" for i in (0, 1)), (f"000{i}_flag_of_Germany.png" for i in (2, 3))
+    assert names == [*apples, *flags, "grid.png"]
+
+
+def test_prompts_negative_prompt_and_guidance_change_the_picture(text_trained):
+    checkpoint = text_trained[1] / "6"
+    first = sampled_latents(checkpoint, "first", "prompts=[red apple]")
+    for i, other in enumerate(["prompts=[sun]", "negative_prompt=sun", "guidance=1", "seed=1"]):
+        prompts = () if other.startswith("prompts") else ("prompts=[red apple]",)
+        assert not np.allclose(sampled_latents(checkpoint, f"other{i}", *prompts, other), first, atol=1e-4), other
+    both = sampled_latents(checkpoint, "both", "prompts=[red apple,a longer prompt with sun]", "batch_size=1")
+    np.testing.assert_allclose(both[:1], first, atol=1e-5)
+    sampled_latents(checkpoint, "previews")
+    assert json.loads(Path("previews/samples.json").read_text())["settings"]["captions"] == [
+        "red apple",
+        "a blue heart",
+    ]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def text_run(tiny_data, tmp_path_factory) -> Path:
         ("train.sample_labels=[1]", "train.sample_labels: must be null where a mmdit is trained"),
         ("train.init_time=2", "train.init_time: must be in [0, 1], got 2.0"),
         ("train.init_shared_map=last", "train.init_shared_map: must be one of block0, mean, got last"),
-        ("train.init_class=zero", "train.init_class: must be one of dropped, null, got zero"),
+        ("train.init_class=zero", "train.init_class: must be one of dropped, null_class, got zero"),
         ("train.init_from=nowhere", "train.init_from: nowhere: not a checkpoint folder"),
         ("data.text_cache=nowhere", "nowhere"),
     ],

@@ -55,7 +55,7 @@ def save_grid(
     canvas.save(path)
 
 
-def wrap_caption(caption: str, length: Callable[[str], float], width: float, max_lines: int = 3) -> str:
+def wrap_caption(caption: str, length: Callable[[str], float], width: int, max_lines: int = 3) -> str:
     """`caption` in at most `max_lines` lines of at most `width`; what does not fit ends in an ellipsis."""
     lines, words = [""], caption.split()
     for word in words:
@@ -69,7 +69,7 @@ def wrap_caption(caption: str, length: Callable[[str], float], width: float, max
     return "\n".join(_shortened(line, length, width) for line in lines)
 
 
-def _shortened(text: str, length: Callable[[str], float], width: float) -> str:
+def _shortened(text: str, length: Callable[[str], float], width: int) -> str:
     if length(text) <= width:
         return text
     while text and length(text + "…") > width:

@@ -20,7 +20,7 @@ from flowdit.models.mmdit import MMDiT, TextCondition
 from flowdit.models.transformer import ModelConfig
 
 SHARED_MAPS = ("block0", "mean")
-CLASS_CONDITIONS = ("dropped", "null")
+CLASS_CONDITIONS = ("dropped", "null_class")
 COPIED_FIELDS = ("depth", "hidden_dim", "num_heads", "patch_size", "mlp_ratio", "qk_norm")
 
 
@@ -59,7 +59,7 @@ def reparameterise(
 
     With S_i(t) = W_i SiLU(t_emb(t) + c) + b_i the modulation of class-model block i and f the shared map, `"block0"`'s
     or the `"mean"` W and b over blocks applied to SiLU(t_emb(t)), the table of block i is S_i(t*) - f(t*), and the
-    final table is the final layer's (shift, scale) at t* minus t_emb(t*). c is 0 (`"dropped"`) or the `"null"` class.
+    final table is the final layer's (shift, scale) at t* minus t_emb(t*). c is 0 (`"dropped"`) or the `"null_class"` class.
 
     Patch and time embedding, self-attention, MLPs and final projection are copied. Caption MLP, null caption and
     cross-attention stay `text_model`'s, with zero cross-attention outputs, so that any caption gives the same velocity.
@@ -100,7 +100,7 @@ def _adaln_single(
 
 def _class_vector(class_model: CCDiT, class_condition: str) -> Float[Array, " dim"]:
     null_class = class_model.class_table[class_model.null_label]
-    return null_class if class_condition == "null" else jnp.zeros_like(null_class)
+    return null_class if class_condition == "null_class" else jnp.zeros_like(null_class)
 
 
 def drift(

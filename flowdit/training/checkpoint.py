@@ -249,13 +249,16 @@ def _set_aside(step_folders: list[Path]) -> None:
         path.rename(target)
 
 
-def restore_ema(step_folder: Path, template: Any) -> Any:
-    """EMA weights in the structure of `template` (a model or its `eval_shape`), as float32."""
+def restore_ema(step_folder: Path, template: Any, mesh: jax.sharding.Mesh | None = None) -> Any:
+    """EMA weights in the structure of `template` (a model or its `eval_shape`), as float32.
+
+    They lie on the first device, or on `mesh` as the sharding rules have it.
+    """
     verify_files(step_folder)
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = {} if mesh is None else named_arrays(parameter_shardings(mesh, template))
     targets = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        )
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=shardings.get(name, one_device))
         for name, leaf in named_arrays(template).items()
     }
     try:

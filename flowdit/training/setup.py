@@ -61,7 +61,7 @@ def start_run(config: Config) -> Run:
     meta, notes = run_meta(dataclasses.asdict(config), manifest, stage, objective), []
     class_model = None
     if train.init_from and not list_steps(folder):
-        class_model = load_class_model(config, manifest, objective, notes)
+        class_model = load_class_model(config, manifest, objective, mesh, notes)
     resuming = prepare_folder(folder, train.is_restore)
 
     optimizer = make_optimizer(config.optim, train.num_steps)

@@ -86,13 +86,13 @@ def text_stage(config: Config, manifest: Manifest, mesh: Mesh) -> Stage:
     text = describe_encoder(encoder)
     conditioning = text_conditioning(micro_condition(config.model, manifest))
     cache = config.data.text_cache
-    accum = config.train.gradient_accum
+    micro_batch = config.train.batch_size // config.train.gradient_accum
     return Stage(
         schema=stage2_schema(manifest.latent_shape, manifest.has_latent_std),
         conditioning=conditioning,
         build_model=model_builder(config.model, manifest, text, config.train.compute_dtype, config.seed),
         text=lambda split: open_text(config.data, manifest, encoder, split),
-        encode=(lambda batch: batch) if cache else online_encoding(encoder, mesh, accum),
+        encode=(lambda batch: batch) if cache else online_encoding(encoder, mesh, micro_batch),
         previews=lambda source: prompt_requests(
             encoder, preview_prompts(config.train.sample_prompts, source), "", conditioning
         ),
@@ -134,12 +134,12 @@ def open_text(data: DataConfig, manifest: Manifest, encoder: TextEncoder, split:
     return open_cache(data.text_cache, manifest, split, encoder, data.long_caption_prob)
 
 
-def online_encoding(encoder: TextEncoder, mesh: Mesh, gradient_accum: int) -> Encode:
-    """Replaces `text_ids` by `text_features`, a micro-batch at a time, with the frozen encoder laid out on the mesh."""
+def online_encoding(encoder: TextEncoder, mesh: Mesh, micro_batch: int) -> Encode:
+    """Replaces `text_ids` by `text_features`, `micro_batch` rows at a time: more would cost more memory."""
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
     def features(network, ids, mask):
-        micro_batches = split_micro_batches((ids, mask), gradient_accum)
+        micro_batches = split_micro_batches((ids, mask), len(ids) // micro_batch)
         return join_micro_batches(jax.lax.map(lambda micro: encode_tokens(network, *micro), micro_batches))
 
     def encode(batch: Batch) -> Batch:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flowdit.config import Config, TrainConfig
 from flowdit.data.manifest import Manifest
@@ -18,8 +19,8 @@ from flowdit.training.objective import Objective
 from flowdit.training.trained import load_trained
 
 
-def load_class_model(config: Config, manifest: Manifest, objective: Objective, notes: list[str]) -> CCDiT:
-    """The EMA weights at `train.init_from`, checked to fit the text model. Raises `ValueError` naming what does not.
+def load_class_model(config: Config, manifest: Manifest, objective: Objective, mesh: Mesh, notes: list[str]) -> CCDiT:
+    """The EMA weights at `train.init_from` on the mesh, checked to fit the text model. Raises `ValueError` naming what does not.
 
     Latents normalised in another way than the class model's are reported: the start is then worth less.
     """
@@ -29,7 +30,7 @@ def load_class_model(config: Config, manifest: Manifest, objective: Objective, n
         name = read_meta(folder)["config"]["model"]["name"]
         if name != "ccdit":
             raise ValueError(f"{folder} must hold a class-conditional model (ccdit), got {name}")
-        trained = load_trained(folder)
+        trained = load_trained(folder, mesh)
     except CheckpointError as problem:
         raise CheckpointError(f"train.init_from: {problem}") from problem
     except ValueError as problem:

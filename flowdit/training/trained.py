@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from flowdit.config import Config, from_stored
 from flowdit.data.manifest import Manifest
@@ -28,8 +29,11 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_trained(folder: Path) -> Trained:
-    """The EMA model in `folder` in float32. Raises `CheckpointError` if it is missing, damaged or foreign."""
+def load_trained(folder: Path, mesh: Mesh | None = None) -> Trained:
+    """The EMA model in `folder` in float32, on the first device or laid out on `mesh`.
+
+    Raises `CheckpointError` if it is missing, damaged or foreign.
+    """
     meta = read_meta(folder)
     config, manifest, text = from_stored(meta["config"]), Manifest.parse(meta["manifest"]), meta.get("text")
     if text is None:
@@ -37,6 +41,6 @@ def load_trained(folder: Path) -> Trained:
     else:
         conditioning = text_conditioning(micro_condition(config.model, manifest))
     template = jax.eval_shape(model_builder(config.model, manifest, text, "float32", config.seed))
-    model = restore_ema(folder, template)
+    model = restore_ema(folder, template, mesh)
     mean, scale = meta["latent_mean"], meta["latent_scale"]
     return Trained(model, config, manifest, conditioning, text, mean, scale, meta["step"])

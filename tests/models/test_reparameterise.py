@@ -54,7 +54,7 @@ def relative_error(class_model: CCDiT, text_model: MMDiT, class_vector: jax.Arra
 
 
 def class_vector(class_model: CCDiT, class_condition: str) -> jax.Array:
-    return {"dropped": jnp.zeros(CLASS.hidden_dim), "null": class_model.class_table[-1]}[class_condition]
+    return {"dropped": jnp.zeros(CLASS.hidden_dim), "null_class": class_model.class_table[-1]}[class_condition]
 
 
 @pytest.mark.parametrize("shared_map", SHARED_MAPS)
