@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := checkpoints/demo
 DEMO_STEPS ?= 1800
 DEMO_TEXT := checkpoints/demo_text
-DEMO_TEXT_STEPS ?= 2000
+DEMO_TEXT_STEPS ?= 1800
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help

@@ -20,7 +20,8 @@ from flowdit.data.loader import TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.prepare import PrepareConfig, prepare
 from flowdit.data.records import stage2_schema
-from flowdit.data.text_cache import open_cache, write_cache
+from flowdit.data.text_cache import open_cache
+from flowdit.data.text_features import write_cache
 from flowdit.diffusion.conditioning import text_conditioning
 from flowdit.models.mmdit import build_mmdit
 from flowdit.models.t5gemma import T5GemmaEncoder
@@ -81,7 +82,7 @@ def measure() -> str:
         caching = time.perf_counter() - start
         cached = open_cache(folder / "text_features", manifest, "train", encoder, 0.5)
         online = TokenizedCaptions(encoder.tokenize, 0.5)
-        encode = online_encoding(encoder, make_mesh(MeshConfig()), micro_batch=BATCH_SIZE)
+        encode = online_encoding(encoder, make_mesh(MeshConfig()), BATCH_SIZE)
         contenders = {
             "features from the cache": training(folder, manifest, encoder.width, cached, lambda batch: batch),
             "encoder in the loop": training(folder, manifest, encoder.width, online, encode),

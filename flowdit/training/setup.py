@@ -23,7 +23,7 @@ from flowdit.training.evaluate import Preview, Validation
 from flowdit.training.objective import Objective, make_objective
 from flowdit.training.optim import make_optimizer
 from flowdit.training.stages import Stage, make_stage
-from flowdit.training.start import drift_figures, from_class_model, load_class_model
+from flowdit.training.start import drift_figures, initial_model, load_class_model
 from flowdit.training.step import TrainState, TrainStep, init_state, make_train_step
 
 # Fields that an exact resume needs unchanged; the rest may change and is reported.
@@ -65,11 +65,7 @@ def start_run(config: Config) -> Run:
     resuming = prepare_folder(folder, train.is_restore)
 
     optimizer = make_optimizer(config.optim, train.num_steps)
-
-    def build_state(class_model: Any) -> TrainState:
-        model = stage.build_model()
-        return init_state(model if class_model is None else from_class_model(class_model, model, train), optimizer)
-
+    build_state = lambda start: init_state(initial_model(stage.build_model(), start, train), optimizer)
     template = abstract_state(mesh, lambda: build_state(None))
     check_free_space(folder, template)
     if resuming:
@@ -80,9 +76,8 @@ def start_run(config: Config) -> Run:
     shardings = parameter_shardings(mesh, template.model)
     accum, decay, warmup = train.gradient_accum, train.ema_decay, train.ema_warmup
     train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, shardings)
-    return Run(
-        folder, mesh, stage, state, stream, data.train.text, train_step, validation, preview, meta, notes, figures
-    )
+    captions = data.train.text
+    return Run(folder, mesh, stage, state, stream, captions, train_step, validation, preview, meta, notes, figures)
 
 
 def _evaluations(

@@ -26,7 +26,7 @@ from flowdit.models.mmdit import build_mmdit
 from flowdit.models.text_encoder import TextEncoder, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import batch_sharding
-from flowdit.training.step import Batch, join_micro_batches, split_micro_batches
+from flowdit.training.step import Batch, join_micro_batches, micro_batch
 
 Encode = Callable[[Batch], Batch]
 """A batch on the devices as the loader made it -> as the step takes it."""
@@ -86,13 +86,13 @@ def text_stage(config: Config, manifest: Manifest, mesh: Mesh) -> Stage:
     text = describe_encoder(encoder)
     conditioning = text_conditioning(micro_condition(config.model, manifest))
     cache = config.data.text_cache
-    micro_batch = config.train.batch_size // config.train.gradient_accum
+    batch_size = config.train.batch_size // config.train.gradient_accum
     return Stage(
         schema=stage2_schema(manifest.latent_shape, manifest.has_latent_std),
         conditioning=conditioning,
         build_model=model_builder(config.model, manifest, text, config.train.compute_dtype, config.seed),
         text=lambda split: open_text(config.data, manifest, encoder, split),
-        encode=(lambda batch: batch) if cache else online_encoding(encoder, mesh, micro_batch),
+        encode=(lambda batch: batch) if cache else online_encoding(encoder, mesh, batch_size),
         previews=lambda source: prompt_requests(
             encoder, preview_prompts(config.train.sample_prompts, source), "", conditioning
         ),
@@ -131,16 +131,18 @@ def open_text(data: DataConfig, manifest: Manifest, encoder: TextEncoder, split:
     """The captions of a split: tokens for the online encoder, or features from the cache made by the same encoder."""
     if data.text_cache is None:
         return TokenizedCaptions(encoder.tokenize, data.long_caption_prob)
-    return open_cache(data.text_cache, manifest, split, encoder, data.long_caption_prob)
+    prob, hashes = data.long_caption_prob, data.verify_hashes
+    return open_cache(data.text_cache, manifest, split, encoder, prob, verify_hashes=hashes)
 
 
-def online_encoding(encoder: TextEncoder, mesh: Mesh, micro_batch: int) -> Encode:
-    """Replaces `text_ids` by `text_features`, `micro_batch` rows at a time: more would cost more memory."""
+def online_encoding(encoder: TextEncoder, mesh: Mesh, batch_size: int) -> Encode:
+    """Replaces `text_ids` by `text_features`, `batch_size` rows at a time: more would cost more memory."""
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
     def features(network, ids, mask):
-        micro_batches = split_micro_batches((ids, mask), len(ids) // micro_batch)
-        return join_micro_batches(jax.lax.map(lambda micro: encode_tokens(network, *micro), micro_batches))
+        count = len(ids) // batch_size
+        encode_rows = lambda i: encode_tokens(network, *micro_batch((ids, mask), i, count))
+        return join_micro_batches(jax.lax.map(encode_rows, jnp.arange(count)))
 
     def encode(batch: Batch) -> Batch:
         rest = {name: value for name, value in batch.items() if name != "text_ids"}

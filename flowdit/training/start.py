@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,13 @@ def load_class_model(config: Config, manifest: Manifest, objective: Objective, m
     return trained.model
 
 
-def from_class_model(class_model: CCDiT, text_model: MMDiT, train: TrainConfig) -> MMDiT:
-    """`text_model` with all that `class_model` can give it."""
+def initial_model(model: Any, class_model: CCDiT | None, train: TrainConfig) -> Any:
+    """A freshly initialised `model` with all that `class_model`, where there is one, can give it."""
+    if class_model is None:
+        return model
     return reparameterise(
         class_model,
-        text_model,
+        model,
         time=train.init_time,
         shared_map=train.init_shared_map,
         class_condition=train.init_class,

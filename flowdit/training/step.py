@@ -61,24 +61,29 @@ def loss_and_grads(
         losses = flow.example_losses(cast_floating(model, objective.compute_dtype), **examples)
         return losses.mean(), (losses, examples["t"])
 
-    def accumulate(grads, micro_batch):
-        (_, results), new = jax.value_and_grad(micro_loss, has_aux=True)(model, *micro_batch)
+    def accumulate(grads, i):
+        rows = micro_batch((batch, keys), i, gradient_accum)
+        (_, results), new = jax.value_and_grad(micro_loss, has_aux=True)(model, *rows)
         return jax.tree.map(lambda total, g: total + g / gradient_accum, grads, new), results
 
     zeros = jax.tree.map(jnp.zeros_like, model)
-    grads, results = jax.lax.scan(accumulate, zeros, split_micro_batches((batch, keys), gradient_accum))
+    grads, results = jax.lax.scan(accumulate, zeros, jnp.arange(gradient_accum))
     losses, times = join_micro_batches(results)
     return losses, times, grads
 
 
-def split_micro_batches(batch: Any, count: int) -> Any:
-    """(batch, ...) -> (count, batch / count, ...). Every `count`-th row goes together: each stays spread over devices."""
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+def micro_batch(batch: Any, i: Int[Array, ""], count: int) -> Any:
+    """Every `count`-th row of `batch` from row i on: each micro-batch stays spread over all devices.
+
+    Cut out one at a time, as all of them at once would be a second copy of the batch.
+    """
+    cut = lambda x: jax.lax.dynamic_index_in_dim(x.reshape(-1, count, *x.shape[1:]), i, axis=1, keepdims=False)
+    return jax.tree.map(cut, batch)
 
 
-def join_micro_batches(micro_batches: Any) -> Any:
-    """Inverse of `split_micro_batches`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), micro_batches)
+def join_micro_batches(results: Any) -> Any:
+    """(count, batch / count, ...) results of the micro-batches -> (batch, ...) in the order of the batch."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
