@@ -46,13 +46,14 @@ def steps_to(curve: Curve, loss: float) -> int | None:
 
 
 def report(curves: dict[str, list[Curve]], shown: list[int]) -> str:
-    """Losses (mean and range over seeds) at some steps, and steps to the best loss of the same seed from scratch."""
-    lines = [f"| start | {' | '.join(f'step {step}' for step in shown)} | steps to the best from scratch |"]
+    """Losses (mean and range over seeds) at some steps, and the first step as good as the best of the first start."""
+    reference = next(iter(curves))
+    lines = [f"| start | {' | '.join(f'step {step}' for step in shown)} | steps to the best of {reference} |"]
     lines += ["|" + " --- |" * (len(shown) + 2)]
     for start, runs in curves.items():
         columns = [[curve[step] for curve in runs] for step in shown]
         losses = [f"{np.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})" for values in columns]
-        reached = [steps_to(curve, min(base.values())) for curve, base in zip(runs, curves["scratch"], strict=False)]
+        reached = [steps_to(curve, min(base.values())) for curve, base in zip(runs, curves[reference], strict=True)]
         lines.append(f"| {start} | {' | '.join(losses)} | {', '.join(map(str, reached))} |")
     return "\n".join(lines)
 

@@ -41,13 +41,19 @@ def test_assets_are_found(installed, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_command_composes(installed, tmp_path):
-    for module, words in {
-        "train": "experiment: openmoji",
-        "prepare": "source: openmoji",
-        "sample": "num_images: 1",
-    }.items():
-        arguments = ("experiment=openmoji",) if module == "train" else ()
-        done = python("-P", "-m", f"flowdit.{module}", *arguments, "--cfg", "all", folder=tmp_path, path=installed)
-        assert done.returncode == 0, done.stderr
-        assert words in done.stdout
+# The entry points of the wheel, what they are told, and what their composed configuration shows.
+COMMANDS = {
+    "train:stage1": (["experiment=openmoji"], "experiment: openmoji"),
+    "train:stage2": (["experiment=openmoji_text"], "encoder: wordllama"),
+    "prepare:main": ([], "source: openmoji"),
+    "sample:main": ([], "num_images: 1"),
+}
+
+
+@pytest.mark.parametrize("entry_point", COMMANDS)
+def test_every_command_composes(installed, tmp_path, entry_point):
+    (arguments, words), (module, function) = COMMANDS[entry_point], entry_point.split(":")
+    script = f"from flowdit.{module} import {function}; {function}()"
+    done = python("-P", "-c", script, *arguments, "--cfg", "all", folder=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout

@@ -138,8 +138,8 @@ def test_sampling_reads_the_moving_average(whole_run):
 def test_too_many_useless_steps_end_the_run_and_name_the_last_good_checkpoint(tiny_data, run, monkeypatch):
     batches = loop.prefetch_to_device
 
-    def not_finite(mesh, stream):
-        for batch, data_state in batches(mesh, stream):
+    def not_finite(mesh, stream, encode):
+        for batch, data_state in batches(mesh, stream, encode):
             yield batch | {"latent": batch["latent"] * np.float32("nan")}, data_state
 
     monkeypatch.setattr(loop, "prefetch_to_device", not_finite)
