@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float64
 
 from flowdit.models.text_encoder import Tokens
 
+CAPTIONS = ("short_caption", "long_caption")
+
 
 @runtime_checkable
 class TextReader(Protocol):
@@ -49,8 +51,7 @@ class TokenizedCaptions:
         self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
     ) -> dict[str, np.ndarray]:
         use_long = choose_long(records, draws, self._long_caption_prob)
-        names = np.where(use_long, "long_caption", "short_caption")
-        tokens = self._tokenize([record[name] for record, name in zip(records, names, strict=True)])
+        tokens = self._tokenize(chosen_captions(records, use_long))
         self._truncated.add(int(tokens.truncated.sum()))
         return {"text_ids": tokens.ids, "text_mask": tokens.mask}
 
@@ -70,11 +71,17 @@ def choose_long(
     records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"], long_caption_prob: float
 ) -> Bool[np.ndarray, " n"]:
     """Whether the long caption is read: where the draw is below `long_caption_prob`, or the short caption is empty."""
-    short, long = ([bool(record[name].strip()) for record in records] for name in ("short_caption", "long_caption"))
+    short, long = ([bool(record[name].strip()) for record in records] for name in CAPTIONS)
     return (draws < long_caption_prob) & np.array(long, bool) | ~np.array(short, bool)
 
 
-def caption_key(short: str, long: str) -> bytes:
-    """8 bytes that change whenever one of the captions does (BLAKE2b). The short one's length separates the two."""
-    parts = [text.encode() for text in (short, long)]
-    return hashlib.blake2b(len(parts[0]).to_bytes(8, "little") + b"".join(parts), digest_size=8).digest()
+def chosen_captions(records: Sequence[Mapping[str, Any]], use_long: Bool[np.ndarray, " n"]) -> list[str]:
+    """The long caption of the records where `use_long`, the short one of the others."""
+    return [record[CAPTIONS[int(long)]] for record, long in zip(records, use_long, strict=True)]
+
+
+def caption_key(*captions: str) -> bytes:
+    """8 bytes that change whenever one of `captions` does (BLAKE2b). The lengths of all but the last separate them."""
+    parts = [caption.encode() for caption in captions]
+    lengths = b"".join(len(part).to_bytes(8, "little") for part in parts[:-1])
+    return hashlib.blake2b(lengths + b"".join(parts), digest_size=8).digest()

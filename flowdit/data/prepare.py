@@ -7,6 +7,7 @@ written when all are. Nothing depends on where a run was interrupted, so the man
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from flowdit.data.shards import (
     write_shard,
 )
 from flowdit.data.text_features import write_cache
-from flowdit.models.text_encoder import TextConfig, load_text_encoder
+from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
 from flowdit.models.vae import AutoencoderKL, load_vae
 
 
@@ -107,24 +108,32 @@ def prepare(config: PrepareConfig) -> Manifest:
     vae = load_vae(config.vae)
     if config.image_size % (stride := vae.config.stride):
         raise ValueError(f"image_size: must be a multiple of the VAE's stride {stride}, got {config.image_size}")
+    # Before the hours that latents may take, so that a fault shows first. It keeps its memory (5 GB of T5Gemma) meanwhile.
+    encoder = _load_text_encoder(config) if config.text_encoder else None
     out = Path(config.out or Path("data") / pictures.name)
     try:
         manifest = _prepare_latents(jobs, out, config, pictures, vae)
     except OSError as error:
         raise ValueError(f"out: cannot write to {out}: {error.strerror or error}") from None
-    if config.text_encoder:
-        _prepare_text(config, out, manifest)
+    if encoder is not None:
+        _prepare_text(config, out, manifest, encoder)
     return manifest
 
 
-def _prepare_text(config: PrepareConfig, out: Path, manifest: Manifest) -> None:
-    text = TextConfig(encoder=config.text_encoder, max_length=config.text_max_length, dtype=config.text_dtype)
-    encoder = load_text_encoder(text)
+def _prepare_text(config: PrepareConfig, out: Path, manifest: Manifest, encoder: TextEncoder) -> None:
     folder = Path(config.text_cache or out / "text_features")
     try:
-        write_cache(folder, out, manifest, encoder, config.batch_size)
+        write_cache(folder, out, manifest, encoder)
     except OSError as error:
         raise ValueError(f"text_cache: cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
+    text = TextConfig(encoder=config.text_encoder, max_length=config.text_max_length, dtype=config.text_dtype)
+    try:
+        return load_text_encoder(text)
+    except ValueError as error:  # names `text.encoder`, which is `text_encoder` here, and so on
+        raise ValueError(re.sub(r"^text\.", "text_", str(error))) from error
 
 
 def _prepare_latents(

@@ -1,9 +1,10 @@
 """Text features computed once: a folder of shards parallel to those of a data set, and `text_features.json`.
 
-Record i of a shard holds the features of both captions of record i of the data shard of the same name, valid tokens only,
-and a key of the captions. bfloat16 is stored as its 16 bits, because records know no bfloat16. The cache is bound to
-encoder, dtype, length, data set and captions: a reader refuses any other, because features of another encoder or dtype
-give plausible losses and wrong models.
+Records 2i and 2i + 1 of a shard hold the features of the short and of the long caption of record i of the data shard of
+the same name, so that a visit reads only the one it uses: valid tokens (none of an empty caption) and a key of the text.
+bfloat16 is stored as its 16 bits, because records know no bfloat16. The cache is bound to encoder, dtype, length, data
+set and captions: a reader refuses any other, because features of another encoder or dtype give plausible losses and
+wrong models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
-from flowdit.data.captions import Counter, caption_key, choose_long
+from flowdit.data.captions import CAPTIONS, Counter, caption_key, choose_long, chosen_captions
 from flowdit.data.manifest import Manifest, Shard, check_shards, parse_fields, read_json, verify_shards
 from flowdit.data.record_files import RecordFiles, check_files
 from flowdit.data.records import RecordError
@@ -24,12 +25,14 @@ from flowdit.models.text_encoder import TextEncoder
 FILE_NAME = "text_features.json"
 SCHEMA_VERSION = 1
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-CAPTIONS = ("short_caption", "long_caption")
 
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """The contents of `text_features.json`. `data` is the id of the data set's manifest; empty captions do not count."""
+    """The contents of `text_features.json`. `data` is the id of the data set's manifest; empty captions do not count.
+
+    Shards are parallel to those of the data set, with a record for each caption of a record.
+    """
 
     encoder: str
     fingerprint: str
@@ -61,6 +64,9 @@ class CacheManifest:
         ):
             if not same:
                 raise ValueError(f"{folder / FILE_NAME}: {name}: must be {expected} as in this run, got {got}")
+        parallel = [(shard.file, shard.split, len(CAPTIONS) * shard.records) for shard in manifest.shards]
+        if [(shard.file, shard.split, shard.records) for shard in self.shards] != parallel:
+            raise ValueError(f"{folder / FILE_NAME}: shards: must be those of the data set, at two records for one")
 
 
 class CachedText(NamedTuple):
@@ -72,7 +78,7 @@ class CachedText(NamedTuple):
 
 
 class FeatureCache:
-    """The features of one split, in the order of its records."""
+    """The features of one split, by caption: 2i is the short caption of record i, 2i + 1 the long one."""
 
     def __init__(self, paths: Sequence[Path], cache: CacheManifest, counts: Sequence[int]):
         self._manifest = cache
@@ -81,33 +87,34 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._files)
 
-    def read(
-        self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], use_long: Bool[np.ndarray, " n"]
-    ) -> CachedText:
-        """Features (n, max_length, width), in the encoder's dtype, of one caption of each of the data set's `records`.
+    def read(self, indices: Sequence[int], captions: Sequence[str]) -> CachedText:
+        """Features (n, max_length, width), in the encoder's dtype, of the captions at `indices`.
 
-        Raises `RecordError` naming file and record if they are damaged or were made from other captions.
+        Raises `RecordError` naming file and record if they are damaged or were not made from these `captions`.
         """
         length, width = self._manifest.max_length, self._manifest.width
         features = np.zeros((len(indices), length, width), DTYPES[self._manifest.dtype])
         lengths, truncated = np.zeros(len(indices), int), np.zeros(len(indices), bool)
-        cached = self._files.read(indices)
-        for row, (index, entry, record, long) in enumerate(zip(indices, cached, records, use_long, strict=True)):
-            self._files.locate(index, _check_key, entry, record)
-            packed = entry[CAPTIONS[int(long)]].view(features.dtype)
+        for row, (index, entry) in enumerate(zip(indices, self._files.read(indices), strict=True)):
+            self._files.locate(index, _check_key, entry["key"], captions[row])
+            packed = entry["features"].view(features.dtype)
             self._files.locate(index, _check_finite, packed)
             features[row, : len(packed)] = packed
-            lengths[row], truncated[row] = len(packed), entry["truncated"][int(long)]
+            lengths[row], truncated[row] = len(packed), entry["truncated"]
         return CachedText(features, np.arange(length) < lengths[:, None], truncated)
 
     def _check(self, entry: Mapping[str, Any]) -> None:
-        if missing := {"key", "truncated", *CAPTIONS} - entry.keys():
+        if missing := {"key", "truncated", "features"} - entry.keys():
             raise RecordError(f"{min(missing)}: is missing, the record has {sorted(entry)}")
-        _check_array("truncated", entry["truncated"], np.dtype(bool), (len(CAPTIONS),))
-        for name in CAPTIONS:
-            _check_array(name, entry[name], packed_dtype(self._manifest.dtype), (None, self._manifest.width))
-            if (tokens := len(entry[name])) > self._manifest.max_length:
-                raise RecordError(f"{name}: must have at most {self._manifest.max_length} tokens, got {tokens}")
+        if type(entry["truncated"]) is not bool:
+            raise RecordError(f"truncated: must be a bool, got {type(entry['truncated']).__name__}")
+        features, limit, width = entry["features"], self._manifest.max_length, self._manifest.width
+        dtype = packed_dtype(self._manifest.dtype)
+        if not isinstance(features, np.ndarray) or features.dtype != dtype:
+            found = getattr(features, "dtype", type(features).__name__)
+            raise RecordError(f"features: must be an array of {dtype}, got {found}")
+        if features.ndim != 2 or features.shape[1] != width or len(features) > limit:
+            raise RecordError(f"features: must have shape (at most {limit}, {width}), got {features.shape}")
 
 
 def packed_dtype(dtype: str) -> np.dtype:
@@ -115,18 +122,10 @@ def packed_dtype(dtype: str) -> np.dtype:
     return np.dtype(np.uint16 if dtype == "bfloat16" else np.float32)
 
 
-def _check_array(name: str, value: Any, dtype: np.dtype, shape: tuple[int | None, ...]) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype != dtype:
-        raise RecordError(f"{name}: must be an array of {dtype}, got {getattr(value, 'dtype', type(value).__name__)}")
-    if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
-        raise RecordError(f"{name}: must have shape {shape}, got {value.shape}")
-
-
-def _check_key(entry: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    expected, got = caption_key(*(record[name] for name in CAPTIONS)), entry["key"]
-    if got != expected:
-        shown = got.hex() if isinstance(got, bytes) else repr(got)
-        raise RecordError(f"key: must be {expected.hex()} for the captions of the data, got {shown}: other captions")
+def _check_key(key: Any, caption: str) -> None:
+    if key != (expected := caption_key(caption)):
+        shown = key.hex() if isinstance(key, bytes) else repr(key)
+        raise RecordError(f"key: must be {expected.hex()} for the caption of the data, got {shown}: another caption")
 
 
 def _check_finite(features: np.ndarray) -> None:
@@ -147,7 +146,9 @@ class CachedCaptions:
     def read(
         self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
     ) -> dict[str, np.ndarray]:
-        text = self._cache.read(indices, records, choose_long(records, draws, self._long_caption_prob))
+        use_long = choose_long(records, draws, self._long_caption_prob)
+        numbers = len(CAPTIONS) * np.asarray(indices) + use_long
+        text = self._cache.read(numbers.tolist(), chosen_captions(records, use_long))
         self._truncated.add(int(text.truncated.sum()))
         return {"text_features": text.features, "text_mask": text.mask}
 
@@ -174,8 +175,6 @@ def open_cache(
     cache = read_json(folder / FILE_NAME, CacheManifest.parse)
     cache.check_made_by(folder, encoder, manifest)
     shards = [shard for shard in cache.shards if shard.split == split]
-    if [(s.file, s.records) for s in shards] != [(s.file, s.records) for s in manifest.shards_of(split)]:
-        raise ValueError(f"{folder / FILE_NAME}: shards: must be parallel to those of the data set")
     verify_shards(folder, shards, hashes=verify_hashes)
     paths = [folder / shard.file for shard in shards]
     check_files(paths, shards)

@@ -1,7 +1,7 @@
 """Captions to a cache of text features (`text_cache`), in steps that can be interrupted and run again."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,19 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from flowdit.data.captions import caption_key
+from flowdit.data.captions import CAPTIONS, caption_key
 from flowdit.data.loader import open_source
 from flowdit.data.manifest import Manifest, Shard, read_json, verify_shards, write_json
 from flowdit.data.records import stage2_schema
 from flowdit.data.shards import claim_folder, finished_sidecar, read_sidecar, remove_sidecar, write_shard
-from flowdit.data.text_cache import CAPTIONS, FILE_NAME, CacheManifest, packed_dtype
-from flowdit.models.text_encoder import TextEncoder
+from flowdit.data.text_cache import FILE_NAME, CacheManifest, packed_dtype
+from flowdit.models.text_encoder import MAX_BATCH, TextEncoder
+
+CHUNK = 128
+"""Records read at a time: enough captions to find some of like length, features (140 MB of T5Gemma's) that fit memory."""
 
 
-def write_cache(
-    folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder, batch_size: int = 32
-) -> CacheManifest:
+def write_cache(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder) -> CacheManifest:
     """Write the features of all captions of the data set in `data`, or finish a cache that was begun.
 
     Raises `ValueError` in one line if `folder` holds features of another encoder, dtype, length or data set, `OSError` if
@@ -34,7 +35,7 @@ def write_cache(
         verify_shards(folder, cache.shards, hashes=False)
         print(f"{folder} already holds the text features of this data set: nothing to do")
     else:
-        _write_shards(folder, data, manifest, encoder, batch_size)
+        _write_shards(folder, data, manifest, encoder)
         cache = _finish(folder, manifest, encoder)
         print(_summary(folder, cache))
     for shard in cache.shards:
@@ -42,29 +43,36 @@ def write_cache(
     return cache
 
 
-def _write_shards(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder, batch_size: int) -> None:
+def _write_shards(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder) -> None:
     todo = [shard for shard in manifest.shards if read_sidecar(folder / shard.file) is None]
     total, left = (sum(shard.records for shard in some) for some in (manifest.shards, todo))
     with tqdm(total=total, initial=total - left, unit=" records", desc="encoding text", dynamic_ncols=True) as progress:
         for shard in todo:
-            write_shard(folder / shard.file, _records(data, manifest, shard, encoder, batch_size, progress), _text_sums)
+            write_shard(folder / shard.file, _records(data, manifest, shard, encoder, progress), _text_sums)
 
 
 def _records(
-    data: Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, batch_size: int, progress: tqdm
+    data: Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, progress: tqdm
 ) -> Iterator[dict[str, Any]]:
     alone = dataclasses.replace(manifest, shards=(shard,))
     source = open_source(data, alone, shard.split, schema=stage2_schema(manifest.latent_shape, manifest.has_latent_std))
-    for start in range(0, len(source), batch_size):
-        records = source.read(range(start, min(start + batch_size, len(source))))
-        # Short and long apart: captions of like length are padded less.
-        encoded = [encoder.encode([record[name] for record in records]) for name in CAPTIONS]
-        for row, record in enumerate(records):
-            truncated = np.array([bool(texts.truncated[row]) for texts in encoded])
-            features = (_pack(texts.features[row][texts.mask[row]], encoder) for texts in encoded)
-            key = caption_key(*(record[name] for name in CAPTIONS))
-            yield {"key": key, "truncated": truncated} | dict(zip(CAPTIONS, features, strict=True))
-            progress.update()
+    for start in range(0, len(source), CHUNK):
+        records = source.read(range(start, min(start + CHUNK, len(source))))
+        yield from _encoded([record[name] for record in records for name in CAPTIONS], encoder)
+        progress.update(len(records))
+
+
+def _encoded(captions: Sequence[str], encoder: TextEncoder) -> list[dict[str, Any]]:
+    """The records of `captions`, in their order. Those of like length share a batch, which is padded to its longest."""
+    entries: dict[int, dict[str, Any]] = {}
+    by_length: list[int] = np.argsort(encoder.tokenize(captions).mask.sum(1), kind="stable").tolist()
+    for start in range(0, len(captions), MAX_BATCH):
+        batch = by_length[start : start + MAX_BATCH]
+        texts = encoder.encode([captions[i] for i in batch])
+        for i, features, mask, truncated in zip(batch, *texts, strict=True):
+            packed = _pack(features[mask], encoder)
+            entries[i] = {"key": caption_key(captions[i]), "truncated": bool(truncated), "features": packed}
+    return [entries[i] for i in range(len(captions))]
 
 
 def _pack(features: Float[np.ndarray, "tokens width"], encoder: TextEncoder) -> np.ndarray:
@@ -74,7 +82,7 @@ def _pack(features: Float[np.ndarray, "tokens width"], encoder: TextEncoder) -> 
 
 
 def _text_sums(record: Mapping[str, Any]) -> dict[str, int]:
-    return {"captions": sum(len(record[name]) > 0 for name in CAPTIONS), "truncated": int(record["truncated"].sum())}
+    return {"captions": int(len(record["features"]) > 0), "truncated": int(record["truncated"])}
 
 
 def _finish(folder: Path, manifest: Manifest, encoder: TextEncoder) -> CacheManifest:
@@ -89,7 +97,7 @@ def _finish(folder: Path, manifest: Manifest, encoder: TextEncoder) -> CacheMani
         captions=sum(sidecar.sums["captions"] for sidecar in sidecars),
         truncated=sum(sidecar.sums["truncated"] for sidecar in sidecars),
         shards=tuple(
-            dataclasses.replace(shard, bytes=sidecar.bytes, sha256=sidecar.sha256)
+            dataclasses.replace(shard, records=sidecar.records, bytes=sidecar.bytes, sha256=sidecar.sha256)
             for shard, sidecar in zip(manifest.shards, sidecars, strict=True)
         ),
     )

@@ -43,6 +43,6 @@ def test_truncated_captions_are_counted_over_all_threads():
 
 def test_the_key_of_captions_tells_where_one_ends():
     pairs = [("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc"), ("ab", "d"), ("c", "ab")]
-    keys = {caption_key(*pair) for pair in pairs}
-    assert len(keys) == len(pairs) and {len(key) for key in keys} == {8}
+    keys = {caption_key(*pair) for pair in pairs} | {caption_key("abc"), caption_key("abd"), caption_key("")}
+    assert len(keys) == len(pairs) + 3 and {len(key) for key in keys} == {8}
     assert caption_key("ab", "c") == caption_key("ab", "c")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from latent_records import open_captioned, open_labelled
+from models.text_folders import write_t5gemma
 from PIL import Image
 
 import flowdit.data.prepare as prepare_module
@@ -349,6 +350,31 @@ def test_text_features_are_added_to_a_finished_data_set(config, source, tmp_path
     other = tmp_path / "other"
     prepare(replaced(with_text, text_max_length=7, text_cache=str(other)))
     assert (other / "text_features.json").exists()
+
+
+def test_a_run_without_an_encoder_leaves_the_text_features_alone(config, source, tmp_path, capsys):
+    captioned = replaced(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
+    prepare(replaced(captioned, text_encoder="wordllama"))
+    times = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
+    assert Path(config.out, "text_features", "text_features.json") in times
+    prepare(captioned)
+    assert "already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == times
+
+
+def test_a_faulty_text_encoder_is_named_before_latents_are_encoded(config, source, tmp_path):
+    captioned = replaced(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
+    for changes, message in (
+        ({"text_encoder": " "}, "^text_encoder: must be 'wordllama', a folder or a hub id, got ' '"),
+        ({"text_encoder": str(source)}, "^text_encoder: .*source: must hold tokenizer.json"),
+        (
+            {"text_encoder": str(write_t5gemma(tmp_path / "t5gemma")), "text_max_length": 1},
+            "^text_max_length: must leave room beside 1 special tokens, got 1$",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(replaced(captioned, **changes))
+        assert not Path(config.out).exists()
 
 
 def test_a_text_cache_that_cannot_be_written_is_named(config, source, tmp_path):

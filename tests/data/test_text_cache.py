@@ -3,11 +3,11 @@
 import json
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from latent_records import captioned, open_captioned, record_of, word_encoder, write_dataset
+from models.text_folders import write_t5gemma
 
 from flowdit.data import text_features
 from flowdit.data.captions import TokenizedCaptions
@@ -17,9 +17,7 @@ from flowdit.data.records import RecordError, decode
 from flowdit.data.shards import write_shard
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
-from flowdit.models.text_encoder import encode_tokens
-
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+from flowdit.models.text_encoder import TextConfig, TextEncoder, encode_tokens, load_text_encoder
 
 
 @pytest.fixture
@@ -38,20 +36,45 @@ def reopened(captions, encoder=None, split="train", **options):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_cache_gives_the_captions_and_features_of_its_encoder(captions, dtype, split):
     encoder = word_encoder(dtype=dtype)
-    write_cache(captions / "text", captions, Manifest.read(captions), encoder, batch_size=3)
-    online = TrainStream(
-        open_captioned(captions, TokenizedCaptions(encoder.tokenize, 0.5), split), seed=0, batch_size=7
-    )
-    cached = TrainStream(open_captioned(captions, reopened(captions, encoder, split), split), seed=0, batch_size=7)
+    write_cache(captions / "text", captions, Manifest.read(captions), encoder)
+    readers = (TokenizedCaptions(encoder.tokenize, 0.5), reopened(captions, encoder, split))
+    online, cached = (TrainStream(open_captioned(captions, text, split), seed=0, batch_size=7) for text in readers)
     for _ in range(6):
         ids, features = next(online), next(cached)
         assert set(features) == {"latent", "text_features", "text_mask"}
         np.testing.assert_array_equal(features["text_mask"], ids["text_mask"])
-        assert (features["text_features"].dtype, features["text_features"].shape) == (DTYPES[dtype], (7, 4, 3))
-        expected = np.asarray(
-            encode_tokens(encoder.network, jnp.asarray(ids["text_ids"]), jnp.asarray(ids["text_mask"]))
-        )
+        assert (features["text_features"].dtype, features["text_features"].shape) == (jnp.dtype(dtype), (7, 4, 3))
+        tokens = (jnp.asarray(ids[name]) for name in ("text_ids", "text_mask"))
+        expected = np.asarray(encode_tokens(encoder.network, *tokens))
         np.testing.assert_array_equal(features["text_features"], np.where(ids["text_mask"][..., None], expected, 0))
+
+
+def test_captions_of_like_length_share_a_batch_and_keep_their_places(captions, tmp_path, monkeypatch):
+    encoder = load_text_encoder(TextConfig(str(write_t5gemma(tmp_path / "t5gemma")), 24, "float32"))
+    encode, lengths = TextEncoder.encode, []
+
+    def spy(self, texts):
+        lengths.append(self.tokenize(texts).mask.sum(1).tolist())
+        return encode(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "encode", spy)
+        patch.setattr(text_features, "CHUNK", 6)
+        patch.setattr(text_features, "MAX_BATCH", 4)
+        write_cache(captions / "text", captions, Manifest.read(captions), encoder)
+    # Six records are twelve captions, so that the 13 records of the first shard make 3, 3 and 1 batches.
+    assert [len(batch) for batch in lengths[:7]] == [4] * 6 + [2]
+    for chunk in (np.concatenate(lengths[:3]), np.concatenate(lengths[3:6])):
+        assert (np.diff(chunk) >= 0).all() and chunk[0] < chunk[-1]
+    source = open_captioned(captions, reopened(captions, encoder))
+    for draw, name in ((0.9, "short_caption"), (0.1, "long_caption")):
+        batch, expected = (
+            source.read_batch(range(20), np.full(20, draw)),
+            encoder.encode([captioned(i)[name] for i in range(20)]),
+        )
+        np.testing.assert_array_equal(batch["text_mask"].sum(1), expected.mask.sum(1))
+        features = batch["text_features"][batch["text_mask"]]
+        np.testing.assert_allclose(features, expected.features[expected.mask], atol=1e-5)
 
 
 def test_both_ways_count_the_same_truncated_captions(captions, cache):
@@ -77,7 +100,8 @@ def test_the_manifest_and_the_summary_count_captions(captions, capsys):
     written = write_cache(captions / "text", captions, Manifest.read(captions), word_encoder())
     # Long captions have 2 to 6 words, of which 4 are kept; indices 0 to 19 and 100 to 106.
     assert (written.captions, written.truncated) == (54, 10)
-    assert [shard.file for shard in written.shards] == [shard.file for shard in Manifest.read(captions).shards]
+    data = Manifest.read(captions).shards
+    assert [(s.file, s.records) for s in written.shards] == [(s.file, 2 * s.records) for s in data]
     out = capsys.readouterr().out
     assert "features of 54 captions by words in bfloat16" in out and "10 captions truncated to 4 tokens" in out
 
@@ -134,10 +158,7 @@ def test_a_folder_of_another_encoder_is_not_written_to(captions, cache, change, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"seed": 1},
-            r"fingerprint of the encoder: must be 0+1 \(words\) as in this run, got 0+ \(words\)",
-        ),
+        ({"seed": 1}, r"fingerprint of the encoder: must be 0+1 \(words\) as in this run, got 0+ \(words\)"),
         ({"dtype": "float32"}, "dtype: must be float32 as in this run, got bfloat16"),
         ({"max_length": 5}, "max_length: must be 5 as in this run, got 4"),
         ({"width": 4}, "width: must be 4 as in this run, got 3"),
@@ -168,8 +189,8 @@ def test_a_cache_of_another_data_set_is_refused(captions, cache):
         (lambda d: d.update(dtype="float16"), "dtype: must be one of bfloat16, float32, got 'float16'"),
         (lambda d: d.update(schema_version=2), "schema_version: must be 1, got 2"),
         (lambda d: d["shards"][0].update(file="../a.array_record"), r"shards\[0\].file: must be a plain file name"),
-        (lambda d: d["shards"].pop(0), "shards: must be parallel to those of the data set"),
-        (lambda d: d["shards"][0].update(records=12), "shards: must be parallel to those of the data set"),
+        (lambda d: d["shards"].pop(0), "shards: must be those of the data set, at two records for one"),
+        (lambda d: d["shards"][0].update(records=13), "shards: must be those of the data set, at two records"),
     ],
 )
 def test_a_damaged_manifest_is_refused(captions, cache, change, message):
@@ -179,9 +200,8 @@ def test_a_damaged_manifest_is_refused(captions, cache, change, message):
 
 
 def test_a_folder_without_a_cache_says_what_makes_one(captions):
-    with pytest.raises(
-        ValueError, match="data.text_cache: .*text has no text_features.json; `python -m flowdit.prepare"
-    ):
+    message = "data.text_cache: .*text has no text_features.json; `python -m flowdit.prepare"
+    with pytest.raises(ValueError, match=message):
         reopened(captions)
 
 
@@ -199,10 +219,10 @@ def test_a_missing_or_changed_shard_is_named(captions, cache):
 
 
 def rewrite(cache, change):
-    """Replace record 2 of the second training shard of the cache, and its size and hash in the manifest."""
+    """Replace the short caption of record 2 of the second training shard, and the shard's size and hash."""
     path = cache / "train-00001-of-00002.array_record"
-    entries = [decode(data) for data in ArrayRecordDataSource(str(path)).__getitems__(list(range(7)))]
-    entries[2] = change(entries[2])
+    entries = [decode(data) for data in ArrayRecordDataSource(str(path)).__getitems__(list(range(14)))]
+    entries[4] = change(entries[4])
     sidecar = write_shard(path, entries, lambda record: {})
 
     def new_hash(data):
@@ -214,29 +234,30 @@ def rewrite(cache, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": b"12345678"}, "key: must be [0-9a-f]{16} for the captions of the data, got 3132333435363738"),
+        ({"key": b"12345678"}, "key: must be [0-9a-f]{16} for the caption of the data, got 3132333435363738: another"),
         ({"key": 5}, "key: must be .*, got 5"),
-        ({"short_caption": np.zeros((1, 3), np.float32)}, "short_caption: must be an array of uint16, got float32"),
-        ({"short_caption": np.zeros((1, 3), ">u2")}, "short_caption: must be an array of uint16, got >u2"),
-        ({"short_caption": [1]}, "short_caption: must be an array of uint16, got list"),
-        ({"short_caption": np.zeros((1, 4), np.uint16)}, r"short_caption: must have shape \(None, 3\), got \(1, 4\)"),
-        ({"long_caption": np.zeros((5, 3), np.uint16)}, "long_caption: must have at most 4 tokens, got 5"),
-        ({"truncated": np.zeros(1, bool)}, r"truncated: must have shape \(2,\), got \(1,\)"),
-        ({"short_caption": np.full((1, 3), 0x7FC0, np.uint16)}, "features: must be finite"),
+        ({"features": np.zeros((1, 3), np.float32)}, "features: must be an array of uint16, got float32"),
+        ({"features": np.zeros((1, 3), ">u2")}, "features: must be an array of uint16, got >u2"),
+        ({"features": [1]}, "features: must be an array of uint16, got list"),
+        ({"features": np.zeros(3, np.uint16)}, r"features: must have shape \(at most 4, 3\), got \(3,\)"),
+        ({"features": np.zeros((1, 4), np.uint16)}, r"features: must have shape \(at most 4, 3\), got \(1, 4\)"),
+        ({"features": np.zeros((5, 3), np.uint16)}, r"features: must have shape \(at most 4, 3\), got \(5, 3\)"),
+        ({"truncated": np.zeros(1, bool)}, "truncated: must be a bool, got ndarray"),
+        ({"features": np.full((1, 3), 0x7FC0, np.uint16)}, "features: must be finite"),
     ],
 )
 def test_a_bad_record_is_named_by_file_and_number(captions, cache, change, message):
     rewrite(cache, lambda entry: entry | change)
     source = open_captioned(captions, reopened(captions))
-    source.read_batch([14, 16], np.array([0.9, 0.9]))
-    with pytest.raises(RecordError, match=f"text/train-00001-of-00002.array_record: record 2: {message}") as error:
+    source.read_batch([14, 15, 16], np.array([0.9, 0.1, 0.9]))  # the long caption lies in a record of its own
+    with pytest.raises(RecordError, match=f"text/train-00001-of-00002.array_record: record 4: {message}") as error:
         source.read_batch([14, 15], np.array([0.9, 0.9]))
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_field_is_named(captions, cache):
     rewrite(cache, lambda entry: {name: value for name, value in entry.items() if name != "key"})
-    with pytest.raises(RecordError, match=r"record 2: key: is missing, the record has \['long_caption'"):
+    with pytest.raises(RecordError, match=r"record 4: key: is missing, the record has \['features', 'truncated'\]"):
         open_captioned(captions, reopened(captions)).read_batch([15], np.array([0.9]))
 
 
