@@ -58,3 +58,16 @@ def write_record(folder: Path, **changes: Any) -> None:
 def change_manifest(folder: Path, **changes: Any) -> None:
     manifest = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(manifest | changes))
+
+
+def flip_bit(path: Path) -> Path:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def damage_weights(step_folder: Path) -> Path:
+    """Flip a bit in the largest file of a checkpoint's EMA weights; that file."""
+    files = [path for path in (step_folder / "model_ema").rglob("*") if path.is_file()]
+    return flip_bit(max(files, key=lambda path: path.stat().st_size))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from damage import SHARD, agree, change_manifest, refused, write_payloads, write_record
+from damage import SHARD, agree, change_manifest, damage_weights, refused, write_payloads, write_record
 from runs import LATENT_SHAPE, call, error_line, train_here
 
 from flowdit import sample
@@ -285,10 +285,6 @@ def test_sampling_from_what_is_no_checkpoint(run, name):
 
 
 def test_sampling_from_a_damaged_checkpoint(run):
-    files = [path for path in (run / "6" / "model_ema").rglob("*") if path.is_file()]
-    file = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    file = damage_weights(run / "6")
     line = refused(lambda: sample_here(run / "6"), run)
     assert line == f"error: {file}: content differs from its checksum"

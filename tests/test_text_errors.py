@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from damage import SHARD, change_manifest, refused, write_record
+from damage import SHARD, change_manifest, damage_weights, refused, write_record
 from models.text_folders import write_t5gemma
 from runs import call, train_here, train_text_here
 
@@ -109,10 +109,7 @@ def test_start_from_a_text_model(tiny_data, text_run, tmp_path):
 
 def test_start_from_a_damaged_checkpoint(tiny_data, whole_run, tmp_path):
     start = shutil.copytree(whole_run / "6", tmp_path / "6")
-    file = max((path for path in (start / "model_ema").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    file = damage_weights(start)
     line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", f"train.init_from={start}"), start)
     assert line == f"error: train.init_from: {file}: content differs from its checksum"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import flip_bit
 from runs import assert_same_checkpoint, error_line, steps_of, stored_arrays, train_here
 
 from flowdit.training import loop
@@ -22,13 +23,6 @@ def run(whole_run, tmp_path) -> Path:
 
 def largest_file(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def flip_bit(path: Path) -> Path:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    return path
 
 
 def cut_short(path: Path) -> Path:
