@@ -118,7 +118,8 @@ class SampleConfig:
     """What `python -m flowdit.sample` takes. The sampler's fields, where null, are those of the previews in training.
 
     A class model takes `labels` (numbers or class names), a text model `prompts` or `prompts_file` (one a line) and
-    `negative_prompt`; each is drawn `num_images` times. Without any, what the previews in training showed is drawn.
+    `negative_prompt`; each is drawn `num_images` times. Without any, the run's `train.sample_labels` or
+    `train.sample_prompts` are drawn.
     """
 
     checkpoint: str = "???"

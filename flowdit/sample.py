@@ -59,9 +59,8 @@ def read_prompts(trained: Trained, config: SampleConfig) -> list[str]:
             raise ValueError(f"prompts_file: {config.prompts_file} cannot be read: {problem}") from None
         prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(
-            f"{'prompts' if config.prompts_file is None else 'prompts_file'}: must hold at least one prompt"
-        )
+        field = "prompts" if config.prompts_file is None else "prompts_file"
+        raise ValueError(f"{field}: must hold at least one prompt")
     return list(prompts)
 
 

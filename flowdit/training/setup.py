@@ -190,7 +190,9 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> list[str]
     # An encoder that was moved is the same one.
     before, now = ({**(meta.get("text") or {}), "name": None} for meta in (stored, current))
     if before != now:
-        raise ValueError(f"text.encoder: must be that of the checkpoint to resume, {stored['text']}, got {current['text']}")
+        raise ValueError(
+            f"text.encoder: must be that of the checkpoint to resume, {stored['text']}, got {current['text']}"
+        )
     return [f"{name}: {before} -> {now}" for name, (before, now) in changed.items() if name != "train.is_restore"]
 
 

@@ -56,7 +56,10 @@ def initial_model(model: Any, class_model: CCDiT | None, train: TrainConfig) -> 
 
 
 def drift_figures(class_model: CCDiT, text_model: MMDiT, train: TrainConfig, notes: list[str]) -> dict[str, float]:
-    """By time, how far the velocities of the two models on noise are apart, relatively: 0 at `train.init_time`."""
+    """By time, how far the velocities of the two models on noise are apart, relatively.
+
+    On the class model's own grid it is 0, to rounding, at `train.init_time`.
+    """
     times = jnp.asarray(sorted({*VALIDATION_TIMES, train.init_time}))
     x_t = jax.random.normal(jax.random.key(0), (len(times), 4, *text_model.latent_shape))
     apart = jax.jit(drift, static_argnames="class_condition")(class_model, text_model, times, x_t, train.init_class)
