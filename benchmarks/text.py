@@ -88,6 +88,8 @@ def measure() -> str:
             "encoder in the loop": training(folder, manifest, encoder.width, online, encode),
         }
         timings = interleave(contenders, rounds=4)
-    rows = [[kind, t.rate(STEPS * BATCH_SIZE), t.ratio(timings["features from the cache"])] for kind, t in timings.items()]
+    rows = [
+        [kind, t.rate(STEPS * BATCH_SIZE), t.ratio(timings["features from the cache"])] for kind, t in timings.items()
+    ]
     rows.append([f"(writing the cache: {caching:.0f} s, {sum(s.records for s in manifest.shards)} records)", "", ""])
     return table([f"batch {BATCH_SIZE}, {LENGTH} tokens", "images/s", "time / cached"], rows)
