@@ -133,7 +133,7 @@ def test_sampling_prompts(text_trained, tmp_path):
 def test_prompts_negative_prompt_and_guidance_change_the_picture(text_trained):
     checkpoint = text_trained[1] / "6"
     first = sampled_latents(checkpoint, "first", "prompts=[red apple]")
-    for i, other in enumerate(["prompts=[sun]", "negative_prompt=sun", "guidance=1", "seed=1"]):
+    for i, other in enumerate(["prompts=[sun]", "negative_prompt=sun", "guidance=1"]):
         prompts = () if other.startswith("prompts") else ("prompts=[red apple]",)
         assert not np.allclose(sampled_latents(checkpoint, f"other{i}", *prompts, other), first, atol=1e-4), other
     both = sampled_latents(checkpoint, "both", "prompts=[red apple,a longer prompt with sun]", "batch_size=1")
