@@ -108,9 +108,9 @@ class Config:
         self.wandb.check()
         if model_name == "mmdit":
             self.text.check()
-        for field in ("sample_labels",) if model_name == "mmdit" else ("sample_prompts", "init_from"):
-            value = getattr(self.train, field)
-            _require(f"train.{field}", value, lambda v: v is None, f"must be null where a {model_name} is trained")
+        field = "sample_labels" if model_name == "mmdit" else "sample_prompts"
+        value = getattr(self.train, field)
+        _require(f"train.{field}", value, lambda v: v is None, f"must be null where a {model_name} is trained")
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import jax
@@ -67,8 +68,18 @@ def read_prompts(trained: Trained, config: SampleConfig) -> list[str]:
 def load_matching_encoder(trained: Trained, name: str | None) -> TextEncoder:
     """The text encoder of the training run, from where it was or from `name`. Raises `ValueError` if it is another."""
     stored = trained.config.text
-    encoder = load_text_encoder(dataclasses.replace(stored, encoder=name or stored.encoder))
     assert trained.text is not None
+    if not (name or stored.encoder):
+        raise ValueError(
+            f"text_encoder: must be given, the checkpoint names none (features of width {trained.text['width']})"
+        )
+    encoder = load_text_encoder(dataclasses.replace(stored, encoder=name or stored.encoder))
+    if encoder.width != trained.text["width"]:
+        raise ValueError(
+            f"text_encoder: must make features of width {trained.text['width']}, {encoder.name!r} makes {encoder.width}"
+        )
+    if not trained.text["fingerprint"]:  # a model that was trained elsewhere: nothing more is known
+        return encoder
     if encoder.fingerprint != trained.text["fingerprint"]:
         raise ValueError(
             f"text_encoder: must be the one of the training run ({trained.text['name']}, fingerprint "
@@ -95,7 +106,7 @@ def draw(
 
     @jax.jit
     def run(model, noise, condition, null):
-        return sample(cast_floating(model, dtype), noise, condition, null, sampler)
+        return sample(cast_floating(model, dtype), noise, condition, null, sampler, trained.prediction)
 
     def batches(x):
         padded = jnp.concatenate([x, jnp.repeat(x[-1:], -count % batch_size, axis=0)])
@@ -107,24 +118,45 @@ def draw(
     return latents, max(int(result.evaluations) for result in results)
 
 
+class Drawn(NamedTuple):
+    """Pictures as bytes (count, height, width, 3), the normalised latents they come from, and the evaluations it took."""
+
+    images: np.ndarray
+    latents: np.ndarray
+    evaluations: int
+
+
+def draw_pictures(trained: Trained, config: SampleConfig, sampler: SamplerConfig, requests: Requests) -> Drawn:
+    """What is asked for, drawn and decoded by the VAE of the data."""
+    vae = load_matching_vae(config.vae or trained.manifest.vae.name, trained.manifest)
+    latents, evaluations = draw(trained, sampler, requests, config.seed, config.batch_size)
+    return Drawn(make_decoder(vae, trained.mean, trained.scale)(latents), latents, evaluations)
+
+
+def sample_grid(trained: Trained, path: Path, vae: str | None = None) -> None:
+    """A grid of the pictures that were previewed in training, with the sampler of the previews."""
+    config = SampleConfig(checkpoint="", vae=vae)
+    requests = make_requests(trained, config)
+    drawn = draw_pictures(trained, config, trained.config.train.sampler, requests)
+    save_grid(path, drawn.images, requests.captions, config.columns)
+
+
 def write_samples(trained: Trained, config: SampleConfig, sampler: SamplerConfig, requests: Requests) -> Path:
     """Draw, decode and write `grid.png`, single PNGs and `samples.json` into `config.out`; the grid's path."""
-    vae = load_matching_vae(config.vae or trained.manifest.vae.name, trained.manifest)
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise ValueError(f"out: {out} cannot be written: {problem.strerror}") from None
-    latents, evaluations = draw(trained, sampler, requests, config.seed, config.batch_size)
-    images = make_decoder(vae, trained.mean, trained.scale)(latents)
-    for i, (image, caption) in enumerate(zip(images, requests.captions, strict=True)):
+    drawn = draw_pictures(trained, config, sampler, requests)
+    for i, (image, caption) in enumerate(zip(drawn.images, requests.captions, strict=True)):
         Image.fromarray(image).save(out / f"{i:04d}_{_file_name(caption)}.png")
     if config.save_latents:
-        np.save(out / "latents.npy", latents)
+        np.save(out / "latents.npy", drawn.latents)
     settings = dataclasses.asdict(config) | dataclasses.asdict(sampler) | {"captions": requests.captions}
-    record = {"settings": settings, "evaluations": evaluations, "step": trained.step, "weights": "ema"}
+    record = {"settings": settings, "evaluations": drawn.evaluations, "step": trained.step, "weights": "ema"}
     (out / "samples.json").write_text(json.dumps(record, indent=1) + "\n")
-    save_grid(out / "grid.png", images, requests.captions, config.columns)
+    save_grid(out / "grid.png", drawn.images, requests.captions, config.columns)
     return out / "grid.png"
 
 

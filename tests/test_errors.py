@@ -46,7 +46,7 @@ SETTINGS = [
     ("optim.schedule=linear", "optim.schedule: must be one of constant, cosine, got 'linear'"),
     ("optim.warmup_steps=6", "optim.warmup_steps: must be in [0, train.num_steps=6), got 6"),
     ("model.name=mmdit", "model.name: this command trains ccdit, got mmdit"),
-    ("train.init_from=x", "train.init_from: must be null where a ccdit is trained, got x"),
+    ("train.init_from=x", "train.init_from: x: not a checkpoint folder"),
     ("train.sample_prompts=[x]", "train.sample_prompts: must be null where a ccdit is trained"),
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),
     ("data.num_threads=0", "data.num_threads: must be at least 1, got 0"),

@@ -101,10 +101,11 @@ def test_start_from_a_class_model_of_another_shape(tiny_data, whole_run, tmp_pat
     assert line == f"error: {expected}"
 
 
-def test_start_from_a_text_model(tiny_data, text_run, tmp_path):
+def test_start_of_a_class_model_from_a_text_model(tiny_data, text_run, tmp_path):
     start = f"train.init_from={text_run / '5'}"
-    line = refused(lambda: train_text_here(tiny_data, tmp_path / "run", start), text_run)
-    assert line == f"error: train.init_from: {text_run / '5'} must hold a class-conditional model (ccdit), got mmdit"
+    line = refused(lambda: train_here(tiny_data, tmp_path / "run", start), text_run)
+    assert line == "error: train.init_from: must be a class model (ccdit) where a ccdit is trained, got mmdit"
+    assert not (tmp_path / "run").exists()
 
 
 def test_start_from_a_damaged_checkpoint(tiny_data, whole_run, tmp_path):

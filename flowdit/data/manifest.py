@@ -95,14 +95,21 @@ class Manifest:
         if not path.is_file():
             missing = f"no {FILE_NAME} in it" if path.parent.is_dir() else "no such folder"
             raise ManifestError(f"{folder}: {missing}; `python -m flowdit.prepare` makes a data set")
-        return read_json(path, cls.parse)
+        manifest = read_json(path, cls.parse)
+        if not manifest.shards:
+            raise ManifestError(f"{path}: shards: must be one or more different files, got []")
+        return manifest
 
     @classmethod
     def parse(cls, data: Any) -> "Manifest":
-        """The manifest in what came out of JSON. Raises `ManifestError` naming the field that breaks a rule."""
+        """The manifest in what came out of JSON. Raises `ManifestError` naming the field that breaks a rule.
+
+        That of a model which was trained elsewhere, in its checkpoint, names no shards.
+        """
         manifest = parse_fields(cls, data, SCHEMA_VERSION)
         _check_values(manifest)
-        check_shards(manifest.shards)
+        if manifest.shards:
+            check_shards(manifest.shards)
         return manifest
 
     def write(self, folder: str | Path) -> None:

@@ -1,4 +1,7 @@
-"""From noise to latents: the velocity field solved as an ODE with Diffrax, t from 1 to 0."""
+"""From noise to latents: the velocity field solved as an ODE with Diffrax, t from 1 to 0.
+
+A network that predicts noise is solved as the velocity field it implies, from the last time that it knows.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
+from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
+
+PREDICTIONS = ("velocity", "noise")
 
 
 class _Solver(NamedTuple):
@@ -74,14 +80,20 @@ def sample(
     condition: Any,
     null: Any,
     config: SamplerConfig,
+    prediction: str = "velocity",
 ) -> Samples:
     """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0; `condition` and `null` lead with the batch axis.
+
+    `prediction` says what the model returns, one of `PREDICTIONS`. With "noise" the solve starts at DDPM's last step
+    and its times are scaled to end there. Guidance is the same on both, as v is affine in the noise. Raises
+    `ValueError` for another prediction.
 
     A guided evaluation runs a batch twice as large and counts once. An adaptive solve controls the error over the
     whole batch, so its result depends on what is in the batch; if it needs more than `config.steps` it raises.
     """
     solver = SOLVERS[config.solver]
     interval = (config.guidance_low, config.guidance_high)
+    model, start_time, start = _starting_point(model, noise, prediction)
 
     def field(t, x, args):
         return guided_velocity(model, x, t, condition, null, config.guidance, interval)
@@ -89,12 +101,12 @@ def sample(
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),  # type: ignore[arg-type]
         solver.build(),
-        t0=1.0,
+        t0=start_time,
         t1=0.0,
-        dt0=None if config.rtol is None else -1.0 / config.steps,
-        y0=noise,
+        dt0=None if config.rtol is None else -start_time / config.steps,
+        y0=start,
         saveat=diffrax.SaveAt(t1=True),
-        stepsize_controller=_controller(config),
+        stepsize_controller=_controller(config, start_time),
         max_steps=config.steps,
     )
     assert solution.ys is not None
@@ -102,10 +114,18 @@ def sample(
     return Samples(solution.ys[0], evaluations)
 
 
-def _controller(config: SamplerConfig) -> diffrax.AbstractStepSizeController:
+def _starting_point(model: Velocity, noise: Array, prediction: str) -> tuple[Velocity, float, Array]:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if prediction == "noise":
+        return velocity_from_noise(model), LAST_TIME, start_at_last_time(noise)
+    return model, 1.0, noise
+
+
+def _controller(config: SamplerConfig, start_time: float) -> diffrax.AbstractStepSizeController:
     if config.rtol is not None:
         return diffrax.PIDController(rtol=config.rtol, atol=config.rtol)
-    times = shift_times(jnp.linspace(1.0, 0.0, config.steps + 1), config.time_shift)
+    times = start_time * shift_times(jnp.linspace(1.0, 0.0, config.steps + 1), config.time_shift)
     return diffrax.StepTo(ts=times)
 
 

@@ -87,11 +87,12 @@ def build_ccdit(
     def block(key):
         attention_key, mlp_key = jax.random.split(key)
         attention = self_attention(dim, config.num_heads, config.qk_norm, implementation, key=attention_key)
-        return Block(attention, mlp(dim, int(dim * config.mlp_ratio), key=mlp_key), zero_linear(dim, 6 * dim))
+        feed_forward = mlp(dim, int(dim * config.mlp_ratio), key=mlp_key)
+        return Block(attention, feed_forward, zero_linear(dim, 6 * dim), config.mlp_norm_eps)
 
     return CCDiT(
         patch_embed=xavier_linear(patch_dim, dim, key=patch_key),
-        time_embed=time_embedding(dim, key=time_key),
+        time_embed=time_embedding(dim, freq_shift=config.time_freq_shift, scale=config.time_scale, key=time_key),
         class_table=0.02 * jax.random.normal(class_key, (num_classes + 1, dim)),
         blocks=cast(Block, eqx.filter_vmap(block)(jax.random.split(block_key, config.depth))),
         final_ada_ln=zero_linear(dim, 2 * dim),

@@ -64,6 +64,7 @@ class Block(eqx.Module):
     cross_attention: CrossAttention
     mlp: MLP
     table: Float[Array, "6 dim"]
+    mlp_norm_eps: float = eqx.field(static=True, default=1e-6)
 
     def __call__(
         self,
@@ -75,13 +76,14 @@ class Block(eqx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.table + modulation
         x = x + gate_a[None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
         x = x + self.cross_attention(x, text, mask)
-        return x + gate_m[None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+        return x + gate_m[None] * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift_m, scale_m))
 
 
 class MMDiT(eqx.Module):
     """DiT over one latent, conditioned on the flow time and a text.
 
-    `null_caption` stands for the features of every token of a dropped caption. `blocks` holds every block with a
+    `null_caption` stands for the features of a dropped caption: one vector for every token, or one for each token (the
+    original PixArt-alpha), and then texts must have as many tokens. `blocks` holds every block with a
     leading depth axis.
     """
 
@@ -89,7 +91,7 @@ class MMDiT(eqx.Module):
     time_embed: TimeEmbedding
     size_embed: SizeEmbedding | None
     caption_proj: MLP
-    null_caption: Float[Array, " text_dim"]
+    null_caption: Float[Array, "*null_tokens text_dim"]
     time_block: Linear
     blocks: Block
     final_table: Float[Array, "2 dim"]
@@ -101,7 +103,7 @@ class MMDiT(eqx.Module):
 
     @property
     def text_dim(self) -> int:
-        return self.null_caption.shape[0]
+        return self.null_caption.shape[-1]
 
     def __call__(
         self, x_t: Float[Array, "channels height width"], t: Float[Array, ""], condition: TextCondition
@@ -126,9 +128,10 @@ class MMDiT(eqx.Module):
         return self.time_embed(t) + self.size_embed(condition.size)
 
     def _caption(self, condition: TextCondition) -> Float[Array, "tokens text_dim"]:
-        """The text features, or the null caption at every token, which makes the mask immaterial."""
+        """The text features or the null caption. Where that is one vector, the mask is immaterial to it."""
         is_null = condition.dropped | ~condition.mask.any()
-        return jnp.where(is_null, self.null_caption[None], condition.features.astype(self.null_caption.dtype))
+        null = self.null_caption.reshape(-1, self.text_dim)
+        return jnp.where(is_null, null, condition.features.astype(null.dtype))
 
 
 def build_mmdit(
@@ -151,10 +154,10 @@ def build_mmdit(
     build_block = lambda key: _block(config, implementation, cross_implementation, key=key)
     return MMDiT(
         patch_embed=xavier_linear(patch_dim, dim, key=next(keys)),
-        time_embed=time_embedding(dim, key=next(keys)),
+        time_embed=time_embedding(dim, freq_shift=config.time_freq_shift, scale=config.time_scale, key=next(keys)),
         size_embed=_size_embedding(dim, key=next(keys)) if config.micro_conditioning else None,
         caption_proj=MLP(normal_linear(text_dim, dim, key=next(keys)), normal_linear(dim, dim, key=next(keys))),
-        null_caption=jax.random.normal(next(keys), (text_dim,)) / text_dim**0.5,
+        null_caption=_null_caption(config.null_tokens, text_dim, key=next(keys)),
         time_block=normal_linear(dim, 6 * dim, key=next(keys)),
         blocks=cast(Block, eqx.filter_vmap(build_block)(jax.random.split(next(keys), config.depth))),
         final_table=jax.random.normal(next(keys), (2, dim)) / dim**0.5,
@@ -174,7 +177,13 @@ def _block(config: ModelConfig, implementation: str, cross_implementation: str, 
         cross_attention=cross_attention(dim, config.num_heads, config.qk_norm, cross_implementation, key=cross_key),
         mlp=mlp(dim, int(dim * config.mlp_ratio), key=mlp_key),
         table=jax.random.normal(table_key, (6, dim)) / dim**0.5,
+        mlp_norm_eps=config.mlp_norm_eps,
     )
+
+
+def _null_caption(tokens: int, text_dim: int, *, key: PRNGKeyArray) -> Float[Array, "*null_tokens text_dim"]:
+    shape = (text_dim,) if tokens == 1 else (tokens, text_dim)
+    return jax.random.normal(key, shape) / text_dim**0.5
 
 
 def _size_embedding(dim: int, *, key: PRNGKeyArray) -> SizeEmbedding:

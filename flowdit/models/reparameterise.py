@@ -21,30 +21,38 @@ from flowdit.models.transformer import ModelConfig
 
 SHARED_MAPS = ("block0", "mean")
 CLASS_CONDITIONS = ("dropped", "null_class")
-COPIED_FIELDS = ("depth", "hidden_dim", "num_heads", "patch_size", "mlp_ratio", "qk_norm")
+# The last three shape no array, but trained weights mean something else with another value.
+COPIED_FIELDS = ("depth", "hidden_dim", "num_heads", "patch_size", "mlp_ratio", "qk_norm") + (
+    "time_freq_shift",
+    "time_scale",
+    "mlp_norm_eps",
+)
 
 
 def check_compatible(
-    class_config: ModelConfig,
-    text_config: ModelConfig,
-    class_latent_shape: tuple[int, int, int],
-    text_latent_shape: tuple[int, int, int],
+    theirs: ModelConfig,
+    ours: ModelConfig,
+    their_latent_shape: tuple[int, int, int],
+    our_latent_shape: tuple[int, int, int],
 ) -> None:
-    """Raise `ValueError` naming the first thing that keeps the text model from taking the class model's weights.
+    """Raise `ValueError` naming the first thing that keeps our model from taking the weights of theirs.
 
-    Latent shapes are (channels, height, width); height and width may differ, for positions are not learned.
+    Both are of one kind, or theirs is a class model and ours a text model. Latent shapes are (channels, height, width);
+    height and width may differ, for positions are not learned.
     """
-    if class_config.name != "ccdit":
-        raise ValueError(f"train.init_from: must be a class-conditional model (ccdit), got {class_config.name}")
+    if (theirs.name, ours.name) == ("mmdit", "ccdit"):
+        raise ValueError("train.init_from: must be a class model (ccdit) where a ccdit is trained, got mmdit")
     # On another grid the positions are to be stretched; on the same one they are part of what must not change.
-    same_grid = ("interpolation_scale",) if class_latent_shape == text_latent_shape else ()
-    for field in COPIED_FIELDS + same_grid:
-        theirs, ours = getattr(class_config, field), getattr(text_config, field)
-        if theirs != ours:
-            raise ValueError(f"model.{field}: must be {theirs} as in train.init_from, got {ours}")
-    if class_latent_shape[0] != text_latent_shape[0]:
-        theirs, ours = ("x".join(map(str, shape)) for shape in (class_latent_shape, text_latent_shape))
-        raise ValueError(f"train.init_from: its latents are {theirs}, the data's are {ours}: channels must agree")
+    same_grid = ("interpolation_scale",) if their_latent_shape == our_latent_shape else ()
+    # A size embedding that is new says nothing at first, one that was trained cannot be left out.
+    sizes = ("micro_conditioning",) if theirs.micro_conditioning else ()
+    for field in COPIED_FIELDS + same_grid + sizes:
+        expected, got = getattr(theirs, field), getattr(ours, field)
+        if expected != got:
+            raise ValueError(f"model.{field}: must be {expected} as in train.init_from, got {got}")
+    if their_latent_shape[0] != our_latent_shape[0]:
+        shapes = ("x".join(map(str, shape)) for shape in (their_latent_shape, our_latent_shape))
+        raise ValueError("train.init_from: its latents are {}, the data's are {}: channels must agree".format(*shapes))
 
 
 def reparameterise(
@@ -71,17 +79,19 @@ def reparameterise(
     # Array by array: static fields, such as the attention kernel, are not copied.
     model = eqx.tree_at(_copied_arrays, text_model, _copied_arrays(class_model))
     model = eqx.tree_at(lambda m: (m.time_block, m.blocks.table, m.final_table), model, adaln_single)
-    return eqx.tree_at(_silent_arrays, model, replace_fn=jnp.zeros_like)
+    model = eqx.tree_at(lambda m: jax.tree.leaves(m.blocks.cross_attention.out), model, replace_fn=jnp.zeros_like)
+    return model if model.size_embed is None else without_sizes(model)
+
+
+def without_sizes(model: MMDiT) -> MMDiT:
+    """`model` with zero outputs of its size embedding: the size has no say until it is trained."""
+    outputs = lambda m: jax.tree.leaves((m.size_embed.side.down, m.size_embed.aspect.down))
+    return eqx.tree_at(outputs, model, replace_fn=jnp.zeros_like)
 
 
 def _copied_arrays(model: CCDiT | MMDiT) -> list:
     blocks = model.blocks
     return jax.tree.leaves((model.patch_embed, model.time_embed, blocks.attention, blocks.mlp, model.final_linear))
-
-
-def _silent_arrays(model: MMDiT) -> list:
-    sizes = model.size_embed
-    return jax.tree.leaves((model.blocks.cross_attention.out, (sizes.side.down, sizes.aspect.down) if sizes else None))
 
 
 def _adaln_single(
@@ -117,9 +127,10 @@ def drift(
     """
     table = _class_vector(class_model, class_condition)[None]
     class_model = dataclasses.replace(class_model, class_table=table, latent_shape=text_model.latent_shape)
+    rows = text_model.null_caption.size // text_model.text_dim
     nothing = TextCondition(
-        features=jnp.zeros((1, text_model.text_dim)),
-        mask=jnp.ones(1, bool),
+        features=jnp.zeros((rows, text_model.text_dim)),
+        mask=jnp.ones(rows, bool),
         dropped=jnp.asarray(True),
         size=None if text_model.size_embed is None else jnp.ones(2),
     )

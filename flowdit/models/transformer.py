@@ -27,6 +27,11 @@ class ModelConfig:
     `interpolation_scale` divides the position coordinates, so that a larger grid spans the range of a smaller one:
     PixArt uses 0.5 at 256 pixels, 1 at 512 and 2 at 1024. `micro_conditioning` (mmdit only) adds height, width and
     aspect ratio to the time embedding (SDXL; PixArt-alpha at 1024).
+
+    The last four are how models from elsewhere differ. `time_freq_shift` is 1 in diffusers' DiT, which divides the
+    exponents of its time frequencies by 127 in place of 128, and `mlp_norm_eps` there 1e-5. `time_scale` multiplies the
+    flow time before it is embedded: 1 in SiT. `null_tokens` (mmdit only) is the number of rows of the null caption: 1
+    for one vector at every token, 120 in PixArt-alpha's own checkpoints.
     """
 
     name: str = "ccdit"
@@ -39,6 +44,10 @@ class ModelConfig:
     remat: str = "none"
     micro_conditioning: bool = False
     interpolation_scale: float = 1.0
+    time_freq_shift: float = 0.0
+    time_scale: float = 1000.0
+    mlp_norm_eps: float = 1e-6
+    null_tokens: int = 1
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Raise `ValueError` for a combination that cannot be built on latents of (channels, height, width)."""
@@ -46,12 +55,14 @@ class ModelConfig:
             raise ValueError(f"model.name: must be one of {', '.join(MODEL_NAMES)}, got {self.name!r}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"model.remat: must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
-        for field in ("depth", "hidden_dim", "num_heads", "patch_size"):
+        for field in ("depth", "hidden_dim", "num_heads", "patch_size", "null_tokens"):
             if (value := getattr(self, field)) < 1:
                 raise ValueError(f"model.{field}: must be at least 1, got {value}")
-        for field in ("mlp_ratio", "interpolation_scale"):
+        for field in ("mlp_ratio", "interpolation_scale", "time_scale", "mlp_norm_eps"):
             if (value := getattr(self, field)) <= 0:
                 raise ValueError(f"model.{field}: must be positive, got {value}")
+        if not 0 <= self.time_freq_shift < 128:
+            raise ValueError(f"model.time_freq_shift: must be in [0, 128), got {self.time_freq_shift}")
         self._check_divisibility(latent_shape)
 
     def _check_divisibility(self, latent_shape: tuple[int, int, int]) -> None:
@@ -64,6 +75,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.micro_conditioning: must be false unless model.name=mmdit, got true with {self.name}"
             )
+        if self.null_tokens > 1 and self.name != "mmdit":
+            raise ValueError(f"model.null_tokens: must be 1 unless model.name=mmdit, got {self.null_tokens}")
         if self.micro_conditioning and dim % 3:
             raise ValueError(f"model.hidden_dim: must be divisible by 3 with model.micro_conditioning=true, got {dim}")
         if any(side % self.patch_size for side in latent_shape[1:]):

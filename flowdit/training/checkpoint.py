@@ -249,8 +249,10 @@ def _set_aside(step_folders: list[Path]) -> None:
         path.rename(target)
 
 
-def restore_ema(step_folder: Path, template: Any, mesh: jax.sharding.Mesh | None = None) -> Any:
-    """EMA weights in the structure of `template` (a model or its `eval_shape`), as float32.
+def restore_weights(
+    step_folder: Path, template: Any, mesh: jax.sharding.Mesh | None = None, weights: str = "ema"
+) -> Any:
+    """The EMA or, with `weights` "model", the raw weights in the structure of `template` (or its shapes), as float32.
 
     They lie on the first device, or on `mesh` as the sharding rules have it.
     """
@@ -262,18 +264,32 @@ def restore_ema(step_folder: Path, template: Any, mesh: jax.sharding.Mesh | None
         for name, leaf in named_arrays(template).items()
     }
     try:
-        return from_named(template, _restore_arrays(step_folder / "model_ema", targets))
+        if weights == "ema":
+            return from_named(template, _restore_arrays(step_folder / "model_ema", targets))
+        return from_named(template, _restore_raw(step_folder, targets))
     except CheckpointError:
         raise
     except Exception as problem:
         raise CheckpointError(f"{step_folder}: cannot be read: {_first_line(problem)}") from problem
 
 
+def _restore_raw(step_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of the model out of the `state` item, whose optimizer state is left on disk."""
+    if not (step_folder / "state").is_dir():
+        raise CheckpointError(f"{step_folder}: a slim checkpoint, which holds no raw weights, only the EMA")
+    named = {f"model.{name}": target for name, target in targets.items()}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(named)
+    request = ocp.args.PyTreeRestore(item=named, restore_args=restore_args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        arrays = checkpointer.restore((step_folder / "state").resolve(), args=request)
+    return {name.removeprefix("model."): array for name, array in arrays.items()}
+
+
 def save_slim(target: Path, ema: Any, meta: dict[str, Any], dtype: str = "float16") -> None:
     """A checkpoint of `model_ema` and `meta` alone, the weights stored in `dtype`; it samples, it does not resume."""
     if target.exists():
         raise CheckpointError(f"{target}: exists already")
-    arrays = {name: value.astype(dtype) for name, value in named_arrays(ema).items()}
+    arrays = {name: value.astype(jnp.dtype(dtype)) for name, value in named_arrays(ema).items()}
     items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(target.resolve(), args=items)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from flowdit.training.evaluate import Preview, Validation
 from flowdit.training.objective import Objective, make_objective
 from flowdit.training.optim import make_optimizer
 from flowdit.training.stages import Stage, make_stage
-from flowdit.training.start import drift_figures, initial_model, load_class_model
+from flowdit.training.start import drift_figures, initial_model, load_start
 from flowdit.training.step import TrainState, TrainStep, init_state, make_train_step
 
 # Fields that an exact resume needs unchanged; the rest may change and is reported.
@@ -58,10 +59,10 @@ def start_run(config: Config) -> Run:
     objective = make_objective(train, manifest, stage.conditioning)
     validation, preview = _evaluations(config, data, mesh, stage, objective)
     stream = make_stream(config, data.train)
-    meta, notes = run_meta(dataclasses.asdict(config), manifest, stage, objective), []
-    class_model = None
+    meta, notes = run_meta(dataclasses.asdict(config), manifest, stage.meta, objective.mean, objective.scale), []
+    start = None
     if train.init_from and not list_steps(folder):
-        class_model = load_class_model(config, manifest, objective, mesh, notes)
+        start = load_start(config, manifest, meta, mesh, notes)
     resuming = prepare_folder(folder, train.is_restore)
 
     optimizer = make_optimizer(config.optim, train.num_steps)
@@ -71,8 +72,8 @@ def start_run(config: Config) -> Run:
     if resuming:
         state = resume(folder, template, stream, meta, notes)
     else:
-        state = init_sharded(mesh, build_state, class_model)
-    figures = {} if class_model is None else drift_figures(class_model, state.model, train, notes)
+        state = init_sharded(mesh, build_state, start)
+    figures = drift_figures(start, state.model, train, notes)
     shardings = parameter_shardings(mesh, template.model)
     accum, decay, warmup = train.gradient_accum, train.ema_decay, train.ema_warmup
     train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, shardings)
@@ -203,16 +204,22 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def run_meta(config: dict[str, Any], manifest: Manifest, stage: Stage, objective: Objective) -> dict[str, Any]:
+def run_meta(
+    config: dict[str, Any],
+    manifest: Manifest,
+    stage_meta: dict[str, Any],
+    mean: Sequence[float],
+    scale: Sequence[float],
+) -> dict[str, Any]:
     """What a checkpoint says of itself, enough to sample from it and to refuse a resume that would not be exact."""
     packages = ("flowdit", "jax", "equinox", "optax", "orbax-checkpoint", "grain")
     return {
         "config": config,
         "manifest": dataclasses.asdict(manifest),
         "manifest_id": manifest.id,
-        "latent_mean": list(objective.mean),
-        "latent_scale": list(objective.scale),
-        **stage.meta,
+        "latent_mean": list(mean),
+        "latent_scale": list(scale),
+        **stage_meta,
         "run_id": secrets.token_hex(4),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
     }

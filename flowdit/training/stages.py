@@ -118,6 +118,10 @@ def model_builder(
     shape, key = manifest.latent_shape, functools.partial(jax.random.key, seed)
     if text is None:
         return lambda: build_ccdit(config, shape, manifest.num_classes, implementation, key=key())
+    if config.null_tokens not in (1, text["max_length"]):
+        raise ValueError(
+            f"model.null_tokens: must be 1 or text.max_length={text['max_length']}, got {config.null_tokens}"
+        )
     cross = attention_implementation(head_dim, tokens, compute_dtype, text["max_length"])
     return lambda: build_mmdit(config, shape, text["width"], implementation, cross, key=key())
 

@@ -12,12 +12,15 @@ from jax.sharding import Mesh
 from flowdit.config import Config, from_stored
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.conditioning import Conditioning, class_conditioning, text_conditioning
-from flowdit.training.checkpoint import read_meta, restore_ema
+from flowdit.training.checkpoint import read_meta, restore_weights
 from flowdit.training.stages import micro_condition, model_builder
 
 
 class Trained(NamedTuple):
-    """A model read from a checkpoint folder. `text` describes its text encoder; None for a class model."""
+    """A model read from a checkpoint folder. `text` describes its text encoder; None for a class model.
+
+    `prediction` says what the network returns: "velocity", or "noise" in a model that came from elsewhere.
+    """
 
     model: Any
     config: Config
@@ -27,20 +30,25 @@ class Trained(NamedTuple):
     mean: list[float]
     scale: list[float]
     step: int
+    prediction: str = "velocity"
 
 
-def load_trained(folder: Path, mesh: Mesh | None = None) -> Trained:
-    """The EMA model in `folder` in float32, on the first device or laid out on `mesh`.
+def load_trained(folder: Path, mesh: Mesh | None = None, weights: str = "ema") -> Trained:
+    """The model in `folder` in float32, on the first device or laid out on `mesh`; its "ema" or "model" weights.
 
     Raises `CheckpointError` if it is missing, damaged or foreign.
     """
-    meta = read_meta(folder)
+    trained = describe_trained(read_meta(folder))
+    return trained._replace(model=restore_weights(folder, trained.model, mesh, weights))
+
+
+def describe_trained(meta: Mapping[str, Any]) -> Trained:
+    """What the metadata of a checkpoint tell, with the shapes of the model's arrays in place of the model."""
     config, manifest, text = from_stored(meta["config"]), Manifest.parse(meta["manifest"]), meta.get("text")
     if text is None:
         conditioning = class_conditioning(manifest.num_classes)
     else:
         conditioning = text_conditioning(micro_condition(config.model, manifest))
     template = jax.eval_shape(model_builder(config.model, manifest, text, "float32", config.seed))
-    model = restore_ema(folder, template, mesh)
-    mean, scale = meta["latent_mean"], meta["latent_scale"]
-    return Trained(model, config, manifest, conditioning, text, mean, scale, meta["step"])
+    mean, scale, prediction = meta["latent_mean"], meta["latent_scale"], meta.get("prediction", "velocity")
+    return Trained(template, config, manifest, conditioning, text, mean, scale, meta["step"], prediction)

@@ -143,8 +143,3 @@ def test_latents_need_equal_channels_only():
     check_compatible(CLASS, TEXT, LATENT, (4, 16, 8))
     with pytest.raises(ValueError, match=r"^train\.init_from: its latents are 16x8x8, the data's are 4x8x8"):
         check_compatible(CLASS, TEXT, (16, 8, 8), LATENT)
-
-
-def test_only_a_class_model_can_be_the_start():
-    with pytest.raises(ValueError, match=r"^train\.init_from: must be a class-conditional model"):
-        check_compatible(TEXT, TEXT, LATENT, LATENT)

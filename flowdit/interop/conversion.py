@@ -1,0 +1,139 @@
+"""From any source to any target: what `python -m flowdit.convert` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowdit.interop.diffusers_in import META_FILE, read_diffusers
+from flowdit.interop.diffusers_out import export_diffusers
+from flowdit.interop.hub import find_source, push
+from flowdit.interop.metadata import ForeignConfig
+from flowdit.interop.model_card import PICTURE, write_card
+from flowdit.interop.originals import read_original
+from flowdit.interop.portable import (
+    DTYPES,
+    Portable,
+    read_checkpoint,
+    read_single,
+    to_trained,
+    write_checkpoint,
+    write_single,
+)
+from flowdit.interop.torch_files import ENTRIES, SUFFIXES
+from flowdit.sample import sample_grid
+from flowdit.training.evaluate import load_matching_vae
+from flowdit.training.trained import describe_trained
+
+TARGETS = ("checkpoint", "diffusers", "safetensors")
+
+
+@dataclasses.dataclass
+class ConvertConfig(ForeignConfig):
+    """What `python -m flowdit.convert` takes.
+
+    source: a flowdit checkpoint or safetensors file, a diffusers folder, a file of DiT, SiT or PixArt, or a hub id.
+    target: the folder, or with to=safetensors the file, to be written; it must not exist.
+    to: "checkpoint" (flowdit's own, weights and metadata), "diffusers" (folder) or "safetensors" (one file).
+    weights: "ema", or "model" for the raw weights.
+    dtype: of the weights written; float16 halves a slim checkpoint.
+    own_class: let a diffusers folder carry flowdit's transformer class where the stock one lacks something.
+    picture: a picture for the model card; "draw" samples one, "none" leaves it out.
+    push_to_hub: repository to upload the target to.
+    """
+
+    source: str = "???"
+    target: str = "???"
+    to: str = "checkpoint"
+    weights: str = "ema"
+    dtype: str = "float32"
+    own_class: bool = False
+    picture: str = "draw"
+    push_to_hub: str | None = None
+    private: bool = True
+
+    def check(self) -> None:
+        """Raise `ValueError` naming the first field that breaks a rule."""
+        super().check()
+        for field, choices in (("to", TARGETS), ("weights", tuple(ENTRIES)), ("dtype", DTYPES)):
+            if (value := getattr(self, field)) not in choices:
+                raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
+        if Path(self.target).exists():
+            raise ValueError(f"target: {self.target} exists already, and nothing is written over")
+        if self.to == "safetensors" and Path(self.target).suffix != ".safetensors":
+            raise ValueError(f"target: must end in .safetensors with to=safetensors, got {self.target}")
+        if self.to == "diffusers" and self.picture not in ("draw", "none") and not Path(self.picture).is_file():
+            raise ValueError(f"picture: must be draw, none or a picture file, got {self.picture!r}")
+
+
+def read_source(name: str, weights: str = "ema", said: ForeignConfig | None = None) -> Portable:
+    """The model in any format that comes in. Raises `ValueError` in one line for what cannot be read as one."""
+    said = said or ForeignConfig()
+    path = find_source(name)
+    if path.is_file():
+        single = read_single(path) if path.suffix == ".safetensors" else None
+        if single is None and path.suffix not in (".safetensors", *SUFFIXES):
+            raise ValueError(f"source: {path} must be .safetensors or one of {', '.join(SUFFIXES)}")
+        return single or read_original(path, weights, said)
+    if (path / "meta").is_dir():
+        return read_checkpoint(path, weights)
+    if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
+        return read_diffusers(path, said)
+    singles = sorted(path.glob("*.safetensors"))
+    if len(singles) == 1:
+        return read_source(str(singles[0]), weights, said)
+    raise ValueError(f"source: {path} holds neither a checkpoint (meta) nor a diffusers folder (config.json)")
+
+
+def convert(config: ConvertConfig) -> Portable:
+    """Read, check, write under a temporary name, rename, and perhaps upload; the model that was converted."""
+    config.check()
+    portable = read_source(config.source, config.weights, config)
+    described = describe_trained(portable.meta)
+    if config.vae is not None and described.manifest.shards:
+        load_matching_vae(config.vae, described.manifest)
+    target = Path(config.target)
+    with _finished(target) as partial:
+        if config.to == "diffusers":
+            _write_diffusers(portable, partial, config)
+        else:
+            write = write_checkpoint if config.to == "checkpoint" else write_single
+            write(portable, partial, config.dtype)
+    if config.push_to_hub:
+        print(f"uploaded: {push(target, config.push_to_hub, config.private)}", flush=True)
+    return portable
+
+
+@contextmanager
+def _finished(target: Path) -> Iterator[Path]:
+    """A path to write to that gets its name when all is written, and is removed if something goes wrong."""
+    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _write_diffusers(portable: Portable, folder: Path, config: ConvertConfig) -> None:
+    export_diffusers(portable, folder, config.dtype, own_class=config.own_class, vae=config.vae)
+    picture = folder / PICTURE
+    if config.picture == "draw":
+        try:
+            sample_grid(to_trained(portable), picture, vae=config.vae)
+        except ValueError as problem:  # a VAE or text encoder that is not here is no reason to withhold the model
+            print(f"no sample picture: {problem}", flush=True)
+    elif config.picture != "none":
+        shutil.copyfile(config.picture, picture)
+    write_card(portable, folder, Path(config.target).name, config.weights, picture.is_file())

@@ -1,0 +1,140 @@
+"""flowdit's transformers as diffusers models: the stock classes, and what these cannot be configured to do.
+
+This file stands alone (torch and diffusers): it is copied into the `transformer` folder of an exported model. With the
+defaults of the fields that are not diffusers' own, each class computes what its stock parent computes.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.embeddings import PatchEmbed, Timesteps
+from diffusers.models.normalization import RMSNorm
+
+
+class FlowDiTTextTransformer(PixArtTransformer2DModel):
+    """PixArt-alpha's transformer, with Q/K norms, another MLP and other time features where asked.
+
+    Fields beyond diffusers': `qk_norm` puts an RMSNorm on each head's queries and keys, in self- and cross-attention.
+    `mlp_ratio` is the width of the MLP over that of the model, `mlp_norm_eps` the epsilon of the norm before it.
+    `time_freq_shift` is the `downscale_freq_shift` of the time features, and `time_scale` what the flow time in [0, 1]
+    is multiplied by: 1000 takes diffusers' timesteps as they are.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        cross_attention_dim: int | None = 1152,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int | None = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_single",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        interpolation_scale: float | None = 1.0,
+        use_additional_conditions: bool | None = False,
+        caption_channels: int | None = None,
+        attention_type: str | None = "default",
+        qk_norm: bool = False,
+        mlp_ratio: float = 4.0,
+        mlp_norm_eps: float = 1e-6,
+        time_freq_shift: float = 0.0,
+        time_scale: float = 1000.0,
+    ):
+        super().__init__(**_stock_settings(PixArtTransformer2DModel, self.config))
+        for block in self.transformer_blocks:
+            block.norm2.eps = mlp_norm_eps
+            block.ff = _feed_forward(block.ff, self.config)
+            if qk_norm:
+                _add_head_norms(block.attn1, block.attn2)
+        _set_time_features(self.adaln_single.emb.time_proj, time_freq_shift, time_scale)
+
+    def set_default_attn_processor(self) -> None:
+        """Scaled dot-product attention: the plain processor, which stock classes fall back to, skips Q/K norms."""
+        self.set_attn_processor(AttnProcessor2_0())
+
+
+class FlowDiTClassTransformer(DiTTransformer2DModel):
+    """DiT's transformer, with Q/K norms, scaled positions, another MLP and other time features where asked.
+
+    `interpolation_scale` divides the positions. The fields after it are those of `FlowDiTTextTransformer`; diffusers'
+    own DiT has `time_freq_shift` 1 and `mlp_norm_eps` 1e-5, which takes the place of `norm_eps` here.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int | None = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_zero",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-5,
+        interpolation_scale: float = 1.0,
+        qk_norm: bool = False,
+        mlp_ratio: float = 4.0,
+        mlp_norm_eps: float = 1e-5,
+        time_freq_shift: float = 1.0,
+        time_scale: float = 1000.0,
+    ):
+        super().__init__(**_stock_settings(DiTTransformer2DModel, self.config))
+        if interpolation_scale != 1:
+            sizes = (sample_size, sample_size, patch_size, in_channels, self.inner_dim)
+            self.pos_embed = PatchEmbed(*sizes, interpolation_scale=interpolation_scale)
+        for block in self.transformer_blocks:
+            block.norm3.eps = mlp_norm_eps
+            block.ff = _feed_forward(block.ff, self.config)
+            if qk_norm:
+                _add_head_norms(block.attn1)
+            _set_time_features(block.norm1.emb.time_proj, time_freq_shift, time_scale)
+
+
+def _stock_settings(stock: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that the stock class takes. It registers them a second time, with the same values."""
+    return {name: settings[name] for name in inspect.signature(stock.__init__).parameters if name in settings}
+
+
+def _feed_forward(stock: FeedForward, settings: Mapping[str, Any]) -> FeedForward:
+    """The block's MLP, replaced if it is not four times as wide as the model."""
+    width = settings["num_attention_heads"] * settings["attention_head_dim"]
+    inner = int(width * settings["mlp_ratio"])
+    if inner == 4 * width:
+        return stock
+    return FeedForward(width, dropout=settings["dropout"], activation_fn=settings["activation_fn"], inner_dim=inner)
+
+
+def _add_head_norms(*attentions: Attention) -> None:
+    """Queries and keys are normalised in each head, as `AttnProcessor2_0` does where an attention has these norms."""
+    for attention in attentions:
+        head_dim = attention.inner_dim // attention.heads
+        attention.norm_q, attention.norm_k = (RMSNorm(head_dim, eps=1e-6) for _ in range(2))
+
+
+def _set_time_features(features: Timesteps, freq_shift: float, scale: float) -> None:
+    """`scale` is over the flow time; diffusers' timesteps are 1000 times that."""
+    features.downscale_freq_shift = freq_shift
+    features.scale = scale / 1000

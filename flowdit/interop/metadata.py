@@ -1,0 +1,133 @@
+"""A checkpoint's metadata for a model that was trained elsewhere, from what its files and its user say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from flowdit.config import Config
+from flowdit.data.loader import DataConfig
+from flowdit.data.manifest import Manifest, VaeInfo
+from flowdit.models.transformer import ModelConfig
+from flowdit.models.vae import load_vae
+from flowdit.training.checkpoint import FORMAT
+from flowdit.training.setup import run_meta
+
+FORMATS = ("dit", "sit", "pixart")
+# What DiT, SiT and PixArt-alpha were trained on, and nearly every other model of four channels.
+SD_VAE = VaeInfo(name="", fingerprint="", shift=0.0, scale=0.18215, stride=8)
+
+
+@dataclasses.dataclass
+class ForeignConfig:
+    """What the user says of a checkpoint whose files do not say it.
+
+    format: "dit", "sit" or "pixart", for a file of an original repository; DiT's and SiT's tensors have the same names.
+    prediction: "velocity" or "noise", what the network returns.
+    latent_size: side of the latents, where no table of positions tells it.
+    num_heads: attention heads, for a width that is none of the papers'.
+    interpolation_scale: of PixArt's positions, where no table of positions tells it.
+    classes: text file with the name of a class on each line; numbers without it.
+    vae: the AutoencoderKL of the latents, a folder or hub id; that of a pipeline folder is found by itself.
+    text_encoder, max_length: the encoder whose features the model reads, and their number.
+    """
+
+    format: str | None = None
+    prediction: str | None = None
+    latent_size: int | None = None
+    num_heads: int | None = None
+    interpolation_scale: float | None = None
+    classes: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    max_length: int | None = None
+
+    def check(self) -> None:
+        """Raise `ValueError` naming the first field that breaks a rule."""
+        for field, choices in (("format", FORMATS), ("prediction", ("velocity", "noise"))):
+            if (value := getattr(self, field)) is not None and value not in choices:
+                raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
+        for field in ("latent_size", "num_heads", "interpolation_scale", "max_length"):
+            if (value := getattr(self, field)) is not None and value <= 0:
+                raise ValueError(f"{field}: must be positive, got {value}")
+
+
+def foreign_meta(
+    model: ModelConfig,
+    latent_shape: tuple[int, int, int],
+    shapes: dict[str, tuple[int, ...]],
+    said: ForeignConfig,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Configuration, text and latents of a model. `shapes` are those of its arrays; there is no data to tell of.
+
+    Raises `ValueError` for a VAE that does not make such latents, or for classes that are not the model's.
+    """
+    config = Config(model=model, data=DataConfig(path=""))
+    text = None
+    if model.name == "mmdit":
+        config.text.encoder = said.text_encoder or ""
+        config.text.max_length = said.max_length or (model.null_tokens if model.null_tokens > 1 else 120)
+        text = _text_meta(config, shapes["null_caption"][-1])
+    classes = _class_names(said.classes, shapes["class_table"][0] - 1) if text is None else ()
+    manifest = _manifest(latent_shape, _vae_info(said.vae, latent_shape[0], notes), classes)
+    mean, scale = ([value] * latent_shape[0] for value in (manifest.vae.shift, manifest.vae.scale))
+    meta = run_meta(dataclasses.asdict(config), manifest, {"text": text}, mean, scale)
+    return json.loads(json.dumps(meta | {"format": FORMAT, "step": 0}))  # tuples as lists: what a reader will see
+
+
+def _text_meta(config: Config, width: int) -> dict[str, Any]:
+    """What a checkpoint says of its text encoder; the fingerprint of one that was not seen is empty."""
+    text = config.text
+    return {
+        "name": text.encoder,
+        "fingerprint": "",
+        "dtype": text.dtype,
+        "max_length": text.max_length,
+        "width": width,
+    }
+
+
+def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tuple[str, ...]) -> Manifest:
+    """A manifest without shards. Normalised latents are taken to have zero mean and unit variance."""
+    channels = latent_shape[0]
+    return Manifest(
+        latent_shape=latent_shape,
+        latent_dtype="float32",
+        has_latent_std=False,
+        vae=vae,
+        image_size=latent_shape[1] * vae.stride,
+        channel_mean=(vae.shift,) * channels,
+        channel_std=(1 / vae.scale,) * channels,
+        class_names=class_names,
+        shards=(),
+        license="",
+        attribution="",
+        has_captions=not class_names,
+    )
+
+
+def _vae_info(name: str | None, channels: int, notes: list[str]) -> VaeInfo:
+    if name is None:
+        if channels != 4:
+            raise ValueError(f"vae: must be given for latents of {channels} channels, whose scale is not known")
+        notes.append(f"no VAE is named: latents are taken to be those of Stable Diffusion 1.x (scale {SD_VAE.scale})")
+        return SD_VAE
+    vae = load_vae(name)
+    if vae.config.latent_channels != channels:
+        raise ValueError(f"vae: must make latents of {channels} channels, {name} makes {vae.config.latent_channels}")
+    return VaeInfo(name, vae.fingerprint, vae.config.shift_factor, vae.config.scaling_factor, vae.config.stride)
+
+
+def _class_names(file: str | None, count: int) -> tuple[str, ...]:
+    if file is None:
+        return tuple(str(i) for i in range(count))
+    try:
+        names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"classes: {file} cannot be read: {problem}") from None
+    if len(set(names)) != count or len(names) != count:
+        raise ValueError(f"classes: must name the {count} classes of the model, all different, {file} has {len(names)}")
+    return tuple(names)

@@ -1,0 +1,104 @@
+"""The model card of an exported folder: what was trained on what, under which licence, and how to sample from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from flowdit.interop.portable import Portable
+from flowdit.training.trained import Trained, describe_trained
+
+PICTURE = "sample.png"
+RECIPE = ("num_steps", "batch_size", "ema_decay", "compute_dtype", "drop_rate", "time_distribution", "time_shift")
+
+
+def write_card(portable: Portable, target: Path, name: str, weights: str, picture: bool) -> None:
+    """`README.md` in the exported folder, as the hub shows it."""
+    described = describe_trained(portable.meta)
+    sections = [
+        _front_matter(described),
+        f"# {name}",
+        _summary(portable, described, weights),
+        f"![samples]({PICTURE})" if picture else "",
+        _usage(described),
+        _table("Data", _data(described)),
+        _table("Recipe", _recipe(portable, described)),
+        _table("Sampler", dataclasses.asdict(described.config.train.sampler)),
+        _table("Model", dataclasses.asdict(described.config.model)),
+    ]
+    (target / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+
+
+def _front_matter(described: Trained) -> str:
+    """The hub's own fields. It knows licences by identifiers, so a name of the data's is put beside `other`."""
+    task = "text-to-image" if described.text else "unconditional-image-generation"
+    licence = described.manifest.license
+    lines = [
+        "library_name: diffusers",
+        f"pipeline_tag: {task}",
+        "tags: [flowdit, flow-matching, diffusion-transformer]",
+    ]
+    if licence:
+        lines += ["license: other", f"license_name: {json.dumps(licence)}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(portable: Portable, described: Trained, weights: str) -> str:
+    kind = (
+        "Text-conditional (PixArt-alpha)" if described.text else f"Class-conditional ({described.manifest.num_classes})"
+    )
+    million = sum(array.size for array in portable.arrays.values()) / 1e6
+    source = portable.meta.get("source")
+    origin = f"converted from {source}" if source else f"{weights} weights after {described.step:,} steps of flowdit"
+    return (
+        f"{kind} diffusion transformer of {million:.1f} M parameters on latents of "
+        f"{'x'.join(map(str, described.manifest.latent_shape))}; {origin}. The network predicts the "
+        f"{described.prediction}; flow time is 0 at the data and 1 at the noise."
+    )
+
+
+def _usage(described: Trained) -> str:
+    call = 'pipe(prompt="...")' if described.text else "pipe(class_labels=[0])"
+    return f"""## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("<folder>", custom_pipeline="<folder>", trust_remote_code=True)
+picture = {call}.images[0]
+```
+
+`trust_remote_code` lets diffusers run the folder's `pipeline.py`. Or `flowdit.interop.from_pretrained("<folder>")`."""
+
+
+def _data(described: Trained) -> dict[str, Any]:
+    manifest, text = described.manifest, described.text
+    records = (
+        {split: manifest.num_records(split) for split in ("train", "validation")} if manifest.shards else "not known"
+    )
+    facts = {"records": records, "licence": manifest.license or "not stated", "attribution": manifest.attribution}
+    facts |= {"picture size": manifest.image_size, "VAE": manifest.vae.name or "not named"}
+    facts |= {"latent mean": described.mean, "latent scale": described.scale}
+    return facts | ({"text encoder": text["name"], "tokens": text["max_length"]} if text else {})
+
+
+def _recipe(portable: Portable, described: Trained) -> dict[str, Any]:
+    if not described.manifest.shards:
+        return {}
+    config = described.config
+    train = {name: getattr(config.train, name) for name in RECIPE}
+    optim = {f"optim.{name}": value for name, value in dataclasses.asdict(config.optim).items()}
+    return train | optim | {"seed": config.seed, "versions": portable.meta.get("versions", {})}
+
+
+def _table(title: str, facts: dict[str, Any]) -> str:
+    if not facts:
+        return ""
+    rows = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value not in ("", None)]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,109 @@
+"""Files of the original repositories: facebookresearch/DiT, willisma/SiT, PixArt-alpha/PixArt-alpha and PixArt-sigma."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from flowdit.interop import layouts
+from flowdit.interop.foreign import Found, assemble
+from flowdit.interop.layouts import ORIGINAL_DIT, ORIGINAL_PIXART, Arrays, Layout
+from flowdit.interop.metadata import ForeignConfig
+from flowdit.interop.portable import Portable
+from flowdit.interop.torch_files import read_torch_file
+from flowdit.models import pretrained
+from flowdit.models.layers import sincos_positions
+from flowdit.models.transformer import ModelConfig
+
+# The papers' shapes; a file does not say how its channels are divided into heads.
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+PIXART_SCALES = (0.5, 1.0, 2.0)
+
+
+def read_original(file: Path, weights: str, said: ForeignConfig) -> Portable:
+    """A file of facebookresearch/DiT, willisma/SiT or PixArt-alpha / sigma: `.pt`, `.pth` or safetensors."""
+    notes: list[str] = []
+    if file.suffix == ".safetensors":
+        tensors = pretrained.read_tensors([file])
+    else:
+        tensors = read_torch_file(file, weights, notes)
+    layout = _original_layout(file, tensors, said.format)
+    model, latent_shape = _original_shape(layout, tensors, said)
+    prediction = said.prediction or ("velocity" if said.format == "sit" else "noise")
+    found = Found(str(file), layout, tensors, model, latent_shape, prediction, notes)
+    return assemble(found, said, fold_sit if said.format == "sit" else None)
+
+
+def _original_layout(file: Path, tensors: Arrays, told: str | None) -> Layout:
+    layout = ORIGINAL_PIXART if told == "pixart" or "t_block.1.weight" in tensors else ORIGINAL_DIT
+    if layout is ORIGINAL_DIT and "y_embedder.embedding_table.weight" not in tensors:
+        some = ", ".join(sorted(tensors)[:3])
+        raise ValueError(f"source: {file} must be a checkpoint of DiT, SiT or PixArt, it holds {some}, ...")
+    if layout is ORIGINAL_DIT and told not in ("dit", "sit"):
+        raise ValueError(
+            f"format: must be dit or sit for {file}, whose tensors have the same names in both, got {told}"
+        )
+    if layout is ORIGINAL_PIXART and told not in (None, "pixart"):
+        raise ValueError(f"format: must be pixart for {file}, got {told}")
+    return layout
+
+
+def _original_shape(layout: Layout, tensors: Arrays, said: ForeignConfig) -> tuple[ModelConfig, tuple[int, int, int]]:
+    patches = tensors.get("x_embedder.proj.weight", np.zeros(0))
+    if patches.ndim != 4:
+        raise ValueError(f"source: x_embedder.proj.weight must have 4 axes, got shape {list(patches.shape)}")
+    dim, channels, patch_size, _ = patches.shape
+    heads = said.num_heads or HEADS.get(dim)
+    if heads is None or dim % heads:
+        raise ValueError(
+            f"num_heads: must be given and divide the width {dim}, which is none of the papers', got {heads}"
+        )
+    positions = tensors.get("pos_embed")
+    size = said.latent_size or (None if positions is None else math.isqrt(positions.shape[-2]) * patch_size)
+    if size is None:
+        raise ValueError("latent_size: must be given, as the file holds no table of positions")
+    scale = said.interpolation_scale or _position_scale(layout, positions, dim, size, patch_size)
+    null_caption = tensors.get("y_embedder.y_embedding")
+    model = ModelConfig(
+        name=layout.model,
+        depth=1 + max(layouts.block_number(layout, name) for name in tensors),
+        hidden_dim=dim,
+        num_heads=heads,
+        patch_size=patch_size,
+        qk_norm=False,
+        micro_conditioning=any(name.startswith("csize_embedder") for name in tensors),
+        interpolation_scale=scale,
+        time_scale=1.0 if said.format == "sit" else 1000.0,
+        null_tokens=1 if null_caption is None or null_caption.ndim == 1 else len(null_caption),
+    )
+    return model, (channels, size, size)
+
+
+def _position_scale(layout: Layout, positions: np.ndarray | None, dim: int, size: int, patch_size: int) -> float:
+    """The scale whose sin-cos table the file holds. PixArt's rule by size where it holds none for this size."""
+    grid = size // patch_size
+    candidates = PIXART_SCALES if layout.model == "mmdit" else (1.0,)
+    if positions is None or positions.shape[-2] != grid**2:
+        return min(max(size / 64, 0.5), 2.0) if layout.model == "mmdit" else 1.0
+    for scale in candidates:
+        if np.allclose(positions.reshape(grid**2, dim), sincos_positions(dim, grid, grid, scale), atol=1e-2):
+            return scale
+    raise ValueError("source: pos_embed must be the fixed sin-cos table of its grid, it is another")
+
+
+def fold_sit(arrays: Arrays) -> Arrays:
+    """SiT's reversed time and sign into the weights: v(x, t) here is -v(x, 1 - t) there.
+
+    SiT embeds its time s = 1 - t without a factor of 1000. With frequencies f, cos(s f) = cos(f) cos(t f) + sin(f)
+    sin(t f) and sin(s f) = sin(f) cos(t f) - cos(f) sin(t f): a rotation of the rows of the first linear layer.
+    """
+    weight = arrays["time_embed.up.weight"].astype(np.float64)
+    half = len(weight) // 2
+    frequencies = np.exp(-np.log(10_000) * np.arange(half) / half)[:, None]
+    cos, sin, (of_cos, of_sin) = np.cos(frequencies), np.sin(frequencies), np.split(weight, 2)
+    rotated = np.concatenate([cos * of_cos + sin * of_sin, sin * of_cos - cos * of_sin])
+    dtype = arrays["time_embed.up.weight"].dtype
+    negated = {name: -arrays[name] for name in ("final_linear.weight", "final_linear.bias")}
+    return arrays | negated | {"time_embed.up.weight": rotated.astype(dtype)}

@@ -1,0 +1,46 @@
+"""Two lines from a name to pictures."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from flowdit.config import SampleConfig
+from flowdit.interop.conversion import read_source
+from flowdit.interop.metadata import ForeignConfig
+from flowdit.interop.portable import to_trained
+from flowdit.sample import draw_pictures, make_requests
+from flowdit.training.trained import Trained
+
+
+class PretrainedModel(NamedTuple):
+    """A model and all that is known of it. `trained.model` is the network, on one example: `model(x_t, t, condition)`."""
+
+    name: str
+    trained: Trained
+
+    def sample(self, **settings: Any) -> list[Image.Image]:
+        """Pictures of `labels` or `prompts`; the settings are those of `python -m flowdit.sample`.
+
+        Raises `ValueError` naming a setting that cannot be used.
+        """
+        config = SampleConfig(checkpoint=self.name, **settings)
+        config.check()
+        sampler = config.sampler(self.trained.config.train.sampler)
+        drawn = draw_pictures(self.trained, config, sampler, make_requests(self.trained, config))
+        return [Image.fromarray(image) for image in drawn.images]
+
+
+def from_pretrained(name: str, weights: str = "ema", **said: Any) -> PretrainedModel:
+    """The model in a flowdit checkpoint, a diffusers folder, a safetensors file or a hub repository.
+
+    Args:
+        name: path or hub id.
+        weights: "ema" or "model", of a checkpoint that has both.
+        said: fields of `ForeignConfig`, for what the files do not say.
+
+    Raises:
+        ValueError: in one line, for a source that is missing, damaged or another architecture's.
+    """
+    return PretrainedModel(name, to_trained(read_source(name, weights, ForeignConfig(**said))))

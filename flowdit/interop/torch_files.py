@@ -1,0 +1,80 @@
+"""Tensors out of PyTorch's own files (`.pt`, `.pth`, `.bin`), without running anything that is in them.
+
+Such a file is a pickle. `torch.load(weights_only=True)` reads it with an unpickler that knows tensors and plain
+containers and refuses every other name; `argparse.Namespace`, in which DiT and SiT keep their arguments, is let in
+because it only holds attributes. torch is an extra, and only this module imports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# In which entry training scripts keep the weights: DiT and SiT, then PixArt.
+ENTRIES = {"ema": ("ema", "state_dict_ema"), "model": ("model", "state_dict")}
+
+
+def read_torch_file(file: Path, weights: str, notes: list[str]) -> dict[str, np.ndarray]:
+    """The tensors by name, on the host; of a training checkpoint those of `weights` ("ema" or "model").
+
+    Raises `ValueError` naming the file that is damaged, would import something, or does not hold tensors by name.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"source: {file} needs torch to be read: pip install 'flowdit[interop]'") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except Exception as problem:  # pickle, zip and torch each raise their own
+        raise ValueError(f"source: {file} is not a file of tensors alone: {_reason(problem)}") from None
+    tensors = _choose(file, content, weights, notes)
+    wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
+    if wrong:
+        raise ValueError(
+            f"source: {file} must hold tensors by name, {wrong[0]!r} is {type(tensors[wrong[0]]).__name__}"
+        )
+    return {_plain_name(name): _to_numpy(tensor, torch.int16) for name, tensor in tensors.items()}
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _reason(problem: Exception) -> str:
+    """torch's advice is to switch the protection off; the name that was refused is what helps."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    refused = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    return (refused or lines or [type(problem).__name__])[0][:200]
+
+
+def _choose(file: Path, content: Any, weights: str, notes: list[str]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"source: {file} must hold tensors by name, it holds {type(content).__name__}")
+    found = {
+        kind: next((n for n in names if isinstance(content.get(n), dict)), None) for kind, names in ENTRIES.items()
+    }
+    if not any(found.values()):
+        return content
+    kind = weights if found[weights] else next(kind for kind, name in found.items() if name)
+    if kind != weights:
+        notes.append(f"{file} holds no {weights} weights; its {found[kind]!r} is taken")
+    return content[found[kind]]
+
+
+def _plain_name(name: str) -> str:
+    """Without what wrappers put in front: DistributedDataParallel and torch.compile."""
+    return name.removeprefix("module.").removeprefix("_orig_mod.")
+
+
+def _to_numpy(tensor: Any, int16: Any) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if str(tensor.dtype) == "torch.bfloat16":  # numpy has none of its own, and torch does not know JAX's
+        return tensor.view(int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()

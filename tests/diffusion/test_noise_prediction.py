@@ -1,0 +1,189 @@
+"""Networks that predict noise: exact velocities out of exact noise, and diffusers' DDIM at the end of the same solve."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from flowdit.diffusion.flow import guided_velocity
+from flowdit.diffusion.noise_prediction import FIRST_TIME, LAST_TIME, ddpm_step, start_at_last_time, velocity_from_noise
+from flowdit.diffusion.sampling import SamplerConfig, picture_noise, sample
+from flowdit.models.ccdit import build_ccdit
+from flowdit.models.transformer import ModelConfig
+from flowdit.training.step import cast_floating
+
+# `set_alpha_to_one`: the last step goes to data, as a flow does at t = 0. Without it DDIM stops at the noise of step 0.
+DDIM = diffusers.DDIMScheduler(
+    beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True,
+    timestep_spacing="trailing",
+)  # fmt: skip
+SIGNAL = DDIM.alphas_cumprod.double().numpy()
+LOG_RATIOS = (0.5 * np.log((1 - SIGNAL) / SIGNAL)).astype(np.float32)
+STEP_TIMES = 1 / (1 + np.exp(-LOG_RATIOS))
+LABELS = np.array([1, 2], np.int32)
+NULL = np.zeros_like(LABELS)
+NOISE = picture_noise(jax.random.key(0), 2, (2, 4, 4))
+
+
+def gaussian_noise(mean, deviation):
+    """The noise expected when data are N(mean, deviation^2), as a function of DDPM's latent and its step / 1000."""
+    return mixture_noise(jnp, lambda label: (mean, 0.0, deviation))
+
+
+def mixture_noise(xp, parts_of):
+    """E[noise | x] when every element is spread by s around m + c or m - c alike; (m, c, s) = `parts_of(label)`.
+
+    With s^2 + (sigma / alpha)^2 = total for latents over alpha, the two are weighed by tanh. In `xp`, numpy or JAX.
+    """
+
+    def noise(x, time, label):
+        center, half_distance, spread = parts_of(label)
+        ratio = xp.exp(xp.interp(time * 1000, np.arange(1000, dtype=np.float32), LOG_RATIOS))
+        x = x * xp.sqrt(1 + ratio**2) - center
+        total = spread**2 + ratio**2
+        return ratio * (x - half_distance * xp.tanh(half_distance * x / total)) / total
+
+    return noise
+
+
+def label_parts(label):
+    """Null is wide around 0, and the labels are two narrow pairs at 0.25 label - or + 1."""
+    wide = label == 0
+    return 0.25 * label.astype(np.float32), np.float32(1) - 0.5 * wide, np.float32(0.2) + 0.5 * wide
+
+
+@jax.jit
+def mixture(x, time, label):
+    wide = (label == 0).astype(jnp.float32)
+    return mixture_noise(jnp, lambda label: (0.25 * label.astype(jnp.float32), 1 - 0.5 * wide, 0.2 + 0.5 * wide))(
+        x, time, label
+    )
+
+
+def ddim_latents(steps, guidance):
+    """diffusers' loop over its own scheduler, with the network in numpy."""
+    parts = label_parts(LABELS.reshape(-1, 1, 1, 1)), label_parts(NULL.reshape(-1, 1, 1, 1))
+    x = torch.tensor(np.asarray(NOISE))
+    DDIM.set_timesteps(steps)
+    for step in DDIM.timesteps:
+        time = np.float32(step.item() / 1000)
+        cond, null = (mixture_noise(np, lambda _, p=p: p)(x.numpy(), time, None) for p in parts)
+        noise = torch.from_numpy((null + guidance * (cond - null)).astype(np.float32))
+        x = DDIM.step(noise, step, x).prev_sample
+    return x.numpy()
+
+
+def solve(solver, steps, guidance, **settings):
+    config = SamplerConfig(solver=solver, steps=steps, guidance=guidance, **settings)
+    run = jax.jit(lambda noise: sample(mixture, noise, jnp.asarray(LABELS), jnp.asarray(NULL), config, "noise"))
+    return np.asarray(run(NOISE).latents)
+
+
+def relative(got, expected):
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def test_steps_are_ddpms_and_go_on_between_them():
+    np.testing.assert_allclose(ddpm_step(jnp.asarray(STEP_TIMES)), np.arange(1000), atol=5e-3)
+    between = 1 / (1 + np.exp(-(LOG_RATIOS[1:] + LOG_RATIOS[:-1]) / 2))
+    np.testing.assert_allclose(ddpm_step(jnp.asarray(between)), np.arange(999) + 0.5, atol=5e-3)
+    np.testing.assert_array_equal(ddpm_step(jnp.asarray([0.0, FIRST_TIME / 2])), 0)
+    assert (FIRST_TIME, LAST_TIME) == pytest.approx((STEP_TIMES[0], STEP_TIMES[-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.5])
+def test_exact_noise_of_a_gaussian_is_its_exact_velocity(deviation):
+    """A point mass has (x - m) / t; N(m, s^2) the velocity of tests/diffusion/test_sampling.py."""
+    mean, x = 0.7, picture_noise(jax.random.key(1), 1, (2, 4, 4))[0]
+    velocity = jax.jit(velocity_from_noise(gaussian_noise(mean, deviation)))
+    for t in [FIRST_TIME, 0.1, 0.37, 0.5, 0.9, 0.99, LAST_TIME]:
+        total = (1 - t) ** 2 * deviation**2 + t**2
+        expected = (t - (1 - t) * deviation**2) / total * (x - (1 - t) * mean) - mean
+        assert relative(velocity(x, jnp.float32(t), jnp.asarray(0)), expected) < 2e-4, t
+
+
+def test_solve_ends_where_the_exact_flow_of_a_gaussian_does():
+    mean, deviation = 0.7, 0.5
+    noise = NOISE
+    network, labels = gaussian_noise(mean, deviation), jnp.asarray(LABELS)
+    got = sample(network, noise, labels, labels, SamplerConfig(steps=64, guidance=1.0), "noise").latents
+    t = LAST_TIME
+    standard = (start_at_last_time(noise) - (1 - t) * mean) / np.sqrt((1 - t) ** 2 * deviation**2 + t**2)
+    assert relative(got, mean + deviation * standard) < 5e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_euler_on_ddims_times_is_ddim(guidance):
+    """Both move along the straight line through the predicted data and noise, so nothing but rounding is between."""
+    DDIM.set_timesteps(20)
+    times = np.append(STEP_TIMES[DDIM.timesteps.numpy()], 0).astype(np.float32)
+    velocity = velocity_from_noise(mixture)
+
+    def step(x, pair):
+        v = guided_velocity(velocity, x, pair[0], jnp.asarray(LABELS), jnp.asarray(NULL), guidance)
+        return x + (pair[1] - pair[0]) * v, None
+
+    got, _ = jax.lax.scan(step, start_at_last_time(NOISE), jnp.stack([times[:-1], times[1:]], axis=1))
+    print("EXACT", guidance, relative(got, ddim_latents(20, guidance)))
+    assert relative(got, ddim_latents(20, guidance)) < 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_solve_and_ddim_meet_as_their_steps_grow(guidance):
+    """They differ in their times, and below DDPM's first step, where only the flow goes on asking the network."""
+    apart = [relative(solve("euler", n, guidance), ddim_latents(n, guidance)) for n in (50, 200, 1000)]
+    print("APART", guidance, apart)
+    fine = ddim_latents(1000, guidance)
+    for s in (1.0, 2.0, 3.0, 4.0):
+        print(s, [relative(solve("euler", n, guidance, time_shift=s), fine) for n in (50, 200, 1000)], [relative(solve("heun", n, guidance, time_shift=s), fine) for n in (25, 100)])
+    print("ddim", [relative(ddim_latents(n, guidance), fine) for n in (50, 200)])
+    assert apart[0] > 2 * apart[1] > 4 * apart[2] and apart[2] < 1e-2
+
+
+def test_velocity_is_the_default_and_starts_from_the_noise_itself():
+    """A field that depends on the time alone: one Euler step from t = 1 shows time, start and end."""
+    labels, config = jnp.asarray(LABELS), SamplerConfig(solver="euler", steps=1, guidance=1.0)
+    field = lambda x, t, label: t * jnp.ones_like(x)
+    plain = sample(field, NOISE, labels, labels, config).latents
+    np.testing.assert_array_equal(plain, NOISE - 1)
+    np.testing.assert_array_equal(plain, sample(field, NOISE, labels, labels, config, "velocity").latents)
+
+
+@pytest.mark.parametrize("settings", [dict(solver="euler"), dict(time_shift=2.0), dict(solver="tsit5", rtol=1e-2)])
+def test_network_is_asked_for_times_of_the_schedule_only(settings):
+    seen = []
+
+    def network(x, time, label):
+        jax.debug.callback(lambda time: seen.append(float(time)), time)
+        return mixture(x, time, label)
+
+    labels = jnp.asarray(LABELS)
+    config = SamplerConfig(steps=1000 if "rtol" in settings else 8, guidance=1.0, **settings)
+    result = sample(network, NOISE, labels, labels, config, "noise")
+    jax.effects_barrier()
+    assert np.isfinite(result.latents).all()
+    assert 0 <= min(seen) and max(seen) == pytest.approx(0.999, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_is_finite_from_the_last_time_to_data(dtype):
+    model = build_ccdit(ModelConfig(depth=1, hidden_dim=16, num_heads=2), (2, 4, 4), 2, key=jax.random.key(0))
+    model = cast_floating(jax.tree.map(lambda leaf: leaf + 0.1, model), dtype)
+
+    @jax.jit
+    def run(model, x):
+        times = jnp.asarray([0.0, LAST_TIME])
+        labels = jnp.asarray(LABELS)
+        velocity = jax.vmap(velocity_from_noise(model))(x, times, labels)
+        return velocity, sample(model, x, labels, labels, SamplerConfig(steps=4), "noise").latents
+
+    for values in run(model, NOISE):
+        assert values.dtype == jnp.float32 and jnp.isfinite(values).all()
+
+
+def test_other_predictions_are_refused():
+    labels = jnp.asarray(LABELS)
+    with pytest.raises(ValueError, match="^prediction: must be one of velocity, noise, got 'x_0'$"):
+        sample(mixture, NOISE, labels, labels, SamplerConfig(), "x_0")
