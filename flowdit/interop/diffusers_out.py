@@ -177,7 +177,8 @@ def model_index(portable: Portable, described: Trained, own_class: bool, vae: st
         "null_caption": None if null_caption is None else null_caption.astype("float32").tolist(),
         "max_length": None if text is None else text["max_length"],
         "text_encoder_name": None if text is None else text["name"],
-        "class_names": list(manifest.class_names) or None,
+        # by number: the hub takes a list of texts here for the name of a part
+        "class_names": {str(i): name for i, name in enumerate(manifest.class_names)} or None,
         "vae_name": vae,
         "image_size": [manifest.image_size, manifest.image_size],
         "guidance": sampler.guidance,

@@ -215,6 +215,14 @@ def sampled_by_flowdit(model, condition, null, **settings):
     return jax.jit(lambda *inputs: sample(*inputs, config).latents)(model, jnp.asarray(noise()), condition, null)
 
 
+def text_conditions(features, mask, size=None):
+    """Conditions and null conditions of flowdit's text models."""
+    conditioning = text_conditioning(size)
+    texts = {"text_features": jnp.asarray(features), "text_mask": jnp.asarray(mask)}
+    condition = jax.vmap(conditioning.of_example)(texts)
+    return condition, jax.vmap(conditioning.null)(condition)
+
+
 # Bounds between the times of the steps: at a time itself, rounding would decide.
 INTERVALS = [{}, {"guidance_low": 0.3, "guidance_high": 0.8}]
 
@@ -240,13 +248,10 @@ def test_text_latents_equal_flowdit(text_pipeline, rows):
         latents=torch.from_numpy(noise()), output_type="latent",
     ).images  # fmt: skip
     text_pipeline.register_to_config(null_caption=null_caption().tolist())
-    conditioning = text_conditioning(None)
-    condition = jax.vmap(conditioning.of_example)(
-        {"text_features": jnp.asarray(features), "text_mask": jnp.asarray(mask)}
-    )
+    condition, null = text_conditions(features, mask)
     config = ModelConfig("mmdit", **SMALL, null_tokens=rows)
     model = ours(text_pipeline.transformer, config)
-    error = relative_error(got, sampled_by_flowdit(model, condition, jax.vmap(conditioning.null)(condition)))
+    error = relative_error(got, sampled_by_flowdit(model, condition, null))
     print(f"relative error {error:.2e}")
     assert error < 1e-4
 
@@ -272,19 +277,17 @@ def test_noise_prediction_equals_diffusers_own_pipeline():
 
 def test_size_reaches_a_micro_conditioned_transformer():
     config = ModelConfig("mmdit", **SMALL, micro_conditioning=True)
-    pipeline = FlowDiTPipeline(torch_model(config), scheduler(), null_caption=null_caption().tolist(), steps=2)
-    pipeline.set_progress_bar_config(disable=True)
-    draw = functools.partial(
-        pipeline, prompt_embeds=torch.from_numpy(text_inputs()[0]), latents=torch.from_numpy(noise()),
-        output_type="latent", return_dict=False,
-    )  # fmt: skip
+    parts = {"transformer": torch_model(config), "scheduler": scheduler(), "null_caption": null_caption().tolist()}
+    features, mask = text_inputs()
+    draw = lambda pipeline: pipeline(
+        prompt_embeds=torch.from_numpy(features), prompt_attention_mask=torch.from_numpy(mask),
+        latents=torch.from_numpy(noise()), output_type="latent", num_inference_steps=20, return_dict=False,
+    )[0]  # fmt: skip
     with pytest.raises(ValueError, match="^image_size: must be given"):
-        draw()
-    found = []
-    for size in ([64, 64], [64, 32]):
-        pipeline.register_to_config(image_size=size)
-        found.append(draw()[0])
-    assert relative_error(*found) > 1e-4
+        draw(FlowDiTPipeline(**parts))
+    got = draw(FlowDiTPipeline(**parts, image_size=[64, 32]))
+    condition, null = text_conditions(features, mask, size=(64, 32))
+    assert relative_error(got, sampled_by_flowdit(ours(parts["transformer"], config), condition, null)) < 1e-4
 
 
 def tiny_vae():
@@ -354,6 +357,9 @@ def test_negative_and_blank_prompts(whole_pipeline):
     assert relative_error(negative, plain) > 1e-3
     # A blank prompt is the null caption, which guidance cannot lead away from.
     torch.testing.assert_close(draw(" ").images, draw("", guidance_scale=1.0).images, rtol=1e-5, atol=1e-5)
+    blank = whole_pipeline._text_condition(" ", None, None)
+    np.testing.assert_array_equal(blank["encoder_hidden_states"][0], null_caption().repeat(TOKENS, 0))
+    assert blank["encoder_attention_mask"].all()  # with a bias of -10000 at all keys the logits lose their last digits
     embeds, mask = whole_pipeline._encode(["red"])
     given = draw(prompt_embeds=embeds, prompt_attention_mask=mask).images
     torch.testing.assert_close(given, plain, rtol=0, atol=0)
