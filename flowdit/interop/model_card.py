@@ -66,7 +66,7 @@ def _usage(described: Trained) -> str:
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("<folder>", custom_pipeline="<folder>", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("<folder>", trust_remote_code=True)
 picture = {call}.images[0]
 ```
 

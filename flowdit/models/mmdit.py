@@ -130,7 +130,8 @@ class MMDiT(eqx.Module):
     def _caption(self, condition: TextCondition) -> Float[Array, "tokens text_dim"]:
         """The text features or the null caption. Where that is one vector, the mask is immaterial to it."""
         is_null = condition.dropped | ~condition.mask.any()
-        null = self.null_caption.reshape(-1, self.text_dim)
+        # Texts may be padded to less than the null caption's length; their masks end before.
+        null = self.null_caption.reshape(-1, self.text_dim)[: condition.features.shape[0]]
         return jnp.where(is_null, null, condition.features.astype(null.dtype))
 
 

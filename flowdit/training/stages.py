@@ -174,7 +174,10 @@ def prompt_requests(
     text = {"text_features": jnp.asarray(encoded.features), "text_mask": jnp.asarray(encoded.mask)}
     both = jax.vmap(conditioning.of_example)(text)
     condition = jax.tree.map(lambda x: x[:-1], both)
-    null = jax.tree.map(lambda x: jnp.repeat(x[-1:], len(prompts), axis=0), both)
+    if negative_prompt.strip():
+        null = jax.tree.map(lambda x: jnp.repeat(x[-1:], len(prompts), axis=0), both)
+    else:
+        null = jax.vmap(conditioning.null)(condition)
     return Requests(condition, null, list(prompts))
 
 
