@@ -10,7 +10,7 @@ import time
 # Every reference here runs on the CPU, so both sides do. JAX reads this when it is imported, by the benchmarks below.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-BENCHMARKS = ("loader", "compile", "sampler", "checkpoint", "parts", "train_step", "text", "memory")
+BENCHMARKS = ("loader", "compile", "sampler", "checkpoint", "parts", "train_step", "text", "memory", "convert")
 PACKAGES = ("jax", "jaxlib", "torch", "diffusers", "numpy", "grain", "array-record", "orbax-checkpoint")
 
 

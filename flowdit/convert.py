@@ -21,8 +21,13 @@ def _convert(composed: DictConfig) -> None:
     print(f"{config.target}: {million:.1f} M parameters, {config.to}, {config.dtype}", flush=True)
 
 
-def main() -> None:
+def register_schema() -> None:
+    """Make the command's dataclass known to Hydra."""
     ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)
+
+
+def main() -> None:
+    register_schema()
     run_command(_convert)
 
 

@@ -8,11 +8,14 @@ from omegaconf import OmegaConf
 
 import flowdit.configs
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
+from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
+from flowdit.interop import ConvertConfig
 
 FOLDER = Path(flowdit.configs.__file__).parent
 GROUP_OPTIONS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/**/*.yaml"))
-SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, "sample": SampleConfig, "prepare": PrepareConfig}
+COMMAND_SCHEMAS = {"sample": SampleConfig, "prepare": PrepareConfig, "convert": ConvertConfig}
+SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, **COMMAND_SCHEMAS}
 REQUIRED = {
     "seed": int,
     "train.num_steps": int,
@@ -51,6 +54,7 @@ SD3_LATENTS = (16, 32, 32)
 
 def composed(name: str, *overrides: str):
     register_schemas()
+    register_schema()
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         return compose(name, list(overrides))
 
@@ -76,10 +80,11 @@ def test_every_top_level_file_has_its_schema():
     [
         *(("config", "data.path=x"), ("config_stage2", "data.path=x")),
         *(("sample", "checkpoint=x"), ("prepare", "out=x")),
+        ("convert", "target=y source=x"),
     ],
 )
 def test_commands_compose_into_their_schema(name, given):
-    assert isinstance(resolve(composed(name, given), SCHEMAS[name]), SCHEMAS[name])
+    assert isinstance(resolve(composed(name, *given.split()), SCHEMAS[name]), SCHEMAS[name])
 
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowdit.interop.diffusers_in import META_FILE, read_diffusers
-from flowdit.interop.diffusers_out import export_diffusers
+from flowdit.interop.diffusers_out import check_representable, export_diffusers
 from flowdit.interop.hub import find_source, push
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.model_card import PICTURE, write_card
@@ -93,7 +93,9 @@ def convert(config: ConvertConfig) -> Portable:
     config.check()
     portable = read_source(config.source, config.weights, config)
     described = describe_trained(portable.meta)
-    if config.vae is not None and described.manifest.shards:
+    if config.to == "diffusers":
+        check_representable(described, config.own_class)
+    if config.vae is not None:
         load_matching_vae(config.vae, described.manifest)
     target = Path(config.target)
     with _finished(target) as partial:

@@ -68,7 +68,7 @@ class _Raw(NamedTuple):
     file: Path
     values: Mapping[str, Any]
 
-    def number(self, name: str, default: float | None, kind: type = int) -> Any:
+    def number(self, name: str, default: int | float | None, kind: type = int) -> Any:
         value = self.values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise ValueError(f"source: {self.file}: {name} must be a number, got {value!r}")

@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.numpy
-
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.interop import layouts
 from flowdit.interop.diffusers_in import CLASSES, META_FILE, WEIGHTS_STEM
 from flowdit.interop.layouts import Layout
-from flowdit.interop.portable import Portable, cast
+from flowdit.interop.portable import Portable, cast, save_tensors
 from flowdit.models import pretrained
 from flowdit.models.transformer import ModelConfig
 from flowdit.models.vae import EMBEDDED
@@ -22,7 +20,6 @@ from flowdit.training.trained import Trained, describe_trained
 EXPORTED = Path(__file__).parent / "exported"
 STOCK = {"ccdit": "DiTTransformer2DModel", "mmdit": "PixArtTransformer2DModel"}
 OWN = {"ccdit": "FlowDiTClassTransformer", "mmdit": "FlowDiTTextTransformer"}
-MAX_SHARD_BYTES = 5 * 10**9
 DDIM = {
     "_class_name": "DDIMScheduler",
     "beta_end": 0.02,
@@ -44,13 +41,12 @@ class Rule(NamedTuple):
 
 
 def export_diffusers(portable: Portable, target: Path, dtype: str, *, own_class: bool, vae: str | None) -> None:
-    """Write the folder. Raises `ValueError` naming all that the class cannot represent before anything is written.
+    """Write the folder, once `check_representable` has nothing against it.
 
     The stock classes have no Q/K norms; with `own_class` the folder carries a class of flowdit's that has them, and
     diffusers loads it with `trust_remote_code=True`.
     """
     described = describe_trained(portable.meta)
-    check_representable(described, own_class)
     target.mkdir(parents=True)
     _write_transformer(portable, described, target / "transformer", dtype, own_class)
     _write_json(target / "scheduler" / "scheduler_config.json", scheduler_config(described))
@@ -141,7 +137,7 @@ def _write_transformer(portable: Portable, described: Trained, folder: Path, dty
     model = described.config.model
     _write_json(folder / "config.json", transformer_config(described, own_class))
     tensors = layouts.to_theirs(export_layout(model), cast(portable.arrays, dtype), model.patch_size)
-    safetensors.numpy.save_file(tensors, folder / f"{WEIGHTS_STEM}.safetensors", {"format": "pt"})
+    save_tensors(tensors, folder / f"{WEIGHTS_STEM}.safetensors", {"format": "pt"})
     if own_class:
         shutil.copy(EXPORTED / "flowdit_transformer.py", folder / "flowdit_transformer.py")
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import huggingface_hub
 
 # Data only: code that a repository may carry is neither downloaded nor run.
-PATTERNS = ("*.json", "*.safetensors", "meta/*", "model_ema/*", "_CHECKPOINT_METADATA")
+ITEMS = ("meta/*", "model_ema/*", "state/*", "dataset/*", "_CHECKPOINT_METADATA")  # of a flowdit checkpoint
+PATTERNS = ("*.json", "*.safetensors", *ITEMS)
+UNUSED = ("text_encoder*/*", "safety_checker/*", "image_encoder/*")  # of pipelines; the first may be 20 GB
 
 
 def find_source(name: str) -> Path:
@@ -16,7 +18,8 @@ def find_source(name: str) -> Path:
     if path.exists():
         return path
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS)))
+        patterns = {"allow_patterns": list(PATTERNS), "ignore_patterns": list(UNUSED)}
+        return Path(huggingface_hub.snapshot_download(name, **patterns))
     except Exception as problem:  # the client lets the errors of its HTTP library through, whichever that is
         reason = str(problem).strip().partition("\n")[0]
         raise ValueError(

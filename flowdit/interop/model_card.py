@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdit.interop.portable import Portable
+from flowdit.models.text_encoder import WORDLLAMA
 from flowdit.training.trained import Trained, describe_trained
 
 PICTURE = "sample.png"
@@ -22,7 +23,7 @@ def write_card(portable: Portable, target: Path, name: str, weights: str, pictur
         f"# {name}",
         _summary(portable, described, weights),
         f"![samples]({PICTURE})" if picture else "",
-        _usage(described),
+        _usage(described, (target / "vae").is_dir()),
         _table("Data", _data(described)),
         _table("Recipe", _recipe(portable, described)),
         _table("Sampler", dataclasses.asdict(described.config.train.sampler)),
@@ -59,8 +60,16 @@ def _summary(portable: Portable, described: Trained, weights: str) -> str:
     )
 
 
-def _usage(described: Trained) -> str:
+def _usage(described: Trained, has_vae: bool) -> str:
     call = 'pipe(prompt="...")' if described.text else "pipe(class_labels=[0])"
+    parts = [] if has_vae else [f'vae=AutoencoderKL.from_pretrained("{described.manifest.vae.name}")']
+    if described.text and described.text["name"] == WORDLLAMA:
+        call = "pipe(prompt_embeds=..., prompt_attention_mask=...)"
+    elif described.text:
+        name = described.text["name"]
+        parts += [f'tokenizer=AutoTokenizer.from_pretrained("{name}")']
+        parts += [f'text_encoder=T5GemmaEncoderModel.from_pretrained("{name}", is_encoder_decoder=False)']
+    needed = f"\n\nNot in the folder, to be passed to `from_pretrained`: `{'`, `'.join(parts)}`." if parts else ""
     return f"""## Use
 
 ```python
@@ -70,7 +79,7 @@ pipe = DiffusionPipeline.from_pretrained("<folder>", trust_remote_code=True)
 picture = {call}.images[0]
 ```
 
-`trust_remote_code` lets diffusers run the folder's `pipeline.py`. Or `flowdit.interop.from_pretrained("<folder>")`."""
+`trust_remote_code` lets diffusers run the folder's `pipeline.py`. Or `flowdit.interop.from_pretrained("<folder>")`.{needed}"""
 
 
 def _data(described: Trained) -> dict[str, Any]:

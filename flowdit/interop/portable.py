@@ -108,7 +108,13 @@ def write_checkpoint(portable: Portable, target: Path, dtype: str) -> None:
 def write_single(portable: Portable, target: Path, dtype: str) -> None:
     """One safetensors file: the arrays under our names, the metadata as JSON in its header."""
     metadata = {METADATA_KEY: json.dumps(portable.meta), "format": "np"}
-    safetensors.numpy.save_file(cast(portable.arrays, dtype), target, metadata)
+    save_tensors(cast(portable.arrays, dtype), target, metadata)
+
+
+def save_tensors(tensors: Arrays, file: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file that others may read: the library's own are the owner's alone."""
+    safetensors.numpy.save_file(tensors, file, metadata)
+    file.chmod(0o644)
 
 
 def to_trained(portable: Portable) -> Trained:

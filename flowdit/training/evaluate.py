@@ -44,11 +44,25 @@ class Validation:
 
 
 def load_matching_vae(name: str, manifest: Manifest) -> AutoencoderKL:
-    """The VAE called `name`. Raises `ValueError` if it is not the one that made the data's latents."""
-    vae = load_vae(name)
-    if vae.fingerprint != manifest.vae.fingerprint:
+    """The VAE called `name`. Raises `ValueError` if it is not the one that made the data's latents.
+
+    Of a model that was trained elsewhere the VAE may be unknown, its fingerprint empty: then the layout of the latents
+    has to do.
+    """
+    known, channels = manifest.vae, manifest.latent_shape[0]
+    if not name:
         raise ValueError(
-            f"vae: must be the one that made the latents (fingerprint {manifest.vae.fingerprint}), "
+            f"vae: must be given, the checkpoint names none (an AutoencoderKL folder or hub id with {channels} channels)"
+        )
+    vae = load_vae(name)
+    wanted = (channels, known.stride, known.shift, known.scale)
+    found = (vae.config.latent_channels, vae.config.stride, vae.config.shift_factor, vae.config.scaling_factor)
+    if found != wanted:
+        needed, made = ("{} channels, stride {}, shift {} and scale {}".format(*layout) for layout in (wanted, found))
+        raise ValueError(f"vae: must make latents of {needed}, {name!r} makes {made}")
+    if known.fingerprint and vae.fingerprint != known.fingerprint:
+        raise ValueError(
+            f"vae: must be the one that made the latents (fingerprint {known.fingerprint}), "
             f"{name!r} has {vae.fingerprint}"
         )
     return vae

@@ -90,7 +90,7 @@ def test_steps_are_ddpms_and_go_on_between_them():
     between = 1 / (1 + np.exp(-(LOG_RATIOS[1:] + LOG_RATIOS[:-1]) / 2))
     np.testing.assert_allclose(ddpm_step(jnp.asarray(between)), np.arange(999) + 0.5, atol=5e-3)
     np.testing.assert_array_equal(ddpm_step(jnp.asarray([0.0, FIRST_TIME / 2])), 0)
-    assert (FIRST_TIME, LAST_TIME) == pytest.approx((STEP_TIMES[0], STEP_TIMES[-1]), rel=1e-6)
+    np.testing.assert_allclose([FIRST_TIME, LAST_TIME], STEP_TIMES[[0, -1]], rtol=2e-4)  # float32 betas there
 
 
 @pytest.mark.parametrize("deviation", [0.0, 0.5])
@@ -126,7 +126,6 @@ def test_euler_on_ddims_times_is_ddim(guidance):
         return x + (pair[1] - pair[0]) * v, None
 
     got, _ = jax.lax.scan(step, start_at_last_time(NOISE), jnp.stack([times[:-1], times[1:]], axis=1))
-    print("EXACT", guidance, relative(got, ddim_latents(20, guidance)))
     assert relative(got, ddim_latents(20, guidance)) < 1e-4
 
 
@@ -135,10 +134,6 @@ def test_solve_and_ddim_meet_as_their_steps_grow(guidance):
     """They differ in their times, and below DDPM's first step, where only the flow goes on asking the network."""
     apart = [relative(solve("euler", n, guidance), ddim_latents(n, guidance)) for n in (50, 200, 1000)]
     print("APART", guidance, apart)
-    fine = ddim_latents(1000, guidance)
-    for s in (1.0, 2.0, 3.0, 4.0):
-        print(s, [relative(solve("euler", n, guidance, time_shift=s), fine) for n in (50, 200, 1000)], [relative(solve("heun", n, guidance, time_shift=s), fine) for n in (25, 100)])
-    print("ddim", [relative(ddim_latents(n, guidance), fine) for n in (50, 200)])
     assert apart[0] > 2 * apart[1] > 4 * apart[2] and apart[2] < 1e-2
 
 
@@ -164,7 +159,7 @@ def test_network_is_asked_for_times_of_the_schedule_only(settings):
     result = sample(network, NOISE, labels, labels, config, "noise")
     jax.effects_barrier()
     assert np.isfinite(result.latents).all()
-    assert 0 <= min(seen) and max(seen) == pytest.approx(0.999, abs=1e-5)
+    assert min(seen) >= 0 and max(seen) == pytest.approx(0.999, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,231 @@
+"""What is damaged, foreign or dangerous: one clear line, nothing written, nothing run."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from original_models import DiT, randomised
+from runs import call, error_line
+
+from flowdit.convert import main as convert
+from flowdit.interop import from_pretrained
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TIME_WEIGHT = "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight"
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good diffusers folder, and a good file of the original repository beside it. Tests work on copies."""
+    root = tmp_path_factory.mktemp("stock")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=4, out_channels=8, sample_size=8,
+        num_embeds_ada_norm=3,
+    )  # fmt: skip
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    model.transformer_blocks[1].norm1.emb.load_state_dict(first)
+    model.save_pretrained(root / "dit")
+    model.save_pretrained(root / "sharded", max_shard_size="40KB")
+    torch.save(randomised(DiT(dim=32, heads=2)).state_dict(), root / "dit.pt")
+    return root
+
+
+def refused(source: Path, *options: str) -> str:
+    """The line with which a conversion ends that must not have left anything behind."""
+    target = source.parent / "out" / "target"
+    line = error_line(call(convert, f"source={source}", f"target={target}", *options))
+    assert not target.parent.exists() or not list(target.parent.iterdir())
+    return line
+
+
+def copied(stock: Path, name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stock / name, tmp_path / name))
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def with_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_missing_and_extra_tensors_are_all_listed(stock, tmp_path):
+    def change(tensors):
+        del tensors["proj_out_1.bias"], tensors["transformer_blocks.1.attn1.to_k.weight"]
+        tensors["transformer_blocks.0.attn1.norm_q.weight"] = tensors["extra"] = np.zeros(4, np.float32)
+
+    line = refused(with_tensors(copied(stock, "dit", tmp_path), change))
+    assert "2 missing: proj_out_1.bias, transformer_blocks.1.attn1.to_k.weight; " in line
+    assert "2 unexpected: extra, transformer_blocks.0.attn1.norm_q.weight" in line
+
+
+def test_shapes_that_do_not_fit(stock, tmp_path):
+    def change(tensors):
+        tensors["proj_out_1.bias"] = np.zeros(7, np.float32)
+        tensors["transformer_blocks.1.ff.net.2.weight"] = np.zeros((32, 64), np.float32)
+
+    line = refused(with_tensors(copied(stock, "dit", tmp_path), change))
+    assert "2 of another shape: proj_out_1.bias [7] for [64], " in line
+    assert "transformer_blocks.1.ff.net.2.weight [32, 64] for [32, 128]" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"_class_name": "UNet2DConditionModel"},
+            "must be one of DiTTransformer2DModel, .* got 'UNet2DConditionModel'",
+        ),
+        ({"activation_fn": "geglu"}, "config.json: activation_fn must be 'gelu-approximate', got 'geglu'"),
+        ({"norm_type": "layer_norm"}, "norm_type must be 'ada_norm_zero', got 'layer_norm'"),
+        ({"num_layers": "many"}, "num_layers must be a number, got 'many'"),
+        ({"num_layers": 3}, "missing: transformer_blocks.2"),
+        ({"sample_size": 7}, "model.patch_size: must divide the latents' height and width"),
+    ],
+)
+def test_another_architecture(stock, tmp_path, changes, told):
+    folder = copied(stock, "dit", tmp_path)
+    with_json(folder / "config.json", **changes)
+    assert re.search(told, refused(folder))
+
+
+def test_file_of_another_network(tmp_path):
+    torch.save({"conv_in.weight": torch.zeros(3), "mid_block.bias": torch.zeros(3)}, tmp_path / "unet.pt")
+    assert "must be a checkpoint of DiT, SiT or PixArt, it holds conv_in.weight" in refused(tmp_path / "unet.pt")
+
+
+def test_embedders_that_differ_between_blocks(stock, tmp_path):
+    def change(tensors):
+        tensors[TIME_WEIGHT.format(1)] += 1
+
+    line = refused(with_tensors(copied(stock, "dit", tmp_path), change))
+    assert f"{TIME_WEIGHT.format(1)} must equal {TIME_WEIGHT.format(0)}" in line
+
+
+def test_mixed_dtypes(stock, tmp_path):
+    def change(tensors):
+        tensors["proj_out_1.bias"] = tensors["proj_out_1.bias"].astype(np.float16)
+
+    line = refused(with_tensors(copied(stock, "dit", tmp_path), change))
+    assert "must hold tensors of one float dtype, got 1 float16 (proj_out_1.bias, ...); " in line
+
+
+def test_half_written_folder(stock, tmp_path):
+    folder = copied(stock, "sharded", tmp_path)
+    shard = sorted(folder.glob("*-of-*.safetensors"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    assert shard.name in refused(folder) and "not a readable safetensors file" in refused(folder)
+    shard.unlink()
+    assert f"weight_map must name files beside it, not '{shard.name}'" in refused(folder)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    assert "must hold diffusion_pytorch_model.safetensors" in refused(folder)
+
+
+def test_truncated_torch_file(stock, tmp_path):
+    content = (stock / "dit.pt").read_bytes()
+    (tmp_path / "dit.pt").write_bytes(content[: len(content) // 2])
+    assert "dit.pt is not a file of tensors alone: " in refused(tmp_path / "dit.pt", "format=dit")
+
+
+class Dangerous:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_that_wants_to_import_runs_nothing(tmp_path, zipped):
+    touched, file = tmp_path / "touched", tmp_path / "dit.pt"
+    torch.save({"ema": Dangerous(touched)}, file, _use_new_zipfile_serialization=zipped)
+    line = refused(file, "format=dit")
+    assert "dit.pt is not a file of tensors alone: " in line and "system" in line
+    assert not touched.exists()
+
+
+def test_target_that_exists(stock, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("kept")
+    line = error_line(call(convert, f"source={stock / 'dit'}", f"target={target}"))
+    assert line == f"error: target: {target} exists already, and nothing is written over"
+    assert (target / "mine").read_text() == "kept"
+
+
+def test_what_a_file_does_not_say_must_be_said(stock, tmp_path):
+    source = Path(shutil.copy(stock / "dit.pt", tmp_path))
+    assert "format: must be dit or sit for " in refused(source)
+    assert "num_heads: must be given and divide the width 32" in refused(source, "format=dit")
+    assert "format: must be one of dit, sit, pixart, got 'unet'" in refused(source, "format=unet")
+
+
+def test_prediction_must_be_known(tmp_path):
+    model = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, num_layers=1, sample_size=8)
+    model.save_pretrained(tmp_path / "pipeline" / "transformer")
+    assert "prediction: must be given, as " in refused(tmp_path / "pipeline" / "transformer")
+    diffusers.DDIMScheduler(beta_schedule="linear", beta_end=0.02, prediction_type="v_prediction").save_pretrained(
+        tmp_path / "pipeline" / "scheduler"
+    )
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert "prediction_type must be 'epsilon', got 'v_prediction'" in refused(tmp_path / "pipeline")
+    diffusers.DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(tmp_path / "pipeline" / "scheduler")
+    assert "beta_schedule must be 'linear', got 'scaled_linear'" in refused(tmp_path / "pipeline")
+
+
+def test_positions_that_are_learned(tmp_path):
+    state = randomised(DiT(dim=32, heads=2)).state_dict()
+    torch.save(state | {"pos_embed": state["pos_embed"] + 1}, tmp_path / "dit.pt")
+    assert "pos_embed must be the fixed sin-cos table" in refused(tmp_path / "dit.pt", "format=dit", "num_heads=2")
+
+
+def test_class_names_of_the_wrong_number(stock, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    folder = copied(stock, "dit", tmp_path)
+    line = refused(folder, f"classes={tmp_path / 'names.txt'}")
+    assert "classes: must name the 3 classes of the model, all different, " in line and line.endswith("has 2")
+
+
+def test_vae_of_another_layout(stock, tmp_path):
+    line = refused(copied(stock, "dit", tmp_path), "vae=openmoji")
+    assert "vae: must make latents of 4 channels, openmoji makes 16" in line
+
+
+def test_damaged_flowdit_files(whole_run, tmp_path):
+    exported = tmp_path / "exported"
+    assert call(convert, f"source={whole_run / '6'}", f"target={exported}", "to=diffusers", "own_class=true",
+                "picture=none").status == 0  # fmt: skip
+    with_json(exported / "flowdit.json", config={"model": {"depth": "x"}})
+    assert "metadata" in refused(exported) or "depth" in refused(exported)
+    (exported / "flowdit.json").write_text("{")
+    assert "flowdit.json: not a readable JSON file" in refused(exported)
+    file = tmp_path / "single.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(2)}, file, {"flowdit": "{}"})
+    assert "has metadata that are not a flowdit checkpoint's" in refused(file)
+
+
+def test_flipped_byte_in_a_checkpoint(whole_run, tmp_path):
+    folder = Path(shutil.copytree(whole_run / "6", tmp_path / "6"))
+    victim = max((p for p in (folder / "model_ema").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert "content differs from its checksum" in refused(folder)
+
+
+def test_from_pretrained_refuses_in_the_same_words(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither a checkpoint \(meta\) nor a diffusers folder"):
+        from_pretrained(str(tmp_path))

@@ -1,0 +1,435 @@
+"""flowdit checkpoints out as diffusers folders, safetensors files and slim checkpoints, and back in bit by bit."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import diffusers
+import diffusers.utils.dynamic_modules_utils as dynamic_modules
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from interop.small_models import (
+    DEFAULT_CLASS,
+    DEFAULT_TEXT,
+    SMALL,
+    STOCK_CLASS,
+    STOCK_TEXT,
+    output_error,
+    random_model,
+    saved,
+)
+from PIL import Image
+from runs import call, error_line, stored_arrays
+
+from flowdit.convert import main
+from flowdit.interop import ConvertConfig, convert, read_source
+from flowdit.interop.portable import Portable
+from flowdit.models.transformer import ModelConfig
+from flowdit.training.checkpoint import read_meta
+
+MICRO_TEXT = STOCK_TEXT | {"micro_conditioning": True, "interpolation_scale": 0.5}
+OTHERS = {"mlp_ratio": 3.0, "time_scale": 1.0, "time_freq_shift": 0.5, "mlp_norm_eps": 1e-2, "interpolation_scale": 0.5}
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def meta(whole_run):
+    return read_meta(whole_run / "6")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_cache(tmp_path_factory):
+    """Where diffusers copies the code of the folders that it loads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.syspath_prepend(str(dynamic_modules.HF_MODULES_CACHE))
+        yield
+
+
+@pytest.fixture
+def diffusers_log(caplog):
+    """What diffusers warns of; it keeps its messages from the root logger."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def converted(source, target, **fields) -> Path:
+    convert(ConvertConfig(source=str(source), target=str(target), **({"picture": "none"} | fields)))
+    return Path(target)
+
+
+def listing(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def assert_same(one: Portable, other: Portable):
+    """Arrays bit by bit with their dtypes, and metadata."""
+    assert one.meta == other.meta
+    assert one.arrays.keys() == other.arrays.keys()
+    for name, array in one.arrays.items():
+        assert array.dtype == other.arrays[name].dtype, name
+        np.testing.assert_array_equal(array, other.arrays[name], err_msg=name)
+
+
+# --- a diffusers folder, loaded by diffusers ---
+
+
+@pytest.mark.parametrize("model", [STOCK_CLASS, STOCK_TEXT, MICRO_TEXT], ids=["class", "text", "micro"])
+def test_stock_classes_load_without_a_warning_and_agree(meta, tmp_path, diffusers_log, model):
+    portable = random_model(meta, model)
+    finished = call(
+        main, f"source={saved(portable, tmp_path / 'slim')}", f"target={tmp_path / 'out'}", "to=diffusers", "picture=none"
+    )  # fmt: skip
+    assert finished.status == 0, finished.err
+    assert re.search(r"out: 0\.\d M parameters, diffusers, float32$", finished.out.strip())
+    stock = diffusers.DiTTransformer2DModel if model["name"] == "ccdit" else diffusers.PixArtTransformer2DModel
+    transformer, info = stock.from_pretrained(
+        tmp_path / "out" / "transformer", output_loading_info=True, low_cpu_mem_usage=False
+    )
+    assert not any(info.values()), info
+    assert not [record.getMessage() for record in diffusers_log.records if record.levelno >= logging.WARNING]
+    error = output_error(transformer.eval(), portable)
+    print(f"relative error {error:.2e}")
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize(
+    "model",
+    [DEFAULT_CLASS, DEFAULT_CLASS | OTHERS, DEFAULT_TEXT, DEFAULT_TEXT | OTHERS | {"micro_conditioning": True}],
+    ids=["class", "class-others", "text", "text-others"],
+)
+def test_own_classes_carry_every_field(meta, tmp_path, diffusers_log, model):
+    portable = random_model(meta, model)
+    out = converted(saved(portable, tmp_path / "slim"), tmp_path / "out", to="diffusers", own_class=True)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        str(out), custom_pipeline=str(out), trust_remote_code=True, low_cpu_mem_usage=False
+    )
+    unexpected = [r.getMessage() for r in diffusers_log.records if re.search("not expected|not used|ignored", r.msg)]
+    assert not unexpected
+    assert isinstance(pipeline.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    assert isinstance(pipeline.vae, diffusers.AutoencoderKL)
+    error = output_error(pipeline.transformer.eval(), portable)
+    print(f"relative error {error:.2e}")
+    assert error < 1e-5
+
+
+# --- which weights, in which precision ---
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "safetensors", "diffusers"])
+def test_ema_and_raw_weights_are_those_of_the_checkpoint(whole_run, tmp_path, to):
+    stored, differing = stored_arrays(whole_run / "6"), 0
+    for weights, prefix in (("ema", "model_ema."), ("model", "state.model.")):
+        out = converted(
+            whole_run / "6", tmp_path / f"{weights}.safetensors", to=to, weights=weights, own_class=to == "diffusers"
+        )
+        wanted = {name.removeprefix(prefix): array for name, array in stored.items() if name.startswith(prefix)}
+        assert_same(read_source(str(out)), Portable(wanted, read_meta(whole_run / "6")))
+        differing += sum(not np.array_equal(array, stored[f"model_ema.{name}"]) for name, array in wanted.items())
+    assert differing > 10  # the raw weights are no copy of the EMA
+
+
+def test_slim_checkpoint_has_no_raw_weights(whole_run, tmp_path):
+    slim = converted(whole_run / "6", tmp_path / "slim")
+    assert not (slim / "state").exists()
+    with pytest.raises(ValueError, match="a slim checkpoint, which holds no raw weights, only the EMA"):
+        converted(slim, tmp_path / "again", weights="model")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("model", [STOCK_CLASS, STOCK_TEXT], ids=["class", "text"])
+def test_half_precision(meta, tmp_path, dtype, model):
+    portable = random_model(meta, model)
+    slim = saved(portable, tmp_path / "slim")
+    rounded = {name: array.astype(jax.numpy.dtype(dtype)) for name, array in portable.arrays.items()}
+    single = converted(slim, tmp_path / "one.safetensors", to="safetensors", dtype=dtype)
+    assert_same(read_source(str(single)), portable._replace(arrays=rounded))
+    checkpoint = converted(slim, tmp_path / "half", dtype=dtype)
+    stored = {name: str(array.dtype) for name, array in stored_ema(checkpoint).items()}
+    assert set(stored.values()) == {dtype}
+    whole = {name: array.astype(np.float32) for name, array in rounded.items()}
+    assert_same(read_source(str(checkpoint)), portable._replace(arrays=whole))
+    folder = converted(slim, tmp_path / "diffusers", to="diffusers", dtype=dtype)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {dtype}
+    back = read_source(str(folder)).arrays
+    exact = portable.arrays | {"null_caption": back.get("null_caption")}  # lies in JSON, in float32
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, exact[name] if name == "null_caption" else rounded[name], err_msg=name)
+
+
+def stored_ema(checkpoint: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer().restore((checkpoint / "model_ema").resolve())
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "safetensors", "diffusers"])
+def test_overflow_is_refused(meta, tmp_path, to):
+    portable = random_model(meta, STOCK_CLASS)
+    portable.arrays["blocks.mlp.up.weight"][1, 2, 3] = 1e5
+    source = saved(portable, tmp_path / "slim")
+    before = listing(tmp_path)
+    out = tmp_path / "out.safetensors"
+    finished = call(
+        main, f"source={source}", f"target={out}", f"to={to}", "dtype=float16", "picture=none"
+    )  # fmt: skip
+    assert error_line(finished) == (
+        "error: dtype: blocks.mlp.up.weight has values beyond the range of float16; take bfloat16 or float32"
+    )
+    assert listing(tmp_path) == before
+    converted(source, out, to=to, dtype="bfloat16")
+
+
+# --- out and in again ---
+
+CHAIN = ("diffusers", "safetensors", "checkpoint", "diffusers", "checkpoint", "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("model", "own_class"),
+    [(STOCK_CLASS, False), (DEFAULT_CLASS | OTHERS, True), (MICRO_TEXT, False), (DEFAULT_TEXT | {"null_tokens": 6}, True)],
+    ids=["class", "own-class", "text", "own-text"],
+)  # fmt: skip
+def test_round_trips_are_bit_identical(meta, tmp_path, model, own_class):
+    portable = random_model(meta, model)
+    source, steps = saved(portable, tmp_path / "0"), []
+    for i, to in enumerate(CHAIN, 1):
+        suffix = ".safetensors" if to == "safetensors" else ""
+        source = converted(source, tmp_path / f"{i}{suffix}", to=to, own_class=own_class and to == "diffusers")
+        assert_same(read_source(str(source)), portable)
+        steps.append(source)
+    first, second = (safetensors.numpy.load_file(folder / WEIGHTS) for folder in (steps[0], steps[3]))
+    assert_same(Portable(first, {}), Portable(second, {}))
+    for file in ("flowdit.json", "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
+        assert (steps[0] / file).read_bytes() == (steps[3] / file).read_bytes(), file
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            DEFAULT_CLASS | OTHERS,
+            "DiTTransformer2DModel cannot represent this model: model.qk_norm must be False, got True; model.mlp_ratio "
+            "must be 4.0, got 3.0; model.time_scale must be 1000.0, got 1.0; model.time_freq_shift must be 1.0, got "
+            "0.5; model.interpolation_scale must be 1.0, got 0.5; own_class=true writes a class that has it",
+        ),
+        (
+            DEFAULT_TEXT | OTHERS,
+            "PixArtTransformer2DModel cannot represent this model: model.qk_norm must be False, got True; "
+            "model.mlp_ratio must be 4.0, got 3.0; model.time_scale must be 1000.0, got 1.0; model.time_freq_shift "
+            "must be 0.0, got 0.5; model.mlp_norm_eps must be 1e-06, got 0.01; own_class=true writes a class that has it",
+        ),
+    ],
+    ids=["class", "text"],
+)
+def test_what_a_class_cannot_represent_is_named_all_at_once(meta, tmp_path, model, message):
+    source = saved(random_model(meta, model), tmp_path / "slim")
+    before = listing(tmp_path)
+    finished = call(main, f"source={source}", f"target={tmp_path / 'new' / 'out'}", "to=diffusers")
+    assert error_line(finished) == f"error: to: {message}"
+    assert listing(tmp_path) == before
+
+
+def test_latents_that_are_not_square_are_refused(meta, tmp_path):
+    manifest = meta["manifest"] | {"latent_shape": [16, 8, 16]}
+    source = saved(random_model(meta | {"manifest": manifest}, DEFAULT_CLASS), tmp_path / "slim")
+    with pytest.raises(ValueError, match=r"to: FlowDiTClassTransformer .*: the latents' width must be 8, got 16$"):
+        converted(source, tmp_path / "out", to="diffusers", own_class=True)
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "safetensors", "diffusers"])
+def test_existing_target_is_left_alone(meta, tmp_path, to):
+    source = saved(random_model(meta, STOCK_CLASS), tmp_path / "slim")
+    target = tmp_path / "mine.safetensors"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    before = listing(tmp_path)
+    finished = call(main, f"source={source}", f"target={target}", f"to={to}")
+    assert error_line(finished) == f"error: target: {target} exists already, and nothing is written over"
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("to=onnx", "to: must be one of checkpoint, diffusers, safetensors, got 'onnx'"),
+        ("weights=best", "weights: must be one of ema, model, got 'best'"),
+        ("dtype=int8", "dtype: must be one of float32, float16, bfloat16, got 'int8'"),
+        ("to=safetensors", "target: must end in .safetensors with to=safetensors, got out"),
+    ],
+)
+def test_fields_are_checked_before_the_source_is_looked_for(field, message):
+    assert error_line(call(main, "source=nowhere", "target=out", field)) == f"error: {message}"
+    assert listing(Path()) == []
+
+
+def test_picture_must_be_a_file(meta, tmp_path):
+    finished = call(main, "source=nowhere", "target=out", "to=diffusers", "picture=nothing.png")
+    assert error_line(finished) == "error: picture: must be draw, none or a picture file, got 'nothing.png'"
+
+
+@pytest.fixture(scope="module")
+def other_vae(tmp_path_factory) -> Path:
+    """An AutoencoderKL of four channels and stride 8."""
+    torch.manual_seed(2)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae = diffusers.AutoencoderKL(**kinds, block_out_channels=(4,) * 4, norm_num_groups=2, scaling_factor=0.18215)
+    vae.save_pretrained(folder := tmp_path_factory.mktemp("vae"))
+    return folder
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "diffusers"])
+def test_vae_of_another_layout_than_the_datas_is_refused(whole_run, tmp_path, other_vae, to):
+    finished = call(
+        main,
+        f"source={whole_run / '6'}",
+        f"target={tmp_path / 'out'}",
+        f"to={to}",
+        f"vae={other_vae}",
+        "own_class=true",
+    )
+    assert re.fullmatch(
+        "error: vae: must make latents of 16 channels, stride 8, .* makes 4 channels, stride 8, shift 0.0 and scale 0.18215",
+        error_line(finished),
+    )
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "config", [{"scaling_factor": 0.13025}, {"latent_channels": 8}, {"block_out_channels": (4, 4)}]
+)
+def test_vae_of_another_layout_than_an_imported_models_is_refused(tmp_path, other_vae, config):
+    """Such a model may come without a VAE; what is known of its latents must then agree."""
+    torch.manual_seed(0)
+    stock = diffusers.DiTTransformer2DModel(2, 8, in_channels=4, out_channels=8, num_layers=1, sample_size=8)
+    with torch.no_grad():
+        for block in stock.transformer_blocks:
+            block.norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
+    stock.save_pretrained(tmp_path / "dit")
+    checkpoint = converted(tmp_path / "dit", tmp_path / "checkpoint", dtype="float32")
+    blocks = len(config.get("block_out_channels", (4,) * 4))
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks)
+    settings = dict(block_out_channels=(4,) * 4, norm_num_groups=2, scaling_factor=0.18215) | config
+    diffusers.AutoencoderKL(**kinds, **settings).save_pretrained(tmp_path / "vae")
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match=r"^vae: must make latents of "):
+        converted(checkpoint, tmp_path / "out", to="diffusers", vae=str(tmp_path / "vae"))
+    assert listing(tmp_path) == before
+    out = converted(checkpoint, tmp_path / "out", to="diffusers", vae=str(other_vae))
+    assert diffusers.AutoencoderKL.from_pretrained(out / "vae").config.latent_channels == 4
+
+
+# --- what the folder holds ---
+
+
+@pytest.fixture(scope="module")
+def drawn_folder(whole_run, tmp_path_factory) -> Path:
+    """The run's checkpoint with a picture of its own."""
+    target = tmp_path_factory.mktemp("exported") / "openmoji"
+    return converted(whole_run / "6", target, to="diffusers", own_class=True, picture="draw")
+
+
+def read_json(file: Path):
+    return json.loads(file.read_text())
+
+
+def test_folder_has_config_scheduler_and_vae(drawn_folder, meta):
+    config = read_json(drawn_folder / "transformer" / "config.json")
+    assert config["_class_name"] == "FlowDiTClassTransformer"
+    shape = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
+    assert [config[name] for name in shape] == [2, 2, 16, 16, 8, 2]
+    assert config["num_embeds_ada_norm"] == 4 and config["qk_norm"] is True
+    index = read_json(drawn_folder / "model_index.json")
+    assert index["latents_mean"] == meta["latent_mean"] and index["latents_scale"] == meta["latent_scale"]
+    assert index["class_names"] == {"0": "cat", "1": "dog", "2": "heart", "3": "sun"}
+    assert [index[name] for name in ("guidance", "steps", "vae_name")] == [2.0, 2, "openmoji"]
+    assert diffusers.AutoencoderKL.from_pretrained(drawn_folder / "vae").config.latent_channels == 16
+    assert (drawn_folder / "pipeline.py").is_file()
+    assert (drawn_folder / "transformer" / "flowdit_transformer.py").is_file()
+    assert read_json(drawn_folder / "flowdit.json") == meta
+
+
+def test_scheduler_has_the_samplers_shift(meta, tmp_path):
+    portable = random_model(meta, STOCK_CLASS, sampler={"time_shift": 2.5})
+    folder = converted(saved(portable, tmp_path / "slim"), tmp_path / "out", to="diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    assert scheduler.config.shift == 2.5 and scheduler.config.num_train_timesteps == 1000
+
+
+def test_noise_prediction_comes_with_ddim(meta, tmp_path):
+    portable = random_model(meta | {"prediction": "noise"}, STOCK_CLASS)
+    folder = converted(saved(portable, tmp_path / "slim"), tmp_path / "out", to="diffusers")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    expected = {"prediction_type": "epsilon", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    assert dict(scheduler.config) | expected == dict(scheduler.config)
+    assert "predicts the noise" in (folder / "README.md").read_text()
+    assert_same(read_source(str(folder)), portable)
+
+
+def test_card_tells_of_data_licence_recipe_and_sampler(drawn_folder, meta):
+    card = (drawn_folder / "README.md").read_text()
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert 'license: other\nlicense_name: "CC0"' in front and "library_name: diffusers" in front
+    assert "# openmoji\n" in body and "ema weights after 6 steps of flowdit" in body
+    assert "Class-conditional (4)" in body and "predicts the velocity" in body
+    rows = dict(re.findall(r"^\| (\S[^|]*) \| ([^|]*) \|$", body, re.MULTILINE))
+    wanted = {
+        "records": "{'train': 48, 'validation': 8}", "licence": "CC0", "VAE": "openmoji", "picture size": "64",
+        "batch_size": "8", "num_steps": "6", "ema_decay": "0.9", "optim.learning_rate": "0.001", "seed": "0",
+        "solver": "euler", "steps": "2", "guidance": "2.0", "time_shift": "1.0", "depth": "2", "qk_norm": "True",
+    }  # fmt: skip
+    assert rows | wanted == rows
+    assert meta["versions"]["jax"] in rows["versions"]
+    assert set(re.findall("^## (.*)$", body, re.MULTILINE)) == {"Use", "Data", "Recipe", "Sampler", "Model"}
+
+
+def test_sample_picture_opens_and_is_linked(drawn_folder):
+    assert "![samples](sample.png)" in (drawn_folder / "README.md").read_text()
+    with Image.open(drawn_folder / "sample.png") as picture:
+        assert picture.width > 2 * 64 and picture.height > 64  # two previews and their captions
+        assert np.ptp(np.asarray(picture.convert("L"))) > 50
+
+
+def test_picture_of_the_user_or_none(meta, tmp_path):
+    source = saved(random_model(meta, STOCK_CLASS), tmp_path / "slim")
+    Image.new("RGB", (8, 4), "red").save(mine := tmp_path / "mine.png")
+    given = converted(source, tmp_path / "given", to="diffusers", picture=str(mine))
+    assert (given / "sample.png").read_bytes() == mine.read_bytes()
+    none = converted(source, tmp_path / "none", to="diffusers")
+    assert not (none / "sample.png").exists() and "![" not in (none / "README.md").read_text()
+
+
+def test_picture_that_cannot_be_drawn_withholds_nothing(meta, tmp_path):
+    """The text model of this run has no prompts to preview."""
+    source = saved(random_model(meta, STOCK_TEXT), tmp_path / "slim")
+    finished = call(main, f"source={source}", f"target={tmp_path / 'out'}", "to=diffusers")
+    assert finished.status == 0, finished.err
+    assert re.search("^no sample picture: prompts: must hold", finished.out, re.MULTILINE)
+    assert not (tmp_path / "out" / "sample.png").exists()
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_every_field_of_the_model_is_exported_or_of_training_alone(meta, tmp_path):
+    """A new field of `ModelConfig` must be given a place, or it would be dropped silently."""
+    portable = random_model(meta, DEFAULT_TEXT)
+    out = converted(saved(portable, tmp_path / "slim"), tmp_path / "out", to="diffusers", own_class=True)
+    config = read_json(out / "transformer" / "config.json")
+    renamed = {
+        "name": "_class_name", "depth": "num_layers", "hidden_dim": "cross_attention_dim",
+        "num_heads": "num_attention_heads", "micro_conditioning": "use_additional_conditions",
+    }  # fmt: skip
+    elsewhere = {"remat", "null_tokens"}  # how it is trained; the shape of the null caption in model_index.json
+    fields = set(ModelConfig.__dataclass_fields__) - elsewhere
+    assert {renamed.get(field, field) for field in fields} <= config.keys()
+    assert SMALL["depth"] == config["num_layers"]

@@ -1,0 +1,171 @@
+"""Models by their name: up to and down from a hub that is a folder here, and two lines of Python to pictures."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+from interop.small_models import STOCK_CLASS, random_model, saved
+from PIL import Image
+from runs import call, error_line
+
+from flowdit import sample as sample_command
+from flowdit.convert import main
+from flowdit.interop import ConvertConfig, convert, from_pretrained, read_source
+from flowdit.interop.hub import find_source, push
+from flowdit.training.checkpoint import read_meta
+
+REPOSITORY = "user/model"
+SETTINGS = {"labels": ["heart", 1], "steps": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(whole_run, tmp_path_factory) -> str:
+    """A class model whose pictures depend on its weights, which those of six steps hardly do."""
+    return saved(random_model(read_meta(whole_run / "6"), STOCK_CLASS), tmp_path_factory.mktemp("source") / "slim")
+
+
+@pytest.fixture(scope="module")
+def pictures(checkpoint) -> list[np.ndarray]:
+    return drawn(checkpoint)
+
+
+def drawn(name: str) -> list[np.ndarray]:
+    return [np.asarray(picture) for picture in from_pretrained(name).sample(**SETTINGS)]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's calls on folders: `<hub>/<user>/<model>` is a repository. It records what was made private."""
+    folder = tmp_path / "hub"
+
+    def snapshot_download(repo_id, **patterns):
+        if not (folder / repo_id).is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError(f"no {repo_id}\nand a second line")
+        here, cached = folder / repo_id, folder / ".cache" / repo_id
+        files = [str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, **patterns):
+            (cached / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(here / file, cached / file)
+        return str(cached)
+
+    def create_repo(self, repo_id, *, private, exist_ok, repo_type):
+        assert exist_ok and repo_type == "model"
+        (folder / repo_id).mkdir(parents=True, exist_ok=True)
+        (folder / repo_id / ".gitattributes").write_text(f"private={private}")
+
+    def upload_folder(self, *, folder_path, repo_id):
+        shutil.copytree(folder_path, folder / repo_id, dirs_exist_ok=True)
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
+        shutil.copyfile(path_or_fileobj, folder / repo_id / path_in_repo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for method in (create_repo, upload_folder, upload_file):
+        monkeypatch.setattr(huggingface_hub.HfApi, method.__name__, method)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("target", "fields"),
+    [
+        ("diffusers", {"to": "diffusers", "picture": "none"}),
+        ("slim", {"to": "checkpoint", "private": False}),
+        ("model.safetensors", {"to": "safetensors"}),
+    ],
+)
+def test_pushed_model_draws_the_same_pictures(hub, checkpoint, pictures, tmp_path, capsys, target, fields):
+    convert(ConvertConfig(source=checkpoint, target=str(tmp_path / target), push_to_hub=REPOSITORY, **fields))
+    assert capsys.readouterr().out.strip() == f"uploaded: {huggingface_hub.HfApi().endpoint}/{REPOSITORY}"
+    assert (hub / REPOSITORY / ".gitattributes").read_text() == f"private={fields.get('private', True)}"
+    shutil.rmtree(tmp_path / target) if (tmp_path / target).is_dir() else (tmp_path / target).unlink()
+    np.testing.assert_array_equal(drawn(REPOSITORY), pictures)
+    fetched = find_source(REPOSITORY)
+    assert fetched == hub / ".cache" / REPOSITORY
+    assert read_source(REPOSITORY).meta == read_meta(Path(checkpoint))
+    # Code in a repository is not even fetched, nor is what only people read.
+    assert not [path for path in fetched.rglob("*") if path.suffix in (".py", ".md", ".png")]
+
+
+def test_whole_checkpoint_of_a_run_can_be_shared(hub, whole_run):
+    """Uploaded by hand, with the optimizer state, which is fetched too: the checksums are of all files."""
+    push(whole_run / "6", REPOSITORY, private=True)
+    ours, fetched = from_pretrained(str(whole_run / "6"), "model"), from_pretrained(REPOSITORY, "model")
+    np.testing.assert_array_equal(ours.trained.model.final_linear.weight, fetched.trained.model.final_linear.weight)
+
+
+def test_text_encoder_of_a_pipeline_is_not_fetched(hub):
+    for file in ("transformer/a.safetensors", "text_encoder/b.safetensors", "text_encoder_2/c.json", "vae/config.json"):
+        (hub / REPOSITORY / file).parent.mkdir(parents=True, exist_ok=True)
+        (hub / REPOSITORY / file).write_text("")
+    fetched = sorted(path.name for path in find_source(REPOSITORY).rglob("*") if path.is_file())
+    assert fetched == ["a.safetensors", "config.json"]
+
+
+def test_repository_is_converted_by_its_name(hub, checkpoint, tmp_path):
+    push(Path(checkpoint), REPOSITORY, private=True)
+    finished = call(main, f"source={REPOSITORY}", f"target={tmp_path / 'out.safetensors'}", "to=safetensors")
+    assert finished.status == 0, finished.err
+    arrays = read_source(checkpoint).arrays
+    for name, array in read_source(str(tmp_path / "out.safetensors")).arrays.items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_local_path_goes_before_the_hub(hub, tmp_path):
+    Path(REPOSITORY).mkdir(parents=True)
+    assert find_source(REPOSITORY) == Path(REPOSITORY)
+
+
+def test_missing_repository_is_one_line(hub):
+    finished = call(main, f"source={REPOSITORY}", "target=out")
+    assert error_line(finished) == (
+        "error: source: must be a file, a folder or a reachable Hugging Face hub id, not 'user/model' "
+        "(LocalEntryNotFoundError: no user/model)"
+    )
+
+
+@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
+def test_unreachable_hub_leaves_the_target(hub, checkpoint, tmp_path, monkeypatch, step):
+    def refuse(*_, **__):
+        raise ConnectionError("no route to the hub\nat all")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, step, refuse)
+    target = tmp_path / "slim"
+    finished = call(main, f"source={checkpoint}", f"target={target}", f"push_to_hub={REPOSITORY}")
+    assert error_line(finished) == (
+        f"error: push_to_hub: user/model cannot be written (ConnectionError: no route to the hub); {target} is complete"
+    )
+    for name, array in read_source(checkpoint).arrays.items():
+        np.testing.assert_array_equal(read_source(str(target)).arrays[name], array)
+
+
+# --- pictures in Python ---
+
+
+def test_pictures_are_those_of_the_command(checkpoint, pictures, tmp_path):
+    finished = call(
+        sample_command.main, f"checkpoint={checkpoint}", "labels=[heart,1]", "steps=2", "seed=3", f"out={tmp_path}/out"
+    )
+    assert finished.status == 0, finished.err
+    for file, picture in zip(["0000_heart.png", "0001_dog.png"], pictures, strict=True):
+        np.testing.assert_array_equal(Image.open(tmp_path / "out" / file), picture)
+    assert np.ptp(pictures[0]) > 50 and not np.array_equal(*pictures)
+
+
+def test_sample_returns_pictures_and_refuses_what_it_does_not_know(checkpoint):
+    model = from_pretrained(checkpoint)
+    (picture,) = model.sample(labels=["cat"], steps=1)
+    assert isinstance(picture, Image.Image) and picture.size == (64, 64) and picture.mode == "RGB"
+    with pytest.raises(ValueError, match="^labels: must be .*cow"):
+        model.sample(labels=["cow"])
+    with pytest.raises(ValueError, match="^steps: must be at least 1, got 0"):
+        model.sample(labels=["cat"], steps=0)
+    with pytest.raises(ValueError, match="^prompts: .* holds a class model, which takes labels"):
+        model.sample(prompts=["a cat"])
+
+
+def test_ema_and_raw_weights_are_chosen(whole_run):
+    ema, raw = (from_pretrained(str(whole_run / "6"), weights).trained.model for weights in ("ema", "model"))
+    assert not np.array_equal(ema.final_linear.weight, raw.final_linear.weight)
