@@ -26,7 +26,6 @@ KINDS = {
     "flux": (16, False, 0.3611, 0.1159),
 }
 NUM_PICTURES = 20
-RUNS = ("sd1", "flux")
 
 
 def build_vae(kind: str) -> diffusers.AutoencoderKL:
@@ -102,9 +101,9 @@ def test_decodes_as_diffusers_pipelines_do(prepared, kind):
     assert np.abs(got - expected).max() < 0.51  # rounded to bytes
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_trains_previews_and_samples_by_configuration_alone(prepared, tmp_path, kind):
-    _, data = prepared[kind]
+def test_trains_previews_and_samples_by_configuration_alone(prepared, tmp_path):
+    """The embedded VAE, of SD3's kind, is that of all other runs: here one of four channels."""
+    _, data = prepared["sd1"]
     run, out = tmp_path / "run", tmp_path / "out"
     settings = ("train.num_steps=2", "train.save_every=2", "train.sample_every=2", "train.latent_mean=data")
     finished = train_here(data, run, *settings, "train.latent_scale=data", "optim.warmup_steps=1")

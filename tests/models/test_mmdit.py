@@ -263,10 +263,9 @@ def test_qk_norm_bounds_cross_attention_logits():
     assert change(qk_norm=True) < 1e-4 < 1e-2 < change(qk_norm=False)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_memory_not_gradients(model, remat):
+def test_remat_changes_memory_not_gradients(model):
     texts = condition(key=0), condition(key=1, dropped=True)
-    plain, with_remat = gradient(model, *texts), gradient(dataclasses.replace(model, remat=remat), *texts)
+    plain, with_remat = gradient(model, *texts), gradient(dataclasses.replace(model, remat="full"), *texts)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(with_remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

@@ -102,10 +102,9 @@ def test_fsdp_parameters_really_are_spread():
         assert tree.class_table.sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("accum", [2, 4])
-def test_accumulation_equals_the_large_batch(accum, baseline):
+def test_accumulation_equals_the_large_batch(baseline):
     mesh = MeshConfig(data=1, fsdp=2, tensor=2)
-    assert_same_run(run(mesh, accum=accum), baseline)
+    assert_same_run(run(mesh, accum=4), baseline)
 
 
 def test_bfloat16_compute_keeps_float32_masters(baseline):
