@@ -24,7 +24,7 @@ HEADER = ["model", "parameters", "in", "peak memory", "out", "peak memory", "rel
 def build(folder: str, depth: str, dim: str, heads: str) -> dict[str, Any]:
     """Write a diffusers folder with the random weights that torch initialises layers with."""
     import torch
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -32,7 +32,8 @@ def build(folder: str, depth: str, dim: str, heads: str) -> dict[str, Any]:
         sample_size=SIDE, patch_size=PATCH, num_embeds_ada_norm=CLASSES,
     )  # fmt: skip
     first: Any = model.transformer_blocks[0]
-    for block in model.transformer_blocks:  # a trained model has copies of one embedder in all blocks
+    blocks: Any = model.transformer_blocks
+    for block in blocks:  # a trained model has copies of one embedder in all blocks
         block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
     model.save_pretrained(folder)
     return {}
@@ -59,7 +60,7 @@ def errors(source: str, checkpoint: str) -> dict[str, Any]:
 
 def _output_of_diffusers(source: str, x: Any) -> Any:
     import torch
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     model: Any = DiTTransformer2DModel.from_pretrained(source)
     with torch.no_grad():
