@@ -133,9 +133,9 @@ def draw_pictures(trained: Trained, config: SampleConfig, sampler: SamplerConfig
     return Drawn(make_decoder(vae, trained.mean, trained.scale)(latents), latents, evaluations)
 
 
-def sample_grid(trained: Trained, path: Path, vae: str | None = None) -> None:
-    """A grid of the pictures that were previewed in training, with the sampler of the previews."""
-    config = SampleConfig(checkpoint="", vae=vae)
+def sample_grid(trained: Trained, path: Path, vae: str | None = None, prompts: list[str] | None = None) -> None:
+    """A grid of `prompts`, or of what was previewed in training, with the sampler of the previews."""
+    config = SampleConfig(checkpoint="the checkpoint", vae=vae, prompts=prompts)
     requests = make_requests(trained, config)
     drawn = draw_pictures(trained, config, trained.config.train.sampler, requests)
     save_grid(path, drawn.images, requests.captions, config.columns)

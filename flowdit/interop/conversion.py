@@ -42,6 +42,7 @@ class ConvertConfig(ForeignConfig):
     dtype: of the weights written; float16 halves a slim checkpoint.
     own_class: let a diffusers folder carry flowdit's transformer class where the stock one lacks something.
     picture: a picture for the model card; "draw" samples one, "none" leaves it out.
+    prompts: what to draw of a text model; without them the run's `train.sample_prompts`.
     push_to_hub: repository to upload the target to.
     """
 
@@ -52,6 +53,7 @@ class ConvertConfig(ForeignConfig):
     dtype: str = "float32"
     own_class: bool = False
     picture: str = "draw"
+    prompts: list[str] | None = None
     push_to_hub: str | None = None
     private: bool = True
 
@@ -133,7 +135,7 @@ def _write_diffusers(portable: Portable, folder: Path, config: ConvertConfig) ->
     picture = folder / PICTURE
     if config.picture == "draw":
         try:
-            sample_grid(to_trained(portable), picture, vae=config.vae)
+            sample_grid(to_trained(portable), picture, config.vae, config.prompts)
         except ValueError as problem:  # a VAE or text encoder that is not here is no reason to withhold the model
             print(f"no sample picture: {problem}", flush=True)
     elif config.picture != "none":

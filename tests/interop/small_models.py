@@ -23,13 +23,14 @@ STOCK_TEXT = SMALL | {"name": "mmdit", "qk_norm": False}
 DEFAULT_CLASS, DEFAULT_TEXT = SMALL | {"name": "ccdit"}, SMALL | {"name": "mmdit"}
 
 
-def random_model(meta: dict[str, Any], model: dict[str, Any], sampler: dict[str, Any] | None = None) -> Portable:
+def random_model(
+    meta: dict[str, Any], model: dict[str, Any], sampler: dict[str, Any] | None = None, text: dict[str, Any] = TEXT
+) -> Portable:
     """A model of these fields on the data of `meta`, every parameter normal(0.1), scales of norms around 1."""
     config = meta["config"]
     train = config["train"] | {"sampler": config["train"]["sampler"] | (sampler or {})}
     config = config | {"model": config["model"] | model, "train": train}
-    text = TEXT if model["name"] == "mmdit" else None
-    meta = json.loads(json.dumps(meta | {"config": config, "text": text}))
+    meta = json.loads(json.dumps(meta | {"config": config, "text": text if model["name"] == "mmdit" else None}))
     rng = np.random.default_rng(0)
     arrays = {
         name: np.float32(name.endswith("norm.scale")) + np.float32(0.1) * rng.standard_normal(leaf.shape, np.float32)
