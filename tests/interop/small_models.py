@@ -1,6 +1,7 @@
 """Small models with random weights and the metadata of a run, and what diffusers and flowdit compute with them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ import torch
 from runs import LATENT_SHAPE
 
 from flowdit.diffusion.conditioning import class_conditioning
-from flowdit.interop.portable import Portable, to_trained, write_checkpoint
+from flowdit.interop.portable import Portable, to_trained, write_checkpoint, write_single
 from flowdit.models.mmdit import TextCondition
 from flowdit.training.checkpoint import named_arrays
 from flowdit.training.trained import describe_trained
+
+# Threads that wait for each other at every layer cost more than layers of this size, above all beside other processes.
+torch.set_num_threads(1)
 
 WIDTH, TOKENS, CLASSES = 24, 6, 4
 TEXT = {"name": "wordllama", "fingerprint": "0" * 64, "dtype": "float32", "max_length": TOKENS, "width": WIDTH}
@@ -39,10 +43,11 @@ def random_model(
     return Portable(arrays, meta)
 
 
-def saved(portable: Portable, folder) -> str:
-    """The name of a checkpoint of it."""
-    write_checkpoint(portable, folder, "float32")
-    return str(folder)
+def saved(portable: Portable, path: Path) -> str:
+    """The name of a checkpoint of it or, where the path ends so, of a `.safetensors` file, which is quicker."""
+    write = write_single if path.suffix == ".safetensors" else write_checkpoint
+    write(portable, path, "float32")
+    return str(path)
 
 
 def noise(count: int = 2, seed: int = 0) -> np.ndarray:

@@ -126,19 +126,20 @@ def test_missing_repository_is_one_line(hub):
     )
 
 
-@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
+@pytest.mark.parametrize("step", ["create_repo", "upload_file"])
 def test_unreachable_hub_leaves_the_target(hub, checkpoint, tmp_path, monkeypatch, step):
     def refuse(*_, **__):
         raise ConnectionError("no route to the hub\nat all")
 
     monkeypatch.setattr(huggingface_hub.HfApi, step, refuse)
-    target = tmp_path / "slim"
-    finished = call(main, f"source={checkpoint}", f"target={target}", f"push_to_hub={REPOSITORY}")
-    assert error_line(finished) == (
+    target = tmp_path / "out.safetensors"
+    overrides = (f"source={checkpoint}", f"target={target}", "to=safetensors", f"push_to_hub={REPOSITORY}")
+    assert error_line(call(main, *overrides)) == (
         f"error: push_to_hub: user/model cannot be written (ConnectionError: no route to the hub); {target} is complete"
     )
+    arrays = read_source(str(target)).arrays
     for name, array in read_source(checkpoint).arrays.items():
-        np.testing.assert_array_equal(read_source(str(target)).arrays[name], array)
+        np.testing.assert_array_equal(arrays[name], array)
 
 
 # --- pictures in Python ---
