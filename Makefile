@@ -58,7 +58,7 @@ sample: setup ## draw a grid from the trained model that comes with the reposito
 	@echo "the picture: samples/pretrained/grid.png"
 
 test: $(VENV)/ready-test ## the whole test suite (under 10 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/ready-test ## format, lint, types and the structure of the code
 	@$(BIN)/ruff format --check .

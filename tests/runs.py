@@ -102,7 +102,9 @@ def train_text_here(data: Path, run: Path, *overrides: str) -> Finished:
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
     """`python *command` in a process of its own, with one device."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "HYDRA_FULL_ERROR")}
+    inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    inherited["XLA_FLAGS"] = " ".join(flags)
     python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, *command],

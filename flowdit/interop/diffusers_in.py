@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowdit.interop import layouts
-from flowdit.interop.foreign import Found, assemble
+from flowdit.interop.foreign import Found, assemble, check_dtypes, check_repeated
 from flowdit.interop.layouts import DIFFUSERS_DIT, DIFFUSERS_PIXART, Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable, check_shapes, checked, model_shapes
@@ -55,11 +55,21 @@ def _own_export(folder: Path, layout: Layout, tensors: Arrays, model: ModelConfi
     wanted = {name: shape for name, shape in shapes.items() if name != "null_caption"}
     tensor_shapes = layouts.tensor_shapes(layout, wanted, model.patch_size)
     check_shapes(tensor_shapes, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
+    check_dtypes(str(folder), tensors)
+    check_repeated(str(folder), layout, tensors, model.depth)
     arrays = layouts.to_ours(layout, tensors, model.depth)
     if "null_caption" in shapes:
-        values = pretrained.read_json(folder / "model_index.json").get("null_caption")
-        arrays["null_caption"] = np.asarray(values, np.float32).reshape(shapes["null_caption"])
+        arrays["null_caption"] = _null_caption(folder / "model_index.json", shapes["null_caption"])
     return checked(Portable(arrays, meta), str(folder))
+
+
+def _null_caption(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The null caption of a pipeline, in which it is a list for each token."""
+    values = pretrained.read_json(file).get("null_caption")
+    try:
+        return np.asarray(values, np.float32).reshape(shape)
+    except (TypeError, ValueError):
+        raise ValueError(f"source: {file}: null_caption must hold the numbers of an array {list(shape)}") from None
 
 
 class _Raw(NamedTuple):

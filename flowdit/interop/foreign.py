@@ -37,12 +37,12 @@ def assemble(found: Found, said: ForeignConfig, fold: Callable[[Arrays], Arrays]
     tensors = _first_half(found, tensors)
     if not model.micro_conditioning:
         layout = layouts.without(layout, "size_embed")
-    _check_dtypes(found.source, tensors)
+    check_dtypes(found.source, tensors)
     shapes = _our_shapes(found, tensors)
     check_shapes(
         layouts.tensor_shapes(layout, shapes, model.patch_size), {n: t.shape for n, t in tensors.items()}, found.source
     )
-    _check_repeated(found.source, layout, tensors, model.depth)
+    check_repeated(found.source, layout, tensors, model.depth)
     arrays = layouts.to_ours(layout, tensors, model.depth)
     arrays = fold(arrays) if fold else arrays
     if model.name == "mmdit" and "null_caption" not in arrays:
@@ -66,7 +66,8 @@ def _first_half(found: Found, tensors: Arrays) -> Arrays:
     return tensors | {n: half.reshape(-1, *tensors[n].shape[1:]) for n, half in halves.items()}
 
 
-def _check_dtypes(source: str, tensors: Arrays) -> None:
+def check_dtypes(source: str, tensors: Arrays) -> None:
+    """Raise `ValueError` for tensors of several dtypes, or of one that no model is trained in."""
     kinds: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         kinds.setdefault(str(tensor.dtype), []).append(name)
@@ -88,8 +89,8 @@ def _our_shapes(found: Found, tensors: Arrays) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in named_arrays(template).items()}
 
 
-def _check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> None:
-    """diffusers' DiT has time and class embedders in each block, which are copies in a trained model."""
+def check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> None:
+    """Raise `ValueError` where blocks differ in the time and class embedders that diffusers' DiT keeps in each."""
     for name in (name for name in tensors if layout.is_repeated(name)):
         for i in range(1, depth):
             if not np.array_equal(tensors[copy := layouts.numbered(layout, name, i)], tensors[name]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,14 +28,30 @@ def read_original(file: Path, weights: str, said: ForeignConfig) -> Portable:
     """A file of facebookresearch/DiT, willisma/SiT or PixArt-alpha / sigma: `.pt`, `.pth` or safetensors."""
     notes: list[str] = []
     if file.suffix == ".safetensors":
-        tensors = pretrained.read_tensors([file])
+        tensors, arguments = pretrained.read_tensors([file]), {}
     else:
-        tensors = read_torch_file(file, weights, notes)
+        tensors, arguments = read_torch_file(file, weights, notes)
+    said = _with_format(file, said, arguments)
     layout = _original_layout(file, tensors, said.format)
     model, latent_shape = _original_shape(layout, tensors, said)
     prediction = said.prediction or ("velocity" if said.format == "sit" else "noise")
     found = Found(str(file), layout, tensors, model, latent_shape, prediction, notes)
     return assemble(found, said, fold_sit if said.format == "sit" else None)
+
+
+def _with_format(file: Path, said: ForeignConfig, arguments: dict[str, Any]) -> ForeignConfig:
+    """With the project that the arguments in a training checkpoint tell. Raises `ValueError` for an unlike SiT.
+
+    SiT also trains on curved paths, and networks that predict noise or scores on its own paths.
+    """
+    name = str(arguments.get("model"))
+    found = next((form for form in ("dit", "sit") if name.lower().startswith(f"{form}-")), None)
+    if found and said.format not in (None, found):
+        raise ValueError(f"format: must be {found} for {file}, which was trained as {name}, got {said.format}")
+    for argument, needed in (("path_type", "Linear"), ("prediction", "velocity")):
+        if found == "sit" and (value := arguments.get(argument, needed)) != needed:
+            raise ValueError(f"source: {file} must be a SiT trained with {argument}={needed}, got {value!r}")
+    return dataclasses.replace(said, format=said.format or found)
 
 
 def _original_layout(file: Path, tensors: Arrays, told: str | None) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -35,6 +36,8 @@ class PretrainedModel(NamedTuple):
 def from_pretrained(name: str, weights: str = "ema", **said: Any) -> PretrainedModel:
     """The model in a flowdit checkpoint, a diffusers folder, a safetensors file or a hub repository.
 
+    What is taken for granted, or left out of the file, comes as a warning.
+
     Args:
         name: path or hub id.
         weights: "ema" or "model", of a checkpoint that has both.
@@ -43,4 +46,7 @@ def from_pretrained(name: str, weights: str = "ema", **said: Any) -> PretrainedM
     Raises:
         ValueError: in one line, for a source that is missing, damaged or another architecture's.
     """
-    return PretrainedModel(name, to_trained(read_source(name, weights, ForeignConfig(**said))))
+    portable = read_source(name, weights, ForeignConfig(**said))
+    for note in portable.notes:
+        warnings.warn(f"{name}: {note}", stacklevel=2)
+    return PretrainedModel(name, to_trained(portable))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +19,15 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 ENTRIES = {"ema": ("ema", "state_dict_ema"), "model": ("model", "state_dict")}
 
 
-def read_torch_file(file: Path, weights: str, notes: list[str]) -> dict[str, np.ndarray]:
-    """The tensors by name, on the host; of a training checkpoint those of `weights` ("ema" or "model").
+class TorchFile(NamedTuple):
+    """Tensors by name, on the host, and the arguments of the training run, of a checkpoint that holds them."""
+
+    tensors: dict[str, np.ndarray]
+    arguments: dict[str, Any]
+
+
+def read_torch_file(file: Path, weights: str, notes: list[str]) -> TorchFile:
+    """What a file of tensors by name holds; of a training checkpoint the tensors of `weights` ("ema" or "model").
 
     Raises `ValueError` naming the file that is damaged, would import something, or does not hold tensors by name.
     """
@@ -39,7 +46,11 @@ def read_torch_file(file: Path, weights: str, notes: list[str]) -> dict[str, np.
         raise ValueError(
             f"source: {file} must hold tensors by name, {wrong[0]!r} is {type(tensors[wrong[0]]).__name__}"
         )
-    return {_plain_name(name): _to_numpy(tensor, torch.int16) for name, tensor in tensors.items()}
+    arguments = content.get("args") if tensors is not content else None
+    return TorchFile(
+        {_plain_name(name): _to_numpy(tensor, torch.int16) for name, tensor in tensors.items()},
+        vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
+    )
 
 
 def _is_zip(file: Path) -> bool:

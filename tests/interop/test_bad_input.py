@@ -1,5 +1,6 @@
 """What is damaged, foreign or dangerous: one clear line, nothing written, nothing run."""
 
+import argparse
 import json
 import os
 import re
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from interop.small_models import STOCK_CLASS, STOCK_TEXT, random_model, saved
 from original_models import DiT, randomised
 from runs import call, error_line
 
 from flowdit.convert import main as convert
-from flowdit.interop import from_pretrained
+from flowdit.interop import ConvertConfig, from_pretrained
+from flowdit.interop import convert as convert_model
+from flowdit.training.checkpoint import read_meta
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TIME_WEIGHT = "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight"
@@ -157,6 +161,24 @@ def test_pickle_that_wants_to_import_runs_nothing(tmp_path, zipped):
     assert not touched.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "told"),
+    [
+        ({"model": "SiT-B/2", "path_type": "GVP"}, (), "must be a SiT trained with path_type=Linear, got 'GVP'"),
+        (
+            {"model": "SiT-B/2", "prediction": "score"},
+            (),
+            "must be a SiT trained with prediction=velocity, got 'score'",
+        ),
+        ({"model": "DiT-B/2"}, ("format=sit",), "which was trained as DiT-B/2, got sit"),
+    ],
+)
+def test_training_arguments_of_a_checkpoint(tmp_path, arguments, options, told):
+    state = randomised(DiT(dim=32, heads=2)).state_dict()
+    torch.save({"ema": state, "args": argparse.Namespace(**arguments)}, file := tmp_path / "trained.pt")
+    assert refused(file, "num_heads=2", *options).endswith(told)
+
+
 def test_target_that_exists(stock, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
@@ -215,6 +237,23 @@ def test_damaged_flowdit_files(whole_run, tmp_path):
     file = tmp_path / "single.safetensors"
     safetensors.numpy.save_file({"a": np.zeros(2)}, file, {"flowdit": "{}"})
     assert "has metadata that are not a flowdit checkpoint's" in refused(file)
+
+
+def test_damaged_exports(whole_run, tmp_path):
+    """Of flowdit's own folders too the copies of an embedder are compared, and the null caption must be there."""
+    for name, model in (("class", STOCK_CLASS), ("text", STOCK_TEXT)):
+        source = saved(random_model(read_meta(whole_run / "6"), model), tmp_path / f"{name}.safetensors")
+        convert_model(ConvertConfig(source=source, target=str(tmp_path / name), to="diffusers", picture="none"))
+
+    def change(tensors):
+        tensors[TIME_WEIGHT.format(1)] += 1
+
+    line = refused(with_tensors(tmp_path / "class" / "transformer", change).parent)
+    assert f"{TIME_WEIGHT.format(1)} must equal {TIME_WEIGHT.format(0)}" in line
+    for damaged in (None, [[1.0, 2.0]], "text"):
+        with_json(tmp_path / "text" / "model_index.json", null_caption=damaged)
+        line = refused(tmp_path / "text")
+        assert re.search(r"model_index.json: null_caption must hold the numbers of an array \[\d+\]$", line)
 
 
 def test_flipped_byte_in_a_checkpoint(whole_run, tmp_path):

@@ -129,16 +129,17 @@ def test_pipeline_folder_says_what_is_predicted_and_brings_its_vae(tmp_path, sch
 # --- the original repositories ---
 
 
-def write(model: torch.nn.Module, file: Path, form: str) -> Path:
-    """As the repositories and their users save weights; what is not asked for is worthless."""
+def write(model: torch.nn.Module, file: Path, form: str, name: str = "DiT-XL/2") -> Path:
+    """As the repositories and their users save weights of a model `name`; what is not asked for is worthless."""
     state, other = model.state_dict(), {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
     if form == "safetensors":
         safetensors.torch.save_file(state, file := file.with_suffix(".safetensors"))
         return file
+    arguments = argparse.Namespace(model=name)
     contents = {
         "plain": state,
-        "ema": {"model": other, "ema": state, "opt": {}, "args": argparse.Namespace(model="DiT-XL/2")},
-        "model": {"model": state, "ema": other, "opt": {}, "args": argparse.Namespace(model="DiT-XL/2")},
+        "ema": {"model": other, "ema": state, "opt": {}, "args": arguments},
+        "model": {"model": state, "ema": other, "opt": {}, "args": arguments},
         "state_dict": {"state_dict": state, "epoch": 3},
         "ddp": {f"module.{name}": tensor for name, tensor in state.items()},
     }
@@ -174,9 +175,10 @@ def test_bfloat16_file(tmp_path):
     assert_equal(trained, latents(), LABELS, expected)
 
 
-def test_sit_runs_backwards_and_with_the_other_sign(tmp_path):
+@pytest.mark.parametrize(("form", "options"), [("plain", ["format=sit"]), ("ema", [])], ids=["said", "in the file"])
+def test_sit_runs_backwards_and_with_the_other_sign(tmp_path, form, options):
     model = randomised(DiT())
-    trained, _ = converted(write(model, tmp_path / "sit.pt", "ema"), "format=sit", "num_heads=4")
+    trained, _ = converted(write(model, tmp_path / "sit.pt", form, "SiT-XL/2"), "num_heads=4", *options)
     expected = -model(torch.from_numpy(latents()), torch.from_numpy(1 - TIMES), torch.from_numpy(LABELS))
     assert_equal(trained, latents(), LABELS, expected)
     assert trained.prediction == "velocity"
