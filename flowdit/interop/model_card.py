@@ -12,6 +12,7 @@ from flowdit.models.text_encoder import WORDLLAMA
 from flowdit.training.trained import Trained, describe_trained
 
 PICTURE = "sample.png"
+HUB_LICENCES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}
 RECIPE = ("num_steps", "batch_size", "ema_decay", "compute_dtype", "drop_rate", "time_distribution", "time_shift")
 
 
@@ -33,15 +34,18 @@ def write_card(portable: Portable, target: Path, name: str, weights: str, pictur
 
 
 def _front_matter(described: Trained) -> str:
-    """The hub's own fields. It knows licences by identifiers, so a name of the data's is put beside `other`."""
+    """The hub's own fields. A licence that it has no identifier for is named beside `other`."""
     task = "text-to-image" if described.text else "unconditional-image-generation"
     licence = described.manifest.license
+    identifier = licence.lower().replace(" ", "-")
     lines = [
         "library_name: diffusers",
         f"pipeline_tag: {task}",
         "tags: [flowdit, flow-matching, diffusion-transformer]",
     ]
-    if licence:
+    if identifier in HUB_LICENCES:
+        lines += [f"license: {identifier}"]
+    elif licence:
         lines += ["license: other", f"license_name: {json.dumps(licence)}"]
     return "\n".join(["---", *lines, "---"])
 

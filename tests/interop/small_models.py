@@ -11,6 +11,7 @@ import torch
 from runs import LATENT_SHAPE
 
 from flowdit.diffusion.conditioning import class_conditioning
+from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import Portable, to_trained, write_checkpoint, write_single
 from flowdit.models.mmdit import TextCondition
 from flowdit.training.checkpoint import named_arrays
@@ -101,3 +102,18 @@ def output_error(transformer: torch.nn.Module, portable: Portable) -> float:
         expected = transformer(torch.from_numpy(x), timestep=torch.from_numpy(1000 * t), **condition).sample
     got = jax.jit(jax.vmap(to_trained(portable).model))(jnp.asarray(x), jnp.asarray(t), ours_condition(portable))
     return relative_error(got, expected)
+
+
+def converted(source: str | Path, target: Path, **fields: Any) -> Path:
+    """What `flowdit.convert` writes, without a picture unless one is asked for."""
+    convert(ConvertConfig(source=str(source), target=str(target), **({"picture": "none"} | fields)))
+    return target
+
+
+def assert_same(one: Portable, other: Portable) -> None:
+    """Arrays bit by bit with their dtypes, and metadata."""
+    assert one.meta == other.meta
+    assert one.arrays.keys() == other.arrays.keys()
+    for name, array in one.arrays.items():
+        assert array.dtype == other.arrays[name].dtype, name
+        np.testing.assert_array_equal(array, other.arrays[name], err_msg=name)

@@ -20,7 +20,6 @@ from runs import call, error_line
 from flowdit.convert import main as convert
 from flowdit.interop import ConvertConfig, from_pretrained
 from flowdit.interop import convert as convert_model
-from flowdit.training.checkpoint import read_meta
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TIME_WEIGHT = "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight"
@@ -239,10 +238,10 @@ def test_damaged_flowdit_files(whole_run, tmp_path):
     assert "has metadata that are not a flowdit checkpoint's" in refused(file)
 
 
-def test_damaged_exports(whole_run, tmp_path):
+def test_damaged_exports(meta, tmp_path):
     """Of flowdit's own folders too the copies of an embedder are compared, and the null caption must be there."""
     for name, model in (("class", STOCK_CLASS), ("text", STOCK_TEXT)):
-        source = saved(random_model(read_meta(whole_run / "6"), model), tmp_path / f"{name}.safetensors")
+        source = saved(random_model(meta, model), tmp_path / f"{name}.safetensors")
         convert_model(ConvertConfig(source=source, target=str(tmp_path / name), to="diffusers", picture="none"))
 
     def change(tensors):

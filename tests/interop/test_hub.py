@@ -22,9 +22,9 @@ SETTINGS = {"labels": ["heart", 1], "steps": 2, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(whole_run, tmp_path_factory) -> str:
+def checkpoint(meta, tmp_path_factory) -> str:
     """A class model whose pictures depend on its weights, which those of six steps hardly do."""
-    return saved(random_model(read_meta(whole_run / "6"), STOCK_CLASS), tmp_path_factory.mktemp("source") / "slim")
+    return saved(random_model(meta, STOCK_CLASS), tmp_path_factory.mktemp("source") / "slim")
 
 
 @pytest.fixture(scope="module")

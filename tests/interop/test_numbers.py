@@ -24,7 +24,6 @@ from flowdit.diffusion.flow import example_losses
 from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import to_trained
-from flowdit.training.checkpoint import read_meta
 
 STEPS, GUIDANCE, SHIFT = 20, 3.0, 3.0
 LABELS, LENGTHS = (0, 1, 2, 3), (TOKENS, 2, 1, 4)
@@ -32,10 +31,10 @@ OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.05}
 
 
 @pytest.fixture(scope="module", params=[STOCK_CLASS, STOCK_TEXT], ids=["class", "text"])
-def exported(request, whole_run, tmp_path_factory):
+def exported(request, meta, tmp_path_factory):
     """A model and the diffusers folder that it was exported to."""
     folder = tmp_path_factory.mktemp("numbers")
-    portable = random_model(read_meta(whole_run / "6"), request.param, sampler={"time_shift": SHIFT})
+    portable = random_model(meta, request.param, sampler={"time_shift": SHIFT})
     source, target = saved(portable, folder / "slim"), folder / "out"
     convert(ConvertConfig(source=source, target=str(target), to="diffusers", picture="none"))
     return portable, target

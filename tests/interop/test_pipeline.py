@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import diffusers
-import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,15 +42,6 @@ def load_source(name):
 
 CLASSES_OF = load_source("flowdit_transformer")
 FlowDiTPipeline = load_source("pipeline").FlowDiTPipeline
-
-
-@pytest.fixture(autouse=True, scope="module")
-def module_cache(tmp_path_factory):
-    """Where diffusers copies the code of the folders that it loads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
-        yield
 
 
 def randomise(model):

@@ -1,9 +1,6 @@
 """An exported text model, its encoder and VAE in diffusers: from prompts to the pictures that flowdit draws."""
 
-import sys
-
 import diffusers
-import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import jax
 import numpy as np
 import pytest
@@ -29,11 +26,7 @@ def encoder_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("model", "own_class"), [(STOCK_TEXT, False), (DEFAULT_TEXT, True)], ids=["stock", "own"])
-def test_prompts_give_the_same_pictures_in_diffusers(
-    whole_run, encoder_folder, tmp_path, monkeypatch, model, own_class
-):
-    monkeypatch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_prompts_give_the_same_pictures_in_diffusers(whole_run, encoder_folder, tmp_path, model, own_class):
     settings = TextConfig(str(encoder_folder), max_length=16, dtype="float32")
     meta = read_meta(whole_run / "6")
     meta["config"]["text"] = {"encoder": settings.encoder, "max_length": 16, "dtype": "float32"}
