@@ -7,7 +7,7 @@ import jax
 
 from benchmarks.timing import Timing, seconds, table
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
-from flowdit.training.checkpoint import CheckpointWriter
+from flowdit.training.checkpoint_writer import CheckpointWriter
 
 BATCH_SIZE, ROUNDS, WARMUP = 64, 5, 1
 ROWS = ("training step", "save (blocking)", "save, to the files being on disk", "save and the step after it")
@@ -20,21 +20,23 @@ class Saving:
         self.workload = training(EMBEDDED, EMBEDDED_LATENT, BATCH_SIZE)
         self.state = self.workload.init()
         self.megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / 1e6
-        self.writer = CheckpointWriter(folder, keep_last=1, keep_every=None)
+        self.writer = CheckpointWriter(folder, keep_last=1, keep_every=None, meta={}, report=print)
 
     def step(self) -> None:
         self.state, _ = jax.block_until_ready(self.workload.train_step(self.state, self.workload.batch))
 
     def save(self) -> None:
-        self.writer.save(int(self.state.step), self.state, {"next_batch": int(self.state.step)}, {})
+        step = int(self.state.step)
+        self.writer.reached(step, self.state, {"next_batch": step})
+        self.writer.save()
 
     def round(self) -> tuple[float, ...]:
         """Seconds of each of `ROWS`. The step after a save may copy what it could have overwritten, and shares the cores."""
         step, blocking = seconds(self.step), seconds(self.save)
-        on_disk = blocking + seconds(self.writer.wait)
+        on_disk = blocking + seconds(self.writer.last_good)
         self.step()
         with_step = seconds(self.save) + seconds(self.step)
-        self.writer.wait()
+        self.writer.last_good()
         return step, blocking, on_disk, with_step
 
 
@@ -42,7 +44,7 @@ def measure() -> str:
     with tempfile.TemporaryDirectory() as folder:
         run = Saving(Path(folder))
         rounds = [run.round() for _ in range(WARMUP + ROUNDS)]
-        run.writer.close()
+        run.writer.__exit__(None, None, None)
     timings = [Timing(column) for column in zip(*rounds[WARMUP:], strict=True)]
     rows = [[name, t.shown(), t.ratio(timings[0])] for name, t in zip(ROWS, timings, strict=True)]
     return table([f"batch {BATCH_SIZE}, a state of {run.megabytes:.0f} MB", "time", "in steps"], rows)

@@ -5,18 +5,12 @@ Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and is handed 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from flowdit.data.loader import DataConfig
 from flowdit.data.prepare import PrepareConfig
@@ -25,12 +19,10 @@ from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
 from flowdit.models.transformer import ModelConfig
+from flowdit.processes import check_processes
 from flowdit.sharding import MeshConfig
 from flowdit.training.optim import OptimConfig
 from flowdit.training.tracking import WandbConfig
-
-# Where a Hydra message goes on to advice that does not hold here: internal paths, types, and appending with +.
-_HYDRA_NOISE = re.compile(r"\n\s*(Config search path|See http|To append|reference_type|object_type).*", re.DOTALL)
 
 
 @dataclasses.dataclass
@@ -106,6 +98,7 @@ class Config:
         self.data.check()
         self.optim.check(self.train.num_steps)
         self.wandb.check()
+        check_processes(self.mesh)
         if model_name == "mmdit":
             self.text.check()
         field = "sample_labels" if model_name == "mmdit" else "sample_prompts"
@@ -193,38 +186,6 @@ def _unknown_keys(values: Any, schema: type, prefix: str = "") -> list[str]:
         elif isinstance(value, dict):
             unknown += _unknown_keys(value, type(fields[name].default_factory()), f"{prefix}{name}.")  # type: ignore[misc]
     return unknown
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """A user's mistake ends in one line on stderr and exit status 2; with `FLOWDIT_TRACEBACK=1` in its traceback.
-
-    As a decorator below `hydra.main` it keeps Hydra from printing a line of its own about the job.
-    """
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as problem:
-        if os.environ.get("FLOWDIT_TRACEBACK"):
-            raise
-        print(f"error: {_one_line(problem)}", file=sys.stderr)
-        sys.exit(2)
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run a Hydra entry point whose configuration may be the mistake."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors through to be shortened here
-    with user_errors():
-        command()
-
-
-def _one_line(problem: BaseException) -> str:
-    """The first line of an error; of Hydra's, which spread key, value and reason over lines and causes, all that helps."""
-    if not isinstance(problem, HydraException | OmegaConfBaseException):
-        return next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-    parts = [problem, problem.__cause__] if isinstance(problem.__cause__, OmegaConfBaseException) else [problem]
-    texts = [" ".join(_HYDRA_NOISE.sub("", str(part)).split()).rstrip(".") for part in parts]
-    override = getattr(problem, "override", None)  # what could not be parsed; the message may show a part of it only
-    return ": ".join([override, *texts] if override else texts)
 
 
 def _require(field: str, value: Any, is_valid: Callable[[Any], bool], rule: str) -> None:

@@ -6,7 +6,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from flowdit.config import resolve, run_command, user_errors
+from flowdit.command import run_command, user_errors
+from flowdit.config import resolve
 from flowdit.interop import ConvertConfig, convert
 
 

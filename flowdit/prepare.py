@@ -8,7 +8,8 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from flowdit.config import register_schemas, resolve, run_command, user_errors
+from flowdit.command import run_command, user_errors
+from flowdit.config import register_schemas, resolve
 from flowdit.data.prepare import PrepareConfig, prepare
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 
-from flowdit.config import SampleConfig, register_schemas, resolve, run_command, user_errors
+from flowdit.command import run_command, user_errors
+from flowdit.config import SampleConfig, register_schemas, resolve
 from flowdit.diffusion.pictures import make_decoder, save_grid
 from flowdit.diffusion.sampling import SamplerConfig, picture_noise, sample
 from flowdit.models.text_encoder import TextEncoder, load_text_encoder

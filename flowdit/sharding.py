@@ -32,12 +32,20 @@ RULES = (
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Devices along each axis; `data` -1 takes all that are left. `multi_process` joins a cluster at the start."""
+    """Devices along each axis; `data` -1 takes all that are left.
+
+    Several processes join at the start: with `multi_process` those that a cluster (Slurm, Open MPI, Kubernetes, Cloud
+    TPU) says there are, else the `num_processes` that meet at `coordinator` (host:port of the first), of which this one
+    is number `process_id`.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     multi_process: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

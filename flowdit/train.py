@@ -9,10 +9,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
 
 import hydra
-import jax
 from omegaconf import DictConfig
 
-from flowdit.config import Config, register_schemas, resolve, run_command, user_errors
+from flowdit.command import run_command, user_errors
+from flowdit.config import Config, register_schemas, resolve
+from flowdit.processes import join_processes
 from flowdit.training.loop import train
 
 
@@ -31,8 +32,7 @@ def _stage2(composed: DictConfig) -> None:
 def _train(composed: DictConfig, model_name: str) -> None:
     config = resolve(composed, Config)
     config.check(model_name)
-    if config.mesh.multi_process:
-        jax.distributed.initialize()
+    join_processes(config.mesh)
     train(config)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from flowdit import command
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
 from flowdit.data.shards import channel_statistics, write_shard
 from flowdit.models.vae import load_vae
@@ -82,6 +83,7 @@ def call(main: Callable[[], None], *overrides: str) -> Finished:
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *overrides])
+        patch.setattr(command, "end_process", sys.exit)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 main()

@@ -224,7 +224,7 @@ def test_full_disk_is_said_before_the_first_step(tiny_data, tmp_path, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     line = refused(lambda: train_here(tiny_data, tmp_path / "run"), tmp_path)
-    assert line.startswith("error: train.checkpoint_dir: a checkpoint needs 1 MB")
+    assert line.startswith("error: train.checkpoint_dir: a checkpoint needs 9 MB")
 
 
 def test_disk_that_fills_up_names_the_last_good_checkpoint(tiny_data, run, monkeypatch):

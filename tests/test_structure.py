@@ -13,12 +13,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go downwards only: a module may import from its own layer and from lower ones.
 LAYERS = {
     "sharding": 0,
+    "processes": 0,
     "models": 1,
     "data": 2,
     "diffusion": 3,
     "training.optim": 4,
     "training.tracking": 4,
     "config": 5,
+    "command": 5,
     "training": 6,
     "train": 7,
     "sample": 7,

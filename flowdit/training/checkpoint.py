@@ -1,15 +1,11 @@
-"""Checkpoints: `<folder>/<step>/` with `state`, `model_ema`, `dataset` and `meta`, written by Orbax in the background.
+"""Checkpoints: `<folder>/<step>/` with `state`, `model_ema`, `dataset` and `meta`, in Orbax's format.
 
-Arrays are stored by dotted name, never as pickled classes, so renaming a class does not orphan a checkpoint. Orbax
-restores flipped bits without complaint, so `checksums.json` beside the items holds the SHA-256 of every file.
+Arrays are stored by dotted name, never as pickled classes, so renaming a class does not orphan a checkpoint. The files
+are verified (`checkpoint_files`) before anything in them is believed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from flowdit.processes import from_first, wait_for_all
 from flowdit.sharding import dotted_name, parameter_shardings
+from flowdit.training.checkpoint_files import (
+    CheckpointError,
+    DamagedCheckpoint,
+    list_steps,
+    set_aside,
+    verify_files,
+    write_checksums,
+)
 from flowdit.training.step import TrainState
 
 FORMAT = 1
-CHECKSUMS = "checksums.json"
-TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 Report = Callable[[str], None]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or does not fit; or a folder that cannot be written."""
 
 
 class Restored(NamedTuple):
@@ -49,139 +47,29 @@ def from_named(template: Any, arrays: dict[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[dotted_name(path)], template)
 
 
-def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_state(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `state` and the `model_ema` item."""
     named = named_arrays(state)
     ema = {name.removeprefix("ema."): value for name, value in named.items() if name.startswith("ema.")}
     return {name: value for name, value in named.items() if not name.startswith("ema.")}, ema
 
 
-class CheckpointWriter:
-    """Saves asynchronously; keeps the newest `keep_last` steps and every multiple of `keep_every`."""
-
-    def __init__(self, folder: Path, keep_last: int, keep_every: int | None):
-        self.folder = folder
-        self._pending: list[int] = []
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
-            keep_period=keep_every,
-            cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-        )
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
-
-    @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: TrainState, dataset: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Copy the state to the host and write it in the background. A step already saved is left alone.
-
-        Raises `CheckpointError` naming the last good checkpoint if this or the save before it cannot be written.
-        """
-        if step == self.latest_step:
-            return
-        try:
-            self._manager.wait_until_finished()
-            check_free_space(self.folder, state)
-            self._pending.append(step)
-            state_item, ema_item = _split(state)
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state_item),
-                model_ema=ocp.args.StandardSave(ema_item),
-                dataset=ocp.args.JsonSave(dataset),
-                meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
-            )
-            self._manager.save(step, args=items, force=True)
-        except Exception as problem:
-            raise self._error(step, problem) from problem
-
-    def wait(self) -> None:
-        """Block until the last save is on disk with its checksums."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as problem:
-            raise self._error(self._pending[-1] if self._pending else -1, problem) from problem
-
-    def reached_preemption(self, step: int) -> bool:
-        """Whether the cluster has asked the processes of this run to stop (needs `mesh.multi_process`)."""
-        return self._manager.reached_preemption(step)
-
-    def close(self) -> None:
-        self._manager.close()
-
-    def _error(self, step: int, problem: Exception) -> CheckpointError:
-        good = [s for s in list_steps(self.folder) if s != step]
-        last = self.folder / str(max(good)) if good else "none"
-        return CheckpointError(
-            f"checkpoint {self.folder / str(step)}: could not be written: {_first_line(problem)}; last good: {last}"
-        )
-
-    def _write_checksums(self) -> None:
-        # Orbax calls this when all items are on disk and before it renames the temporary folder, so that a finished
-        # checkpoint never lacks its checksums.
-        step = self._pending.pop()
-        if jax.process_index() == 0:
-            write_checksums(self.folder / f"{step}{TEMPORARY_SUFFIX}")
-
-
-def check_free_space(folder: Path, state: TrainState) -> None:
-    """Raise `CheckpointError` if the disk cannot take one more checkpoint of this state (or of its shapes)."""
-    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(folder).free
-    if free < 1.05 * needed:
-        raise CheckpointError(
-            f"train.checkpoint_dir: a checkpoint needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free"
-        )
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(step_folder: Path) -> dict[str, Path]:
-    """The files of all items by relative name. Orbax's own file beside them is written again after the checksums."""
-    paths = sorted(p for p in step_folder.glob("*/**/*") if p.is_file())
-    return {p.relative_to(step_folder).as_posix(): p for p in paths}
-
-
-def write_checksums(step_folder: Path) -> None:
-    """Record the SHA-256 of every file of a checkpoint's items."""
-    sums = {name: _file_sha256(path) for name, path in _files(step_folder).items()}
-    (step_folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-
-
-def verify_files(step_folder: Path) -> None:
-    """Raise `CheckpointError` naming the first file that is missing or differs from its recorded checksum."""
-    recorded = step_folder / CHECKSUMS
-    try:
-        sums = dict(json.loads(recorded.read_bytes()))
-    except (OSError, ValueError, TypeError) as problem:
-        raise CheckpointError(f"{recorded}: not readable") from problem
-    files = _files(step_folder)
-    for name, expected in sums.items():
-        if name not in files:
-            raise CheckpointError(f"{step_folder / name}: file is missing")
-        if _file_sha256(files[name]) != expected:
-            raise CheckpointError(f"{step_folder / name}: content differs from its checksum")
-
-
-def list_steps(folder: Path) -> list[int]:
-    """Finished checkpoints in `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
-
-
 def read_meta(step_folder: Path) -> dict[str, Any]:
-    """The checkpoint's metadata. Raises `CheckpointError` if it is not a flowdit checkpoint of a known format."""
+    """The metadata of a checkpoint, all of whose files have been verified.
+
+    Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if it once was.
+    """
     if not (step_folder / "meta").is_dir():
         raise CheckpointError(f"{step_folder}: not a checkpoint folder (expected checkpoints/<step>)")
+    verify_files(step_folder)
+    return _parse_meta(step_folder)
+
+
+def _parse_meta(step_folder: Path) -> dict[str, Any]:
     try:
         meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step_folder.resolve() / "meta")
     except Exception as problem:
-        raise CheckpointError(f"{step_folder}: metadata cannot be read: {_first_line(problem)}") from problem
+        raise CheckpointError(f"{step_folder}: metadata cannot be read: {first_line(problem)}") from problem
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else None
         raise CheckpointError(f"{step_folder}: checkpoint format must be {FORMAT}, got {found}")
@@ -202,10 +90,9 @@ def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any
     return ocp.StandardCheckpointer().restore(item_folder.resolve(), targets)
 
 
-def _restore_step(step_folder: Path, template: TrainState, check_meta: Callable[[dict], None]) -> Restored:
-    state_targets, ema_targets = _split(template)
-    meta = read_meta(step_folder)
-    check_meta(meta)
+def _restore_step(step_folder: Path, template: TrainState) -> Restored:
+    state_targets, ema_targets = split_state(template)
+    meta = _parse_meta(step_folder)
     try:
         arrays = _restore_arrays(step_folder / "state", state_targets)
         ema = _restore_arrays(step_folder / "model_ema", ema_targets)
@@ -213,7 +100,7 @@ def _restore_step(step_folder: Path, template: TrainState, check_meta: Callable[
     except CheckpointError:
         raise
     except Exception as problem:
-        raise CheckpointError(f"{step_folder}: cannot be read: {_first_line(problem)}") from problem
+        raise CheckpointError(f"{step_folder}: cannot be read: {first_line(problem)}") from problem
     arrays |= {f"ema.{name}": value for name, value in ema.items()}
     return Restored(from_named(template, arrays), dataset, meta)
 
@@ -221,32 +108,38 @@ def _restore_step(step_folder: Path, template: TrainState, check_meta: Callable[
 def restore_newest(folder: Path, template: TrainState, check_meta: Callable[[dict], None], report: Report) -> Restored:
     """The newest checkpoint that is whole; damaged newer ones are reported and renamed to `<step>.damaged`.
 
-    `template` holds `ShapeDtypeStruct`s with shardings. `check_meta` raises `ValueError` if the checkpoint is whole
-    but belongs to another run: that ends the search. Raises `CheckpointError` if no step can be read.
+    The first process finds it, and all are told before any of them restores. `template` holds `ShapeDtypeStruct`s with
+    shardings. `check_meta` raises `ValueError` for a checkpoint that is whole but belongs to another run: that ends the
+    search, as does a checkpoint of another format. Raises `CheckpointError` if no step can be read.
     """
-    damaged: list[tuple[Path, str]] = []
+    step, damaged = from_first(lambda: _find_newest(folder, check_meta))
+    for name, reason in damaged.items():
+        report(f"checkpoint {folder / name} is damaged and passed over: {reason}")
+    restored = _restore_step(folder / str(step), template)
+    wait_for_all("restored")
+    if jax.process_index() == 0:
+        for name in damaged:
+            set_aside(folder / name)
+    wait_for_all("set aside")
+    return restored
+
+
+def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int, dict[str, str]]:
+    """The newest step that is whole, and for newer ones, by name, what is damaged in them."""
+    damaged: dict[str, str] = {}
     for step in reversed(list_steps(folder)):
         step_folder = folder / str(step)
         try:
-            if jax.process_index() == 0:
-                verify_files(step_folder)
-            restored = _restore_step(step_folder, template, check_meta)
-        except CheckpointError as problem:
-            report(f"checkpoint {step_folder} is damaged and passed over: {problem}")
-            damaged.append((step_folder, str(problem)))
+            verify_files(step_folder)
+        except DamagedCheckpoint as problem:
+            damaged[step_folder.name] = str(problem)
             continue
-        multihost_utils.sync_global_devices("restored")
-        _set_aside([path for path, _ in damaged])
-        return restored
-    raise CheckpointError(f"{folder}: no checkpoint can be read: " + "; ".join(reason for _, reason in damaged))
-
-
-def _set_aside(step_folders: list[Path]) -> None:
-    """Rename rather than delete: the step will be written again, and what is left may be worth a look."""
-    for path in step_folders if jax.process_index() == 0 else []:
-        target = path.with_name(f"{path.name}.damaged")
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
+        meta = _parse_meta(step_folder)
+        if meta.get("step") != step:
+            raise CheckpointError(f"{step_folder}: must be named after the step that it holds, {meta.get('step')}")
+        check_meta(meta)
+        return step, damaged
+    raise CheckpointError(f"{folder}: no checkpoint can be read: " + "; ".join(damaged.values()))
 
 
 def restore_weights(
@@ -254,9 +147,9 @@ def restore_weights(
 ) -> Any:
     """The EMA or, with `weights` "model", the raw weights in the structure of `template` (or its shapes), as float32.
 
-    They lie on the first device, or on `mesh` as the sharding rules have it.
+    They lie on the first device, or on `mesh` as the sharding rules have it. The files are taken to be verified, as
+    `read_meta` does.
     """
-    verify_files(step_folder)
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = {} if mesh is None else named_arrays(parameter_shardings(mesh, template))
     targets = {
@@ -270,7 +163,7 @@ def restore_weights(
     except CheckpointError:
         raise
     except Exception as problem:
-        raise CheckpointError(f"{step_folder}: cannot be read: {_first_line(problem)}") from problem
+        raise CheckpointError(f"{step_folder}: cannot be read: {first_line(problem)}") from problem
 
 
 def _restore_raw(step_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +200,7 @@ def abstract_state(mesh: jax.sharding.Mesh, build: Callable[[], TrainState]) -> 
     )
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
+    """What to say of an error whose text may be empty or many lines."""
     text = str(problem).strip()
     return text.splitlines()[0] if text else type(problem).__name__

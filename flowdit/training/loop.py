@@ -8,12 +8,11 @@ import signal
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
 from flowdit.config import Config
 from flowdit.data.captions import TextReader
 from flowdit.sharding import prefetch_to_device
-from flowdit.training.checkpoint import CheckpointWriter
+from flowdit.training.checkpoint_writer import CheckpointWriter
 from flowdit.training.optim import learning_rate_schedule
 from flowdit.training.setup import Run, start_run
 from flowdit.training.tracking import Progress, Tracker
@@ -26,45 +25,48 @@ class TrainingDiverged(ValueError):
 def train(config: Config) -> None:
     """Train to `train.num_steps`, from the start or from the newest whole checkpoint.
 
-    SIGTERM and Ctrl-C save and return. Raises `ValueError` in one line for what the user can mend, `TrainingDiverged`
-    after `train.max_skipped_in_row` useless steps, `CheckpointError` if a checkpoint cannot be written.
+    SIGTERM and Ctrl-C save and return; an error saves first, where it can. Raises `ValueError` in one line for what the
+    user can mend, `TrainingDiverged` after `train.max_skipped_in_row` useless steps, `CheckpointError` if checkpoints
+    cannot be written.
     """
     run, settings = start_run(config), config.train
     state, start = run.state, int(run.state.step)
+    step, stopping = start, False
     primary = jax.process_index() == 0
     tracker = Tracker(run.folder, config.wandb, run.meta["config"], run_id=run.meta["run_id"], primary=primary)
-    writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every)
-    progress = Progress(settings.num_steps, settings.batch_size)
-    learning_rate = learning_rate_schedule(config.optim, settings.num_steps)
+    progress = Progress(
+        settings.num_steps, settings.batch_size, learning_rate_schedule(config.optim, settings.num_steps)
+    )
     announce(tracker, run, start, settings.num_steps)
 
-    with stop_signal() as signalled, contextlib.closing(tracker), contextlib.closing(writer):
-        steps = range(start + 1, settings.num_steps + 1)
-        for step, (batch, data_state) in zip(
-            steps, prefetch_to_device(run.mesh, run.stream, run.stage.encode), strict=False
-        ):
+    writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta, tracker.say)
+    with stop_signal() as signalled, contextlib.closing(tracker), writer:
+        batches = prefetch_to_device(run.mesh, run.stream, run.stage.encode)
+        for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
             state, metrics = run.train_step(state, batch)
+            writer.reached(step, state, data_state)
             progress.add(metrics)
             last = step == settings.num_steps
             stopping = writer.reached_preemption(step) if jax.process_count() > 1 else bool(signalled)
+            logging = is_due(step, settings.log_every) or step == start + 1 or last or stopping
 
-            if is_due(step, settings.log_every) or step == start + 1 or last or stopping:
-                values = progress.summary(float(np.asarray(learning_rate(step - 1)))) | text_figures(run.captions)
+            if logging:
+                values = progress.summary(step) | text_figures(run.captions)
                 tracker.log(step, values)
                 tracker.say(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)
             with progress.paused():
-                if is_due(step, settings.save_every) or last or stopping:
-                    writer.save(step, state, data_state, run.meta)
+                if is_due(step, settings.save_every) or last or stopping or (logging and writer.has_failed()):
+                    writer.save(wait=last or stopping)
                 if stopping:
                     break
                 if run.validation and (is_due(step, settings.validate_every) or last):
                     tracker.validation(step, run.validation.losses(state.ema))
                 if run.preview and (is_due(step, settings.sample_every) or last):
-                    tracker.picture(step, run.preview.draw(state.ema, step))
-        writer.wait()
+                    with tracker.warns_only("samples"):
+                        tracker.picture(step, run.preview.draw(state.ema, step))
         tracker.say(
-            f"{'done' if (writer.latest_step or 0) >= settings.num_steps else 'stopped by signal'}; checkpoint: {run.folder / str(writer.latest_step)}"
+            f"{'done' if step >= settings.num_steps else 'stopped by signal'}; checkpoint: {writer.last_good()}"
         )
 
 
@@ -97,9 +99,9 @@ def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
 def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWriter) -> None:
     """Raise `TrainingDiverged` once the last `limit` steps were all skipped; the weights are those before them."""
     if values["train/skipped_in_row"] >= limit:
-        writer.wait()
-        step = writer.latest_step
-        good = "none was saved yet" if step is None else str(writer.folder / str(step))
+        # Not saved: restarts that diverge again would push the checkpoints from before out of `train.keep_last`.
+        writer.forget()
+        good = writer.last_good() or "none was saved yet"
         raise TrainingDiverged(
             f"train.max_skipped_in_row: the last {int(values['train/skipped_in_row'])} steps had a loss or gradient that "
             f"was not finite and were skipped (limit {limit}); last good checkpoint: {good}"

@@ -18,8 +18,11 @@ from flowdit.data import manifest as data_manifest
 from flowdit.data.captions import TextReader
 from flowdit.data.loader import DataConfig, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
+from flowdit.processes import from_first
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh, parameter_shardings
-from flowdit.training.checkpoint import CheckpointError, abstract_state, check_free_space, list_steps, restore_newest
+from flowdit.training.checkpoint import abstract_state, restore_newest
+from flowdit.training.checkpoint_files import CheckpointError, list_steps
+from flowdit.training.checkpoint_writer import check_free_space
 from flowdit.training.evaluate import Preview, Validation
 from flowdit.training.objective import Objective, make_objective
 from flowdit.training.optim import make_optimizer
@@ -29,6 +32,8 @@ from flowdit.training.step import TrainState, TrainStep, init_state, make_train_
 
 # Fields that an exact resume needs unchanged; the rest may change and is reported.
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
+# Fields that say how a process was started and nothing of the run.
+STARTING_FIELDS = ("train.is_restore", "mesh.coordinator", "mesh.num_processes", "mesh.process_id")
 
 
 class Run(NamedTuple):
@@ -63,12 +68,12 @@ def start_run(config: Config) -> Run:
     start = None
     if train.init_from and not list_steps(folder):
         start = load_start(config, manifest, meta, mesh, notes)
-    resuming = prepare_folder(folder, train.is_restore)
+    resuming = from_first(lambda: prepare_folder(folder, train.is_restore))
 
     optimizer = make_optimizer(config.optim, train.num_steps)
     build_state = lambda start: init_state(initial_model(stage.build_model(), start, train), optimizer)
     template = abstract_state(mesh, lambda: build_state(None))
-    check_free_space(folder, template)
+    check_free_space(folder, template, meta)
     if resuming:
         state = resume(folder, template, stream, meta, notes)
     else:
@@ -194,7 +199,7 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> list[str]
         raise ValueError(
             f"text.encoder: must be that of the checkpoint to resume, {stored['text']}, got {current['text']}"
         )
-    return [f"{name}: {before} -> {now}" for name, (before, now) in changed.items() if name != "train.is_restore"]
+    return [f"{name}: {before} -> {now}" for name, (before, now) in changed.items() if name not in STARTING_FIELDS]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,8 @@ from flowdit.models.ccdit import CCDiT
 from flowdit.models.mmdit import MMDiT
 from flowdit.models.reparameterise import check_compatible, drift, reparameterise, without_sizes
 from flowdit.sharding import dotted_name
-from flowdit.training.checkpoint import CheckpointError, named_arrays, read_meta, restore_weights
+from flowdit.training.checkpoint import named_arrays, read_meta, restore_weights
+from flowdit.training.checkpoint_files import CheckpointError
 from flowdit.training.trained import Trained, describe_trained
 
 

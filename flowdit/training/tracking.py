@@ -9,9 +9,9 @@ import json
 import netrc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -35,14 +35,14 @@ class WandbConfig:
 
 
 class Tracker:
-    """Logs to all places; on processes other than the first it does nothing."""
+    """Logs to all places; on processes other than the first it does nothing. What cannot be written ends no run."""
 
     def __init__(
         self, folder: Path, wandb_config: WandbConfig, run_config: dict[str, Any], *, run_id: str, primary: bool
     ):
         self.folder = folder
         self.primary = primary
-        self._file = (folder / "metrics.jsonl").open("a") if primary else None
+        self._warned: set[str] = set()
         self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
 
     def say(self, line: str) -> None:
@@ -51,11 +51,22 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of `metrics.jsonl` and one W&B entry."""
-        if self._file is None:
+        if not self.primary:
             return
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
+        entry = {"step": step, "time": round(time.time(), 3), **values}
+        with self.warns_only("metrics"):
+            append_line(self.folder / "metrics.jsonl", json.dumps(entry))
         self._to_wandb(step, values)
+
+    @contextlib.contextmanager
+    def warns_only(self, what: str) -> Iterator[None]:
+        """A file that cannot be written costs a line, said once, and not the run."""
+        try:
+            yield
+        except OSError as problem:
+            if what not in self._warned:
+                self.say(f"warning: {what} cannot be written ({problem}): going on without")
+            self._warned.add(what)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         self.log(step, losses)
@@ -72,8 +83,6 @@ class Tracker:
             self._to_wandb(step, {"samples": wandb.Image(str(path))})
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
         if self._wandb is not None:
             with contextlib.suppress(Exception):  # the run is over; what W&B has not sent lies in its folder
                 self._wandb.finish()
@@ -86,6 +95,24 @@ class Tracker:
         except Exception as problem:  # whatever goes wrong there must not cost a training run
             self.say(f"wandb: logging failed ({problem}): going on with metrics.jsonl alone")
             self._wandb = None
+
+
+def append_line(file: Path, line: str) -> None:
+    """Add a line to a JSONL file whose last one may have been cut, by a full disk or a kill.
+
+    A cut line is removed: left there, it would spoil the new one as well.
+    """
+    with file.open("ab+") as stream:
+        cut = _cut_line(stream)
+        stream.truncate(stream.seek(0, os.SEEK_END) - len(cut))
+        stream.write(f"{line}\n".encode())
+
+
+def _cut_line(stream: BinaryIO, block: int = 1 << 16) -> bytes:
+    """What follows the last line break."""
+    end = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, end - block))
+    return stream.read().rpartition(b"\n")[2]
 
 
 def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str) -> Any:
@@ -121,8 +148,8 @@ def _has_login() -> bool:
 class Progress:
     """Turns the metrics of single steps into figures for a logging window and a line on the console."""
 
-    def __init__(self, num_steps: int, batch_size: int):
-        self._num_steps, self._batch_size = num_steps, batch_size
+    def __init__(self, num_steps: int, batch_size: int, learning_rate: Callable[[int], Any]):
+        self._num_steps, self._batch_size, self._learning_rate = num_steps, batch_size, learning_rate
         self._window: list[Any] = []
         self._seconds, self._since = 0.0, time.perf_counter()
 
@@ -137,8 +164,8 @@ class Progress:
         yield
         self._since = time.perf_counter()
 
-    def summary(self, learning_rate: float) -> dict[str, float]:
-        """Means over the window (skipped steps left out of them) and rates; starts a new window.
+    def summary(self, step: int) -> dict[str, float]:
+        """Means over the window that ends with `step` (skipped steps left out of them) and rates; starts a new window.
 
         The one device-to-host copy of training figures; it waits for the steps to finish.
         """
@@ -146,17 +173,22 @@ class Progress:
         with self.paused():
             seconds, count = max(self._seconds, 1e-9), len(window)
         self._window, self._seconds = [], 0.0
+        skipped = int(window[-1]["skipped"])
         good = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])] or window
         return {
             "train/loss": float(np.mean([m["loss"] for m in good])),
             "train/grad_norm": float(np.mean([m["grad_norm"] for m in good])),
-            "train/learning_rate": learning_rate,
-            "train/skipped_steps": int(window[-1]["skipped"]),
+            "train/learning_rate": self._last_learning_rate(step - skipped),
+            "train/skipped_steps": skipped,
             "train/skipped_in_row": int(window[-1]["skipped_in_row"]),
             "train/images_per_second": count * self._batch_size / seconds,
             "train/steps_per_second": count / seconds,
             **_loss_by_time(*(np.sum([m[name] for m in good], axis=0) for name in ("bin_sums", "bin_counts"))),
         }
+
+    def _last_learning_rate(self, updates: int) -> float:
+        """That of the last of `updates` updates: a skipped step makes none, and the schedule counts updates."""
+        return float(np.asarray(self._learning_rate(max(updates - 1, 0))))
 
     def line(self, step: int, values: dict[str, float]) -> str:
         """`step 150/2000  loss 0.8123  312 img/s  ETA 6:10`."""

@@ -31,14 +31,14 @@ LONG = ("train.num_steps=60", "train.save_every=10")
 
 SAVE_THAT_HANGS = """
 import time
-from flowdit.training import checkpoint
-write_checksums = checkpoint.write_checksums
+from flowdit.training import checkpoint_writer
+write_checksums = checkpoint_writer.write_checksums
 def hang(folder):
     if folder.name.startswith("20."):
         print("saving", flush=True)
         time.sleep(600)
     write_checksums(folder)
-checkpoint.write_checksums = hang
+checkpoint_writer.write_checksums = hang
 from flowdit.train import stage1
 stage1()
 """

@@ -1,0 +1,83 @@
+"""How a command ends: a user's mistake in one line, and the process with its status whatever its threads still wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+# Where a Hydra message goes on to advice that does not hold here: internal paths, types, and appending with +.
+_HYDRA_NOISE = re.compile(r"\n\s*(Config search path|See http|To append|reference_type|object_type).*", re.DOTALL)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a Hydra entry point whose configuration may be the mistake. After an error the process ends with its status."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors through to be shortened here
+    if not _wants_traceback():
+        silence_libraries()
+    try:
+        with user_errors():
+            command()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    else:
+        return
+    end_process(status)
+
+
+def end_process(status: int) -> None:
+    """End at once. `sys.exit` waits for the threads of libraries, which after a failed save can take minutes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def silence_libraries() -> None:
+    """What a library logs of an error, hundreds of lines of tracebacks, would bury the one line that matters."""
+    for name in ("absl", "asyncio", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Of threads, and of callbacks that come after the loop they belong to has ended; our own errors are printed above.
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake ends in one line on stderr and exit status 2; with `FLOWDIT_TRACEBACK=1` in its traceback.
+
+    As a decorator below `hydra.main` it keeps Hydra from printing a line of its own about the job.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as problem:
+        if _wants_traceback():
+            raise
+        print(f"error: {_one_line(problem)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _wants_traceback() -> bool:
+    return bool(os.environ.get("FLOWDIT_TRACEBACK"))
+
+
+def _one_line(problem: BaseException) -> str:
+    """The first line of an error; of Hydra's, which spread key, value and reason over lines and causes, all that helps."""
+    if not isinstance(problem, HydraException | OmegaConfBaseException):
+        return next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    parts = [problem, problem.__cause__] if isinstance(problem.__cause__, OmegaConfBaseException) else [problem]
+    texts = [" ".join(_HYDRA_NOISE.sub("", str(part)).split()).rstrip(".") for part in parts]
+    override = getattr(problem, "override", None)  # what could not be parsed; the message may show a part of it only
+    return ": ".join([override, *texts] if override else texts)

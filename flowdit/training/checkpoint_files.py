@@ -1,0 +1,79 @@
+"""The files of a checkpoint folder `<run>/<step>/`: which there must be, and whether they are what was written.
+
+Orbax restores flipped bits without complaint, so `checksums.json` beside the items holds the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or does not fit; or a folder that cannot be written."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are not those that were written. An older one may take its place."""
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Finished checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and re.fullmatch("0|[1-9][0-9]*", p.name))
+
+
+def set_aside(step_folder: Path) -> None:
+    """Rename to `<step>.damaged` rather than delete: the step will be written again, and the rest may be worth a look."""
+    target = step_folder.with_name(f"{step_folder.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    step_folder.rename(target)
+
+
+def write_checksums(step_folder: Path) -> None:
+    """Record the SHA-256 of every file of a checkpoint's items."""
+    sums = {name: _file_sha256(path) for name, path in _files(step_folder).items()}
+    (step_folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+
+
+def verify_files(step_folder: Path) -> None:
+    """Raise `DamagedCheckpoint` naming the first file that is missing, was not recorded, or differs from its checksum."""
+    recorded, files = _read_checksums(step_folder / CHECKSUMS), _files(step_folder)
+    for name in sorted(recorded.keys() - files.keys()):
+        raise DamagedCheckpoint(f"{step_folder / name}: file is missing")
+    for name in sorted(files.keys() - recorded.keys()):
+        raise DamagedCheckpoint(f"{step_folder / name}: file is not listed in {CHECKSUMS}")
+    for name, expected in recorded.items():
+        try:
+            found = _file_sha256(files[name])
+        except OSError as problem:
+            raise DamagedCheckpoint(f"{step_folder / name}: cannot be read: {problem.strerror}") from problem
+        if found != expected:
+            raise DamagedCheckpoint(f"{step_folder / name}: content differs from its checksum")
+
+
+def _read_checksums(file: Path) -> dict[str, str]:
+    try:
+        recorded = json.loads(file.read_bytes())
+    except (OSError, ValueError) as problem:
+        raise DamagedCheckpoint(f"{file}: not readable") from problem
+    if not isinstance(recorded, dict) or not recorded:
+        raise DamagedCheckpoint(f"{file}: must map the files of the checkpoint to their SHA-256")
+    return recorded
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(step_folder: Path) -> dict[str, Path]:
+    """The files of all items by relative name. Orbax's own file beside them is written again after the checksums."""
+    paths = sorted(p for p in step_folder.glob("*/**/*") if p.is_file())
+    return {p.relative_to(step_folder).as_posix(): p for p in paths}

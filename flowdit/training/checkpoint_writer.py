@@ -1,0 +1,198 @@
+"""Writing the checkpoints of a run: in the background, tried again when it fails, and once more when the run fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from flowdit.processes import any_process
+from flowdit.training.checkpoint import FORMAT, first_line, split_state
+from flowdit.training.checkpoint_files import CheckpointError, list_steps, write_checksums
+from flowdit.training.step import TrainState
+
+TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
+# Indices, checksums, whole blocks of the file system for small files, the log and the pictures written meanwhile.
+SPARE_BYTES = 8 << 20
+
+
+class Moment(NamedTuple):
+    """Where a run stands: the state after `step`, and that of the data stream."""
+
+    step: int
+    state: TrainState
+    dataset: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Saves what `reached` was last told; keeps the newest `keep_last` steps and every multiple of `keep_every`.
+
+    As a context manager it saves once more when the run ends by an error. `meta` goes with every checkpoint, `report`
+    gets a line where a save fails.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_every: int | None,
+        meta: dict[str, Any],
+        report: Callable[[str], None],
+    ):
+        self.folder, self._meta, self._report = folder, meta, report
+        self._moment: Moment | None = None
+        self._writing: int | None = None
+        self._failure: CheckpointError | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last,
+            keep_period=keep_every,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._write_checksums,
+                # Made in the background, folders that cannot be made leave its threads waiting for minutes.
+                create_directories_asynchronously=False,
+            ),
+        )
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def reached(self, step: int, state: TrainState, dataset: dict[str, Any]) -> None:
+        """Remember where the run stands. The state may be donated to the next step, which then reports another."""
+        self._moment = Moment(step, state, dataset)
+
+    def forget(self) -> None:
+        """What was reached is not worth a save."""
+        self._moment = None
+
+    def save(self, *, wait: bool = False) -> None:
+        """Copy what was reached to the host and write it in the background; with `wait`, until it is on disk.
+
+        A step already saved is left alone. Where this save, or the one before it, fails, another is tried at once and
+        waited for. Raises `CheckpointError` naming the step and the last good checkpoint if that fails too.
+        """
+        assert self._moment is not None
+        failure, self._failure = self._failure or self._settle(), None
+        if self._moment.step == self._manager.latest_step():
+            return
+        # Of several processes one may fail alone, and the others would not try again with it.
+        for _ in range(1 if failure or jax.process_count() > 1 else 2):
+            if failure:
+                self._report(f"warning: {failure}; saving step {self._moment.step} at once")
+            wait = wait or failure is not None
+            failure = self._write(self._moment, wait)
+            if failure is None:
+                return
+        assert failure is not None
+        raise failure
+
+    def has_failed(self) -> bool:
+        """Whether the save in the background has ended in an error: `save` what has been reached since.
+
+        All processes must call it, and get the same answer.
+        """
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self._failure = self._settle()
+        return any_process(self._failure is not None)
+
+    def last_good(self) -> Path | None:
+        """The newest finished checkpoint; waits for the one that is being written."""
+        self._failure = self._failure or self._settle()
+        steps = list_steps(self.folder)
+        return self.folder / str(steps[-1]) if steps else None
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the cluster has asked the processes of this run to stop (needs `jax.distributed`)."""
+        return self._manager.reached_preemption(step)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._manager.close()
+        elif isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            self._save_after(error)
+        # After an error the manager stays open: closing it waits for threads that may never end.
+
+    def _save_after(self, error: Exception) -> None:
+        """Save what was reached before `error`, where that can be done; never hides `error`."""
+        # The other processes know nothing of the error, and a save needs all of them.
+        if self._moment is None or jax.process_count() > 1:
+            return
+        try:
+            self.save(wait=True)
+        except Exception as problem:  # a broken device or disk; the run ends by `error` all the same
+            self._report(f"warning: step {self._moment.step} cannot be saved: {first_line(problem)}")
+        else:
+            self._report(f"step {self._moment.step} is saved before the run ends by an error: {self.last_good()}")
+
+    def _write(self, moment: Moment, wait: bool) -> CheckpointError | None:
+        """One attempt; its error."""
+        meta = {"format": FORMAT, "step": moment.step, **self._meta}
+        state_item, ema_item = split_state(moment.state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state_item),
+            model_ema=ocp.args.StandardSave(ema_item),
+            dataset=ocp.args.JsonSave(moment.dataset),
+            meta=ocp.args.JsonSave(meta),
+        )
+        try:
+            check_free_space(self.folder, moment.state, meta)
+            self._writing = moment.step
+            self._manager.save(moment.step, args=items, force=True)
+        except Exception as problem:  # Orbax lets through what its storage raises
+            return self._failed(moment.step, problem)
+        return self._settle() if wait else None
+
+    def _settle(self) -> CheckpointError | None:
+        """Wait for the save in the background; its error."""
+        step = self._writing
+        if step is None:
+            return None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as problem:
+            return self._failed(step, problem)
+        self._writing = None
+        return None
+
+    def _failed(self, step: int, problem: Exception) -> CheckpointError:
+        self._writing = None
+        if jax.process_index() == 0:  # half a checkpoint may be what fills the disk
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+        good = [s for s in list_steps(self.folder) if s != step]
+        last = self.folder / str(good[-1]) if good else "none"
+        return CheckpointError(
+            f"checkpoint {self.folder / str(step)}: could not be written: {first_line(problem)}; last good: {last}"
+        )
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"{step}{TEMPORARY_SUFFIX}"
+
+    def _write_checksums(self) -> None:
+        # Orbax calls this when all items are on disk and before it renames the temporary folder, so that a finished
+        # checkpoint never lacks its checksums.
+        assert self._writing is not None
+        if jax.process_index() == 0:
+            write_checksums(self._temporary(self._writing))
+
+
+def checkpoint_bytes(state: TrainState, meta: dict[str, Any]) -> int:
+    """What one checkpoint takes on disk, a little generously: arrays, metadata, and what the format adds to them."""
+    arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return int(1.05 * arrays) + len(json.dumps(meta)) + SPARE_BYTES
+
+
+def check_free_space(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
+    """Raise `CheckpointError` if the disk cannot take one more checkpoint of this state (or of its shapes)."""
+    needed = checkpoint_bytes(state, meta)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"train.checkpoint_dir: a checkpoint needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free"
+        )
