@@ -45,7 +45,8 @@ def join_processes(config: MeshConfig) -> None:
 
     Must come before anything that touches a device. Raises `ValueError` if the others cannot be found.
     """
-    if config.coordinator is None and not config.multi_process:
+    asked = config.coordinator is not None or config.multi_process
+    if not asked or jax.distributed.is_initialized():
         return
     try:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)

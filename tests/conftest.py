@@ -62,6 +62,18 @@ def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return run
 
 
+@pytest.fixture(scope="session")
+def whole_text_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of stage 2 in one go, with checkpoints 2, 4 and 6."""
+    from runs import train_text_here
+
+    run = tmp_path_factory.mktemp("text") / "whole"
+    finished = train_text_here(tiny_data, run)
+    assert (finished.status, finished.err) == (0, "")
+    assert "captions, wordllama features of 256 x 32 tokens online" in finished.out
+    return run
+
+
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative defaults such as `checkpoints` must not reach the repository."""

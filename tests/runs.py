@@ -102,11 +102,11 @@ def train_text_here(data: Path, run: Path, *overrides: str) -> Finished:
     return call(stage2, "experiment=tiny_text", *FAST, f"data.path={data}", f"train.checkpoint_dir={run}", *overrides)
 
 
-def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    """`python *command` in a process of its own, with one device."""
+def start(*command: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """`python *command` in a process of its own."""
     inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    inherited["XLA_FLAGS"] = " ".join(flags)
+    inherited["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
     python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, *command],

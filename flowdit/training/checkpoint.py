@@ -67,13 +67,18 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
 
 def _parse_meta(step_folder: Path) -> dict[str, Any]:
     try:
-        meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step_folder.resolve() / "meta")
+        meta = _read_json(step_folder / "meta")
     except Exception as problem:
         raise CheckpointError(f"{step_folder}: metadata cannot be read: {first_line(problem)}") from problem
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else None
         raise CheckpointError(f"{step_folder}: checkpoint format must be {FORMAT}, got {found}")
     return meta
+
+
+def _read_json(item_folder: Path) -> Any:
+    # The handler's own: a checkpointer waits for all processes, and the first one reads metadata alone.
+    return ocp.JsonCheckpointHandler().restore(item_folder)  # type: ignore[arg-type]
 
 
 def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def _restore_step(step_folder: Path, template: TrainState) -> Restored:
     try:
         arrays = _restore_arrays(step_folder / "state", state_targets)
         ema = _restore_arrays(step_folder / "model_ema", ema_targets)
-        dataset = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(step_folder.resolve() / "dataset")
+        dataset = _read_json(step_folder / "dataset")
     except CheckpointError:
         raise
     except Exception as problem:

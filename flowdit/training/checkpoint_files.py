@@ -63,7 +63,7 @@ def _read_checksums(file: Path) -> dict[str, str]:
         recorded = json.loads(file.read_bytes())
     except (OSError, ValueError) as problem:
         raise DamagedCheckpoint(f"{file}: not readable") from problem
-    if not isinstance(recorded, dict) or not recorded:
+    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
         raise DamagedCheckpoint(f"{file}: must map the files of the checkpoint to their SHA-256")
     return recorded
 

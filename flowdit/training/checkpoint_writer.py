@@ -182,7 +182,7 @@ class CheckpointWriter:
             write_checksums(self._temporary(self._writing))
 
 
-def checkpoint_bytes(state: TrainState, meta: dict[str, Any]) -> int:
+def checkpoint_bytes(state: Any, meta: dict[str, Any]) -> int:
     """What one checkpoint takes on disk, a little generously: arrays, metadata, and what the format adds to them."""
     arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return int(1.05 * arrays) + len(json.dumps(meta)) + SPARE_BYTES

@@ -103,16 +103,19 @@ def append_line(file: Path, line: str) -> None:
     A cut line is removed: left there, it would spoil the new one as well.
     """
     with file.open("ab+") as stream:
-        cut = _cut_line(stream)
-        stream.truncate(stream.seek(0, os.SEEK_END) - len(cut))
+        stream.truncate(_end_of_last_line(stream))
         stream.write(f"{line}\n".encode())
 
 
-def _cut_line(stream: BinaryIO, block: int = 1 << 16) -> bytes:
-    """What follows the last line break."""
+def _end_of_last_line(stream: BinaryIO, block: int = 1 << 16) -> int:
     end = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, end - block))
-    return stream.read().rpartition(b"\n")[2]
+    while end > 0:
+        start = max(0, end - block)
+        stream.seek(start)
+        if (found := stream.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str) -> Any:
@@ -121,18 +124,28 @@ def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], r
         return None
     import wandb  # half a second of import that a run without W&B does not pay
 
-    settings = wandb.Settings(init_timeout=config.init_timeout, silent=True)
+    # Without a bound, a network that is gone would keep a finished run from ending.
+    settings = wandb.Settings(init_timeout=config.init_timeout, finish_timeout=300, silent=True)
     arguments = dict(project=config.project, name=config.name, config=run_config, dir=str(folder), id=run_id)
     mode = config.mode
     if mode == "online" and not _has_login():
         print("wandb: no login found (run `wandb login`): logging offline", flush=True)
         mode = "offline"
+    # W&B raises its own, requests' and OS errors; none of them may stop a training run.
     try:
         return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
-    except Exception as problem:  # W&B raises its own, requests' and OS errors; none of them may stop a training run
-        print(f"wandb: online start failed ({str(problem).splitlines()[0]}): logging offline", flush=True)
+    except Exception as problem:
+        print(f"wandb: {mode} start failed ({_reason(problem)}): logging offline", flush=True)
+    try:
         wandb.teardown()
         return wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
+    except Exception as problem:
+        print(f"wandb: offline start failed ({_reason(problem)}): going on with metrics.jsonl alone", flush=True)
+        return None
+
+
+def _reason(problem: Exception) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 def _has_login() -> bool:

@@ -35,16 +35,6 @@ MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=2)
 OBJECTIVE = Objective(text_conditioning(None), 0.3, (0.1,) * 4, (0.9,) * 4)
 
 
-@pytest.fixture(scope="module")
-def whole_text_run(tiny_data, tmp_path_factory):
-    """A finished run of stage 2 in one go, with checkpoints 2, 4 and 6."""
-    run = tmp_path_factory.mktemp("text") / "whole"
-    finished = train_text_here(tiny_data, run)
-    assert (finished.status, finished.err) == (0, "")
-    assert "captions, wordllama features of 256 x 32 tokens online" in finished.out
-    return run
-
-
 def test_resume_is_exact(tiny_data, whole_text_run, tmp_path):
     run, seen, add = tmp_path / "run", [], Progress.add
 

@@ -1,0 +1,158 @@
+"""Two real processes with two devices each: what they train, and that they agree on the checkpoint to go on from."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import flip_bit
+from runs import FAST, Finished, error_line, finish, metrics, start, steps_of, train_here
+
+from flowdit.training.checkpoint_files import verify_files
+
+PAIR = """
+import json, sys
+from pathlib import Path
+import jax
+from flowdit import train
+from flowdit.training import loop, setup
+from flowdit.training.checkpoint import restore_newest
+
+cluster, folder, tasks = json.loads(sys.argv[1])
+
+def start_and_keep_layout(config):
+    global layout
+    run = setup.start_run(config)
+    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
+    return run
+
+loop.start_run = start_and_keep_layout
+for stage, *arguments in tasks:
+    sys.argv = [stage, *arguments, *cluster]
+    getattr(train, stage)()
+for run in sorted(Path(folder).iterdir()):
+    restored = restore_newest(run, layout, lambda meta: None, lambda line: None)
+    print("restored", run.name, int(restored.state.step), flush=True)
+"""
+
+
+def run_pair(*tasks: tuple[str, ...], restore: Path) -> list[Finished]:
+    """Runs one after another in two processes; then, laid out as in the last one, the newest checkpoints in `restore`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    cluster = [f"mesh.coordinator={address}", "mesh.num_processes=2"]
+    processes = [
+        start("-c", PAIR, json.dumps([[*cluster, f"mesh.process_id={i}"], str(restore), tasks]), devices=2)
+        for i in (0, 1)
+    ]
+    try:
+        return [finish(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def settings(stage: int, data: Path, run: Path, *more: str) -> tuple[str, ...]:
+    experiment = {1: "tiny", 2: "tiny_text"}[stage]
+    paths = (f"data.path={data}", f"train.checkpoint_dir={run}")
+    return (f"stage{stage}", f"experiment={experiment}", *FAST, *paths, *more)
+
+
+@pytest.fixture(scope="module")
+def damaged_runs(whole_run, tmp_path_factory) -> Path:
+    """For each file of the newest checkpoint a copy of the run in which that file has a flipped bit."""
+    folder = tmp_path_factory.mktemp("damaged")
+    files = [path.relative_to(whole_run) for path in sorted((whole_run / "6").glob("*/**/*")) if path.is_file()]
+    for i, file in enumerate([*files, Path("6/checksums.json")]):
+        flip_bit(shutil.copytree(whole_run, folder / f"{i:02d}") / file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_data, damaged_runs, whole_run, tmp_path_factory) -> tuple[Path, list[Finished]]:
+    """What two processes did: both stages, a resume past a damaged checkpoint, and restores of the damaged runs."""
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(whole_run, folder / "resumed")
+    flip_bit(folder / "resumed" / "6" / "meta" / "metadata")
+    finished = run_pair(
+        settings(1, tiny_data, folder / "1", "mesh.fsdp=4"),
+        settings(2, tiny_data, folder / "2"),
+        settings(1, tiny_data, folder / "resumed", "train.is_restore=true"),
+        restore=damaged_runs,
+    )
+    for process in finished:
+        assert (process.status, process.err) == (0, ""), process.out
+    return folder, finished
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_have_the_losses_of_one(whole_run, whole_text_run, pair, stage):
+    losses, expected = (
+        metrics(r, "train/loss") for r in (pair[0] / str(stage), [whole_run, whole_text_run][stage - 1])
+    )
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_console_and_log_are_the_first_process_s(pair):
+    first, second = (process.out.splitlines() for process in pair[1])
+    assert next(line for line in first if line.startswith("model: ")).endswith("'tensor': 1}")
+    assert [line for line in second if not line.startswith(("[Gloo]", "restored"))] == []
+
+
+def test_checkpoint_of_two_processes_is_restored_in_one(tiny_data, pair, tmp_path):
+    run = shutil.copytree(pair[0] / "1", tmp_path / "run")
+    verify_files(run / "6")
+    finished = train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=7")
+    assert (finished.status, finished.err) == (0, "")
+    assert "changed since the checkpoint: mesh.fsdp: 4 -> 1" in finished.out
+    assert "mesh.coordinator" not in finished.out
+    assert steps_of(run) == [2, 4, 6, 7]
+
+
+def test_resume_past_a_damaged_checkpoint(whole_run, pair):
+    run = pair[0] / "resumed"
+    assert f"resumed from {run / '4'}" in pair[1][0].out
+    assert steps_of(run) == [2, 4, 6] and (run / "6.damaged").is_dir()
+    losses, expected = (metrics(folder, "train/loss") for folder in (run, whole_run))
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_every_damaged_file_sends_all_processes_to_the_same_older_checkpoint(damaged_runs, pair):
+    names = sorted(path.name for path in damaged_runs.iterdir())
+    assert len(names) > 15
+    for process in pair[1]:
+        assert [line for line in process.out.splitlines() if line.startswith("restored")] == [
+            f"restored {name} 4" for name in names
+        ]
+    for name in names:
+        folders = sorted(path.name for path in (damaged_runs / name).iterdir() if path.is_dir())
+        assert folders == ["2", "4", "6.damaged"]
+        verify_files(damaged_runs / name / "4")
+
+
+BAD_CLUSTERS = [
+    (("mesh.coordinator=localhost:1",), "mesh.num_processes: must be given together with mesh.coordinator"),
+    (
+        ("mesh.num_processes=2", "mesh.process_id=0"),
+        "mesh.coordinator: must be given together with mesh.num_processes=2",
+    ),
+    (
+        ("mesh.coordinator=localhost", "mesh.num_processes=2", "mesh.process_id=0"),
+        "mesh.coordinator: must be host:port",
+    ),
+    (("mesh.coordinator=a:99999", "mesh.num_processes=2", "mesh.process_id=0"), "mesh.coordinator: must be host:port"),
+    (("mesh.coordinator=a:1", "mesh.num_processes=0", "mesh.process_id=0"), "mesh.num_processes: must be at least 1"),
+    (("mesh.coordinator=a:1", "mesh.num_processes=2", "mesh.process_id=2"), "mesh.process_id: must be in [0, "),
+    (("mesh.multi_process=true",), "mesh.multi_process: no cluster was recognised"),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), BAD_CLUSTERS, ids=[" ".join(given) for given, _ in BAD_CLUSTERS])
+def test_processes_that_cannot_be_told_apart(tiny_data, tmp_path, given, expected):
+    line = error_line(train_here(tiny_data, tmp_path / "run", *given))
+    assert line.startswith(f"error: {expected}"), line
+    assert not (tmp_path / "run").exists()
