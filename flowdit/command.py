@@ -28,7 +28,7 @@ def run_command(command: Callable[[], None]) -> None:
         with user_errors():
             command()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BaseException:
@@ -48,7 +48,7 @@ def end_process(status: int) -> None:
 
 def silence_libraries() -> None:
     """What a library logs of an error, hundreds of lines of tracebacks, would bury the one line that matters."""
-    for name in ("absl", "asyncio", "jax", "orbax"):
+    for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # Of threads, and of callbacks that come after the loop they belong to has ended; our own errors are printed above.
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
