@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,8 @@ def call(main: Callable[[], None], *overrides: str) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *overrides])
         patch.setattr(command, "end_process", sys.exit)
+        for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+            patch.setattr(module, hook, getattr(module, hook))  # the command's own are undone with the patch
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 main()
