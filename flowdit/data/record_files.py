@@ -43,7 +43,7 @@ class RecordFiles:
 
         Raises `RecordError` naming file, record within the file, and what is wrong with it.
         """
-        return [self._parse(i, data) for i, data in zip(indices, self._read_bytes(indices), strict=True)]
+        return [self.locate(i, self._parse, data) for i, data in zip(indices, self._read_bytes(indices), strict=True)]
 
     def locate(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, whose error becomes one line that says where record `index` lies."""
@@ -54,9 +54,9 @@ class RecordFiles:
         except RuntimeError as error:
             raise RecordError(f"{self._where(index)}: the file is damaged: {_first_clause(error)}") from None
 
-    def _parse(self, index: int, data: bytes) -> dict[str, Any]:
-        record = self.locate(index, decode, data)
-        self.locate(index, self._check, record)
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        record = decode(data)
+        self._check(record)
         return record
 
     def _read_bytes(self, indices: Sequence[int]) -> Sequence[bytes]:

@@ -123,8 +123,9 @@ def packed_dtype(dtype: str) -> np.dtype:
 
 
 def _check_key(key: Any, caption: str) -> None:
-    if key != (expected := caption_key(caption)):
-        shown = key.hex() if isinstance(key, bytes) else repr(key)
+    expected = caption_key(caption)
+    if not isinstance(key, bytes) or key != expected:
+        shown = key[:20].hex() if isinstance(key, bytes) else type(key).__name__
         raise RecordError(f"key: must be {expected.hex()} for the caption of the data, got {shown}: another caption")
 
 
