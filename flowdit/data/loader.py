@@ -91,15 +91,19 @@ def open_source(
 ) -> Source:
     """The records of `split` ("train" or "validation") as `schema` has them, their captions as `text` reads them.
 
+    Their arrays must have the manifest's `latent_dtype`: a record of the other one was not written with it.
+
     Raises `ValueError` naming the file if a shard is missing, is not an ArrayRecord file, is cut short, or holds another
-    number of records than the manifest says.
+    number of records than the manifest says, and `RecordError` if the first record breaks a rule.
     """
     shards = manifest.shards_of(split)
     if not shards:
         raise ValueError(f"{folder}: the data set has no records in split {split!r}")
     paths = [Path(folder) / shard.file for shard in shards]
     check_files(paths, shards)
-    return Source(paths, [shard.records for shard in shards], schema, text)
+    source = Source(paths, [shard.records for shard in shards], schema.of_dtype(manifest.latent_dtype), text)
+    source.read([0])  # a rule that all records break is found before a run begins
+    return source
 
 
 class TrainStream(Iterator[Batch]):

@@ -165,6 +165,16 @@ def test_a_bad_record_is_named_by_file_and_number(tmp_path, bad, message):
     assert "\n" not in str(error.value)
 
 
+def test_records_of_another_dtype_than_the_manifests_are_named(folder):
+    path = folder / "dataset.json"
+    path.write_text(path.read_text().replace('"float16"', '"float32"'))
+    message = (
+        r"train-00000-of-00002.array_record: record 0: latent: must be a float32 array as latent_dtype .* float16$"
+    )
+    with pytest.raises(RecordError, match=message):
+        open_train(folder)
+
+
 def test_a_foreign_record_is_named_by_file_and_number(folder):
     path = folder / "train-00001-of-00002.array_record"
     writer = ArrayRecordWriter(str(path), "group_size:1")
