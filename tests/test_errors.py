@@ -50,6 +50,7 @@ SETTINGS = [
     ("train.sample_prompts=[x]", "train.sample_prompts: must be null where a ccdit is trained"),
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),
     ("data.num_threads=0", "data.num_threads: must be at least 1, got 0"),
+    ("data.max_bad_records=-1", "data.max_bad_records: must be 0 (none) or more, got -1"),
     # Parts that do not fit each other.
     ("train.batch_size=6", "train.batch_size: ", "divisible", "4 devices", "6 / 1 = 6"),
     ("train.gradient_accum=3", "train.gradient_accum: must divide train.batch_size=8, got 3"),

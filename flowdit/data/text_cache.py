@@ -17,7 +17,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from flowdit.data.captions import CAPTIONS, Counter, caption_key, choose_long, chosen_captions
-from flowdit.data.manifest import Manifest, Shard, check_shards, parse_fields, read_json, verify_shards
+from flowdit.data.manifest import (
+    HASH_LIMIT_BYTES,
+    Manifest,
+    Shard,
+    check_shards,
+    parse_fields,
+    read_json,
+    verify_shards,
+)
 from flowdit.data.record_files import RecordFiles, check_files
 from flowdit.data.records import RecordError
 from flowdit.models.text_encoder import TextEncoder
@@ -162,6 +170,7 @@ def open_cache(
     long_caption_prob: float,
     *,
     verify_hashes: bool = False,
+    hash_limit: int = HASH_LIMIT_BYTES,
 ) -> CachedCaptions:
     """The cached text of `split`, of the data set with this manifest.
 
@@ -176,7 +185,7 @@ def open_cache(
     cache = read_json(folder / FILE_NAME, CacheManifest.parse)
     cache.check_made_by(folder, encoder, manifest)
     shards = [shard for shard in cache.shards if shard.split == split]
-    verify_shards(folder, shards, hashes=verify_hashes)
+    verify_shards(folder, shards, hashes=verify_hashes, limit=hash_limit)
     paths = [folder / shard.file for shard in shards]
     check_files(paths, shards)
     return CachedCaptions(FeatureCache(paths, cache, [shard.records for shard in shards]), long_caption_prob)

@@ -112,6 +112,7 @@ def test_settings_that_do_not_fit_are_refused(folder, settings, message):
     [
         ({"num_threads": 0}, "data.num_threads: must be at least 1, got 0"),
         ({"prefetch": 0}, "data.prefetch: must be at least 1, got 0"),
+        ({"max_bad_records": -1}, r"data.max_bad_records: must be 0 \(none\) or more, got -1"),
         ({"long_caption_prob": 1.5}, r"data.long_caption_prob: must be in \[0, 1\], got 1.5"),
         ({"long_caption_prob": float("nan")}, "data.long_caption_prob: .* got nan"),
     ],
