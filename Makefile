@@ -36,7 +36,7 @@ demo: setup ## from nothing to a trained model and its picture, in minutes on tw
 	@$(BIN)/python train_stage1.py experiment=openmoji_demo train.checkpoint_dir=$(DEMO) train.num_steps=$(DEMO_STEPS) \
 		train.is_restore=$(if $(wildcard $(DEMO)/metrics.jsonl),true,false)
 	@echo "3/3 sampling"
-	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo num_images=4 \
+	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo overwrite=true num_images=4 \
 		labels=[country-flag,face-smiling,face-concerned,face-neutral-skeptical,heart,cat-face,geometric,country-flag]
 	@echo "the picture: samples/demo/grid.png"
 
@@ -50,11 +50,12 @@ demo-text: setup ## from the demo's class model to a text model and its pictures
 		train.checkpoint_dir=$(DEMO_TEXT) train.num_steps=$(DEMO_TEXT_STEPS) \
 		train.is_restore=$(if $(wildcard $(DEMO_TEXT)/metrics.jsonl),true,false)
 	@echo "3/3 sampling"
-	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO_TEXT)/$(DEMO_TEXT_STEPS) out=samples/demo_text num_images=4
+	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO_TEXT)/$(DEMO_TEXT_STEPS) \
+		out=samples/demo_text overwrite=true num_images=4
 	@echo "the picture: samples/demo_text/grid.png"
 
 sample: setup ## draw a grid from the trained model that comes with the repository
-	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained num_images=2
+	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained overwrite=true num_images=2
 	@echo "the picture: samples/pretrained/grid.png"
 
 test: $(VENV)/ready-test ## the whole test suite (under 10 minutes on two cores)

@@ -112,7 +112,7 @@ class SampleConfig:
 
     A class model takes `labels` (numbers or class names), a text model `prompts` or `prompts_file` (one a line) and
     `negative_prompt`; each is drawn `num_images` times. Without any, the run's `train.sample_labels` or
-    `train.sample_prompts` are drawn.
+    `train.sample_prompts` are drawn. The folder `out` must not hold pictures; `overwrite` removes those of an earlier run.
     """
 
     checkpoint: str = "???"
@@ -125,6 +125,7 @@ class SampleConfig:
     batch_size: int = 64
     seed: int = 0
     out: str = "samples"
+    overwrite: bool = False
     vae: str | None = None
     text_encoder: str | None = None
     save_latents: bool = False

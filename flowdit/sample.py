@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from PIL import Image
 
 from flowdit.command import run_command, user_errors
 from flowdit.config import SampleConfig, register_schemas, resolve
+from flowdit.data.pictures import SUFFIXES
 from flowdit.diffusion.pictures import make_decoder, save_grid
 from flowdit.diffusion.sampling import SamplerConfig, picture_noise, sample
 from flowdit.models.text_encoder import TextEncoder, load_text_encoder
@@ -24,6 +26,9 @@ from flowdit.training.evaluate import load_matching_vae
 from flowdit.training.stages import Requests, describe_encoder, label_requests, prompt_requests, resolve_labels
 from flowdit.training.step import cast_floating
 from flowdit.training.trained import Trained, load_trained
+
+UNFINISHED = "samples.json.unfinished"
+"""The name of `samples.json` until all pictures are written."""
 
 
 def make_requests(trained: Trained, config: SampleConfig) -> Requests:
@@ -150,15 +155,59 @@ def write_samples(trained: Trained, config: SampleConfig, sampler: SamplerConfig
     except OSError as problem:
         raise ValueError(f"out: {out} cannot be written: {problem.strerror}") from None
     drawn = draw_pictures(trained, config, sampler, requests)
-    for i, (image, caption) in enumerate(zip(drawn.images, requests.captions, strict=True)):
-        Image.fromarray(image).save(out / f"{i:04d}_{_file_name(caption)}.png")
-    if config.save_latents:
-        np.save(out / "latents.npy", drawn.latents)
     settings = dataclasses.asdict(config) | dataclasses.asdict(sampler) | {"captions": requests.captions}
     record = {"settings": settings, "evaluations": drawn.evaluations, "step": trained.step, "weights": "ema"}
-    (out / "samples.json").write_text(json.dumps(record, indent=1) + "\n")
+    for path in check_folder(config):
+        path.unlink()
+    # The list of what is written comes first, so that what an interrupted run leaves can be told, too.
+    (out / UNFINISHED).write_text(json.dumps(record, indent=1) + "\n")
+    for name, image in zip(_picture_names(requests.captions), drawn.images, strict=True):
+        Image.fromarray(image).save(out / name)
+    if config.save_latents:
+        np.save(out / "latents.npy", drawn.latents)
     save_grid(out / "grid.png", drawn.images, requests.captions, config.columns)
+    os.replace(out / UNFINISHED, out / "samples.json")
     return out / "grid.png"
+
+
+def check_folder(config: SampleConfig) -> list[Path]:
+    """The files of an earlier run in `config.out`, which may go. Sub-folders and files of other kinds stay.
+
+    Raises `ValueError` for pictures that would lie among the new ones: those of an earlier run unless `config.overwrite`
+    is set, and any others. A score of such a folder would be wrong without a word.
+    """
+    out = Path(config.out)
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    earlier = _earlier_files(out) & names
+    pictures = {name for name in names if Path(name).suffix.lower() in SUFFIXES}
+    if foreign := sorted((pictures | names & {"latents.npy"}) - earlier):
+        raise ValueError(
+            f"out: {out} holds {len(foreign)} files that no samples.json in it lists, such as {foreign[0]!r}: "
+            "give another folder"
+        )
+    if earlier and not config.overwrite:
+        raise ValueError(
+            f"out: {out} holds the {len(earlier)} files of an earlier run: give another folder, or overwrite=true"
+        )
+    return [out / name for name in sorted(earlier)]
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    """Names of what an earlier run has written, or was going to, as its `samples.json` says."""
+    files: set[str] = set()
+    for path in (folder / "samples.json", folder / UNFINISHED):
+        if path.is_file():
+            try:
+                settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+                files |= {path.name, "grid.png", *_picture_names(settings["captions"])}
+                files |= {"latents.npy"} if settings["save_latents"] else set()
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"out: {path} is not of an earlier run: give another folder") from None
+    return files
+
+
+def _picture_names(captions: list[str]) -> list[str]:
+    return [f"{i:04d}_{_file_name(caption)}.png" for i, caption in enumerate(captions)]
 
 
 def _file_name(name: str) -> str:
@@ -170,6 +219,7 @@ def _file_name(name: str) -> str:
 def _sample(composed: DictConfig) -> None:
     config: SampleConfig = resolve(composed, SampleConfig)
     config.check()
+    check_folder(config)
     trained = load_trained(Path(config.checkpoint))
     sampler = config.sampler(trained.config.train.sampler)
     requests = make_requests(trained, config)

@@ -50,6 +50,7 @@ SETTINGS = [
     ("train.sample_prompts=[x]", "train.sample_prompts: must be null where a ccdit is trained"),
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),
     ("data.num_threads=0", "data.num_threads: must be at least 1, got 0"),
+    ("data.max_bad_records=-1", "data.max_bad_records: must be 0 (none) or more, got -1"),
     # Parts that do not fit each other.
     ("train.batch_size=6", "train.batch_size: ", "divisible", "4 devices", "6 / 1 = 6"),
     ("train.gradient_accum=3", "train.gradient_accum: must divide train.batch_size=8, got 3"),
@@ -126,6 +127,13 @@ FILES = {
     "truncated shard that the manifest agrees to": BadData(truncate_and_agree, (SHARD, "not a whole ArrayRecord file")),
     "foreign file": BadData(replace_by_foreign_file, (SHARD, "not a whole ArrayRecord file")),
     "another number of records": BadData(lambda d: agree(d, records=7), (SHARD, "must hold 7 records", "holds 24")),
+    "pictures without a size": BadData(
+        lambda d: change_manifest(d, image_size=-1), ("dataset.json: image_size: must be vae.stride times", "got -1")
+    ),
+    "latents of another dtype than the records": BadData(
+        lambda d: change_manifest(d, latent_dtype="float32"),
+        (".array_record: record ", "latent: must be a float32 array as latent_dtype", "got an array of float16"),
+    ),
     "latents far from unit variance": BadData(
         lambda d: change_manifest(d, channel_std=[40.0] * 16), ("train.latent_scale: ", "deviation in [0.5, 2]")
     ),

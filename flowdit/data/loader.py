@@ -5,7 +5,8 @@ reads and decodes a process's whole share of a batch. Every process computes the
 rows, and the state is the number of the next batch: a run may continue on any number of processes and loader threads.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Float64
 
 from flowdit.data.captions import TextReader
 from flowdit.data.manifest import Manifest
-from flowdit.data.record_files import RecordFiles, check_files
+from flowdit.data.record_files import BadRecords, RecordFiles, check_files
 from flowdit.data.records import RecordError, Schema
 
 Batch = dict[str, np.ndarray]
@@ -29,7 +30,9 @@ class DataConfig:
     `num_threads` read and decode batches, up to `prefetch` of them ahead of the training step. `verify_hashes` compares
     the contents of the shards with the manifest at the start of a run, whatever their size. Where there are captions, a
     visit reads the long one with probability `long_caption_prob`; `text_cache` is a folder of their features as `prepare`
-    writes it, or None for an encoder that runs in the training loop.
+    writes it, or None for an encoder that runs in the training loop. In each split up to `max_bad_records` different
+    records that are damaged or break a rule are named and passed over, for the next readable one each; one more ends the
+    run.
     """
 
     path: str = "???"
@@ -38,21 +41,37 @@ class DataConfig:
     verify_hashes: bool = False
     long_caption_prob: float = 0.5
     text_cache: str | None = None
+    max_bad_records: int = 0
 
     def check(self) -> None:
         """Raise `ValueError` naming the first field that breaks a rule."""
         for name in ("num_threads", "prefetch"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"data.{name}: must be at least 1, got {value}")
+        if self.max_bad_records < 0:
+            raise ValueError(f"data.max_bad_records: must be 0 (none) or more, got {self.max_bad_records}")
         if not 0 <= self.long_caption_prob <= 1:
             raise ValueError(f"data.long_caption_prob: must be in [0, 1], got {self.long_caption_prob}")
 
 
 class Source:
-    """Random access to the records of one split, which it reads by indices in [0, len(source))."""
+    """Random access to the records of one split, which it reads by indices in [0, len(source)).
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int], schema: Schema, text: TextReader | None = None):
+    A bad record is one that is damaged, breaks a rule, or whose caption in the cache is or does. In its place the next
+    readable one is read, around the end. That depends on the files alone (and on the caption asked for), so batches keep
+    their size and are the same on any number of processes and after a resume.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        schema: Schema,
+        text: TextReader | None = None,
+        max_bad_records: int | None = None,
+    ):
         self.schema, self.text = schema, text
+        self.bad_records = BadRecords(max_bad_records)
         self._files = RecordFiles(paths, counts, schema.check)
 
     def __len__(self) -> int:
@@ -61,17 +80,33 @@ class Source:
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The records at `indices`, decoded, each of the right types and shapes.
 
-        Raises `RecordError` naming file, record within the file, field and rule.
+        Raises `RecordError` naming file, record within the file, field and rule, if there are more bad ones than allowed.
         """
-        return self._files.read(indices)
+        try:
+            return self._files.read(indices)
+        except RecordError as problem:
+            self._refuse_unless_allowed(problem)
+        return [self._next_readable(i, lambda j: self._files.read([j])[0]) for i in indices]
 
     def read_batch(self, indices: Sequence[int], draws: Float64[np.ndarray, " n"] | None = None) -> Batch:
         """The records at `indices` stacked: `latent` float32 (n, channels, height, width), `label` int32 (n,).
 
         A source with `text` takes `draws`, a number in [0, 1) for each record, and has what its text makes of the
-        captions in place of them.
+        captions in place of them. Raises `RecordError` as `read` does.
         """
-        records = self.read(indices)
+        try:
+            return self._read_batch(indices, draws)
+        except RecordError as problem:
+            self._refuse_unless_allowed(problem)
+
+        def read_row(row: int, index: int) -> Batch:
+            return self._read_batch([index], None if draws is None else draws[row : row + 1])
+
+        rows = [self._next_readable(i, functools.partial(read_row, row)) for row, i in enumerate(indices)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def _read_batch(self, indices: Sequence[int], draws: Float64[np.ndarray, " n"] | None) -> Batch:
+        records = self._files.read(indices)
         batch = self.schema.stack(records)
         try:
             self.schema.check_numbers(batch)
@@ -85,21 +120,44 @@ class Source:
         numbers = {name: values for name, values in batch.items() if values.dtype != object}
         return numbers | self.text.read(indices, records, draws)
 
+    def _refuse_unless_allowed(self, problem: RecordError) -> None:
+        if not self.bad_records.limit:
+            self.bad_records.add(problem)
+
+    def _next_readable(self, index: int, read: Callable[[int], Any]) -> Any:
+        """What `read` makes of the first record from `index` on at which it does not fail."""
+        for i in range(index, index + len(self)):
+            try:
+                return read(i % len(self))
+            except RecordError as problem:
+                self.bad_records.add(problem)
+        raise RecordError(f"no record can be read: all {len(self)} of the split are bad")
+
 
 def open_source(
-    folder: str | Path, manifest: Manifest, split: str = "train", *, schema: Schema, text: TextReader | None = None
+    folder: str | Path,
+    manifest: Manifest,
+    split: str = "train",
+    *,
+    schema: Schema,
+    text: TextReader | None = None,
+    max_bad_records: int | None = None,
 ) -> Source:
     """The records of `split` ("train" or "validation") as `schema` has them, their captions as `text` reads them.
 
+    Their arrays must have the manifest's `latent_dtype`: a record of the other one was not written with it.
+
     Raises `ValueError` naming the file if a shard is missing, is not an ArrayRecord file, is cut short, or holds another
-    number of records than the manifest says.
+    number of records than the manifest says, and `RecordError` if the first record breaks a rule.
     """
     shards = manifest.shards_of(split)
     if not shards:
         raise ValueError(f"{folder}: the data set has no records in split {split!r}")
-    paths = [Path(folder) / shard.file for shard in shards]
+    paths, counts = [Path(folder) / shard.file for shard in shards], [shard.records for shard in shards]
     check_files(paths, shards)
-    return Source(paths, [shard.records for shard in shards], schema, text)
+    source = Source(paths, counts, schema.of_dtype(manifest.latent_dtype), text, max_bad_records)
+    source.read([0])  # a rule that all records break is found before a run begins
+    return source
 
 
 class TrainStream(Iterator[Batch]):

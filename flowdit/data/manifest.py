@@ -16,6 +16,8 @@ FILE_NAME = "dataset.json"
 SCHEMA_VERSION = 1
 HASH_LIMIT_BYTES = 256 * 2**20
 """Up to this size (about a second of hashing) `verify` compares contents, above it sizes."""
+MAX_SIDE = 4096
+"""Channels, height or width of latents. The model's positions are made before the first record disproves a claim."""
 
 LatentDtype = typing.Literal["float16", "float32"]
 Split = typing.Literal["train", "validation"]
@@ -222,12 +224,18 @@ def _parse_tuple(kinds: tuple[Any, ...], value: Any, field: str) -> tuple[Any, .
 
 
 def _check_values(manifest: Manifest) -> None:
-    channels, names = manifest.latent_shape[0], manifest.class_names
+    (channels, *sides), names, vae = manifest.latent_shape, manifest.class_names, manifest.vae
     means, stds = len(manifest.channel_mean), len(manifest.channel_std)
     unlabelled = manifest.has_captions and not names
+    pixels = sorted({vae.stride * side for side in sides})
+    fits = any(abs(manifest.image_size - size) < vae.stride for size in pixels)
     rules = (
         ("latent_shape", "must be positive", manifest.latent_shape, min(manifest.latent_shape) > 0),
-        ("vae.scale", "must not be 0", manifest.vae.scale, manifest.vae.scale != 0),
+        ("latent_shape", f"must be at most {MAX_SIDE}", manifest.latent_shape, max(manifest.latent_shape) <= MAX_SIDE),
+        ("vae.scale", "must not be 0", vae.scale, vae.scale != 0),
+        ("vae.stride", "must be at least 1", vae.stride, vae.stride >= 1),
+        # A side that is no multiple of the stride is rounded up or down.
+        ("image_size", f"must be vae.stride times a side of latent_shape, {pixels}", manifest.image_size, fits),
         ("channel_mean", f"must have {channels} values", means, means == channels),
         ("channel_std", f"must have {channels} values", stds, stds == channels),
         ("channel_std", "must not be negative", manifest.channel_std, min(manifest.channel_std, default=0) >= 0),

@@ -134,24 +134,52 @@ def _open(file: Path) -> Image.Image:
     """The picture in `file`, upright and on white where it is transparent."""
     try:
         with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
+            image = _in_eight_bits(ImageOps.exif_transpose(image))
             if not image.has_transparency_data:
                 return image.convert("RGB")
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
+    except Exception as error:  # Pillow's decoders raise many types on damaged files, and one on too many pixels
         raise ValueError(f"{file}: cannot be read as a picture: {error}") from error
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Pictures of more bits by their upper eight, as Pillow itself reads those of 16 bits in colour.
+
+    What it reads as integers or floats (modes I;16, I and F) it would clip at 255 instead.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"has pixels of 32 bits (mode {image.mode}) with unknown white: save it with 8 or 16 bits")
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        grey = Image.fromarray((values >> 8).astype(np.uint8))
+        if transparent is not None:
+            grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        return grey
+    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        image.info["transparency"] = tuple(part >> 8 for part in transparent)  # left at 16 bits
+    return image
+
+
+MAX_ASPECT = 8
+"""Up to this ratio of the sides a picture is resized whole and then cropped, as ADM does."""
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The largest central square of `image` at `size` pixels, as ADM crops ImageNet (openai/guided-diffusion).
 
-    Halving by box averages comes first, because a bicubic resize by more than two would alias.
+    Halving by box averages comes first, because a bicubic resize by more than two would alias. Of a much longer picture
+    only the square is resized, as the whole might not fit the memory; columns and rows may take turns in another order.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    if max(image.size) <= MAX_ASPECT * min(image.size):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + size, top + size))
+    x, y = image.width / width, image.height / height
+    square = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=square)

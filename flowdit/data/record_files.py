@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class RecordFiles:
 
         Raises `RecordError` naming file, record within the file, and what is wrong with it.
         """
-        return [self._parse(i, data) for i, data in zip(indices, self._read_bytes(indices), strict=True)]
+        return [self.locate(i, self._parse, data) for i, data in zip(indices, self._read_bytes(indices), strict=True)]
 
     def locate(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, whose error becomes one line that says where record `index` lies."""
@@ -54,9 +55,9 @@ class RecordFiles:
         except RuntimeError as error:
             raise RecordError(f"{self._where(index)}: the file is damaged: {_first_clause(error)}") from None
 
-    def _parse(self, index: int, data: bytes) -> dict[str, Any]:
-        record = self.locate(index, decode, data)
-        self.locate(index, self._check, record)
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        record = decode(data)
+        self._check(record)
         return record
 
     def _read_bytes(self, indices: Sequence[int]) -> Sequence[bytes]:
@@ -68,6 +69,39 @@ class RecordFiles:
     def _where(self, index: int) -> str:
         file = bisect.bisect_right(self._ends, index)
         return f"{self._paths[file]}: record {index - (self._ends[file - 1] if file else 0)}"
+
+
+class BadRecords:
+    """The different bad records that were met so far, of which `limit` are passed over.
+
+    With a limit of None none is, and the error names no option that would allow some. Threads may share one.
+    """
+
+    def __init__(self, limit: int | None):
+        self.limit, self._lock = limit, threading.Lock()
+        self._problems: dict[str, None] = {}  # in the order in which they were met
+        self._told = 0
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def add(self, problem: RecordError) -> None:
+        """Take note of what says where a record lies and what is wrong. Raises it if there is one too many."""
+        with self._lock:
+            if str(problem) in self._problems:
+                return
+            if len(self) < (self.limit or 0):
+                self._problems[str(problem)] = None
+                return
+            found = len(self) + 1
+        option = "" if self.limit is None else f" (bad records: {found}, data.max_bad_records={self.limit})"
+        raise RecordError(f"{problem}{option}") from problem.__cause__
+
+    def take_new(self) -> list[str]:
+        """What was noted since the last call."""
+        with self._lock:
+            new, self._told = list(self._problems)[self._told :], len(self._problems)
+        return new
 
 
 def check_files(paths: Sequence[Path], shards: Sequence[Shard]) -> None:

@@ -2,17 +2,19 @@
 
 A record is a pickled flat dict of numpy arrays and plain Python values. Data files are untrusted, so they are read by an
 unpickler that knows nine names (the ones numpy 1 and numpy 2 write for an array) and gives each a stand-in of ours: no
-import happens, no numpy constructor is reachable, and nothing in a file can run code.
+import happens, no numpy constructor is reachable, and nothing in a file can run code. `data.opcodes` says what it may see
+at all, so that no file makes it take memory or time beyond measure.
 """
 
 import io
 import pickle
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from flowdit.data.opcodes import check_opcodes
 
 
 class RecordError(ValueError):
@@ -28,28 +30,49 @@ def decode(data: bytes) -> dict[str, Any]:
     """The record in `data`: a dict of numpy arrays (possibly read-only) and plain Python values.
 
     Raises `RecordError` whatever is wrong with the bytes: truncated, foreign, or a pickle that asks for anything but a
-    numpy array of booleans, integers or floats.
+    numpy array of booleans, integers or floats. Time and memory grow with the length of `data`, whatever it declares.
+    Arrays within lists are no part of a record and stay stand-ins.
     """
     try:
-        record = _Unpickler(io.BytesIO(data)).load()
+        check_opcodes(data)
+        unpickler = _Unpickler(io.BytesIO(data))
+        unpickler.length = len(data)
+        record = unpickler.load()
         if isinstance(record, dict):
-            return {str(name): value.array() if isinstance(value, _Array) else value for name, value in record.items()}
+            return {
+                _name(name): value.array() if isinstance(value, _Array) else value for name, value in record.items()
+            }
     except Exception as error:  # hostile bytes can raise anything, MemoryError and RecursionError included
         raise RecordError(f"not a readable record: {type(error).__name__}: {_one_line(error)}") from error
     raise RecordError(f"not a record: must be a dict, got {type(record).__name__}")
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str):
+        raise pickle.UnpicklingError(f"a field whose name is {_shown(name)} is refused")
+    return name
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or "no details"
 
 
+_DTYPES = {
+    order + code: np.dtype(order + code)
+    for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+    for order in ("", "<", ">", "=", "|")
+}
+
+
 class _Dtype:
     """Stands in for `numpy.dtype`, whose own `__setstate__` accepts flags and sizes that do not fit the type."""
 
     def __init__(self, code: object, align: object = False, copy: object = False):
-        if not (isinstance(code, str) and re.fullmatch(r"[<>=|]?(b1|[iu][1248]|f[248])", code)):
-            raise pickle.UnpicklingError(f"dtype {code!r} is refused: only booleans, integers and floats are read")
-        self.value = np.dtype(code)
+        if not (isinstance(code, str) and code in _DTYPES):
+            raise pickle.UnpicklingError(
+                f"dtype {_shown(code)} is refused: only booleans, integers and floats are read"
+            )
+        self.value = _DTYPES[code]
 
     def __setstate__(self, state: tuple[Any, ...]):
         if any(part is not None for part in state[2:5]):
@@ -58,34 +81,49 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for an array that pickle builds in two steps (protocols below 5): first empty, then its state."""
+    """Stands in for an array until the record is whole: the items of a real one could be set, at any cost in memory.
 
-    def __init__(self, kind: object, shape: object, code: object):
-        self.state: tuple[Any, ...] | None = None
+    Pickles below protocol 5 build it in two steps: first empty, then its state.
+    """
+
+    def __init__(self, buffer: Any, dtype: Any, shape: Any, order: Any = "C", axis_order: Any = None):
+        self.parts = buffer, dtype, shape, order, axis_order
 
     def __setstate__(self, state: tuple[Any, ...]):
-        self.state = state
+        _, shape, dtype, fortran, data = state
+        self.parts = data, dtype, shape, "F" if fortran else "C", None
 
     def array(self) -> np.ndarray:
-        assert self.state is not None
-        _, shape, dtype, fortran, data = self.state
-        return _frombuffer(data, dtype, shape, "F" if fortran else "C")
-
-
-def _frombuffer(buffer: Any, dtype: Any, shape: Any, order: Any, axis_order: Any = None) -> np.ndarray:
-    array = np.frombuffer(buffer, dtype.value)
-    return array.reshape(shape, order=order) if axis_order is None else array.reshape(shape).transpose(axis_order)
+        buffer, dtype, shape, order, axis_order = self.parts
+        array = np.frombuffer(buffer, dtype.value)
+        return array.reshape(shape, order=order) if axis_order is None else array.reshape(shape).transpose(axis_order)
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype.value).reshape(())[()]
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """Stands in for `_codecs.encode`, with which protocols below 3 write bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding!r} is refused")
-    return text.encode("latin1")
+class _Latin1:
+    """Stands in for `_codecs.encode`, with which protocols below 3 write bytes, of which a record has at most its length.
+
+    Without a limit the memo could have one long text copied again and again.
+    """
+
+    def __init__(self, room: int):
+        self._room = room
+
+    def __call__(self, text: str, encoding: object) -> bytes:
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"codec {_shown(encoding)} is refused")
+        self._room -= len(text)
+        if self._room < 0:
+            raise pickle.UnpicklingError("more bytes than the record has are refused")
+        return text.encode("latin1")
+
+
+def _shown(value: object) -> str:
+    """A text in quotes, cut; of anything else the type, as it may be endless to print."""
+    return f"{value[:40]!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 class _Callable:
@@ -104,16 +142,21 @@ class _Callable:
 _ALLOWED: dict[tuple[str, str], object] = {
     ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of _reconstruct, so a word is enough
     ("numpy", "dtype"): _Callable(_Dtype),
-    ("_codecs", "encode"): _Callable(_latin1),
 }
 for _core in ("numpy.core", "numpy._core"):  # the names of numpy 1 and of numpy 2
     _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _Callable(_Array)
     _ALLOWED[f"{_core}.multiarray", "scalar"] = _Callable(_scalar)
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _Callable(_frombuffer)
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _Callable(_Array)
 
 
 class _Unpickler(pickle.Unpickler):
+    length = 0
+    latin1: _Callable | None = None
+
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == ("_codecs", "encode"):
+            self.latin1 = self.latin1 or _Callable(_Latin1(self.length))
+            return self.latin1
         try:
             return _ALLOWED[module_name, global_name]
         except KeyError:
@@ -137,16 +180,27 @@ class Field(Protocol):
         ...
 
 
+_FLOATS = {np.dtype(order + code): name for code, name in (("f2", "float16"), ("f4", "float32")) for order in "<>"}
+"""Names by dtype, of either byte order: looking one up is faster than `dtype.name`."""
+
+
 @dataclass(frozen=True)
 class ArrayField:
-    """A float16 or float32 array of a fixed shape, all finite and at least `minimum`; batches are float32."""
+    """A float16 or float32 array of a fixed shape, all finite and at least `minimum`; batches are float32.
+
+    Where `dtype` is given, as the manifest of a data set gives it, it must be that of the two.
+    """
 
     shape: tuple[int, ...]
     minimum: float = -np.inf
+    dtype: str | None = None
 
     def check(self, value: Any) -> None:
-        if not isinstance(value, np.ndarray) or value.dtype.name not in ("float16", "float32"):
+        dtype = _FLOATS.get(value.dtype) if isinstance(value, np.ndarray) else None
+        if dtype is None:
             raise RecordError(f"must be a float16 or float32 array, got {_kind(value)}")
+        if dtype != (self.dtype or dtype):
+            raise RecordError(f"must be a {self.dtype} array as latent_dtype of the manifest says, got {_kind(value)}")
         if value.shape != self.shape:
             raise RecordError(f"must have shape {self.shape}, got {value.shape}")
 
@@ -217,11 +271,16 @@ class Schema:
 
     fields: Mapping[str, Field]
 
+    def of_dtype(self, dtype: str) -> "Schema":
+        """The same with arrays of `dtype` alone."""
+        arrays = {name: replace(f, dtype=dtype) for name, f in self.fields.items() if isinstance(f, ArrayField)}
+        return Schema({**self.fields, **arrays})
+
     def check(self, record: Mapping[str, Any]) -> None:
         """Raises `RecordError("field: rule, value")` for the first field that is missing or breaks a rule."""
         for name, field in self.fields.items():
             if name not in record:
-                raise RecordError(f"{name}: is missing, the record has {sorted(record)}")
+                raise RecordError(f"{name}: is missing, the record has {str(sorted(record))[:200]}")
             _named(name, field.check, record[name])
 
     def stack(self, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -17,7 +17,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from flowdit.data.captions import CAPTIONS, Counter, caption_key, choose_long, chosen_captions
-from flowdit.data.manifest import Manifest, Shard, check_shards, parse_fields, read_json, verify_shards
+from flowdit.data.manifest import (
+    HASH_LIMIT_BYTES,
+    Manifest,
+    Shard,
+    check_shards,
+    parse_fields,
+    read_json,
+    verify_shards,
+)
 from flowdit.data.record_files import RecordFiles, check_files
 from flowdit.data.records import RecordError
 from flowdit.models.text_encoder import TextEncoder
@@ -123,8 +131,9 @@ def packed_dtype(dtype: str) -> np.dtype:
 
 
 def _check_key(key: Any, caption: str) -> None:
-    if key != (expected := caption_key(caption)):
-        shown = key.hex() if isinstance(key, bytes) else repr(key)
+    expected = caption_key(caption)
+    if not isinstance(key, bytes) or key != expected:
+        shown = key[:20].hex() if isinstance(key, bytes) else type(key).__name__
         raise RecordError(f"key: must be {expected.hex()} for the caption of the data, got {shown}: another caption")
 
 
@@ -161,6 +170,7 @@ def open_cache(
     long_caption_prob: float,
     *,
     verify_hashes: bool = False,
+    hash_limit: int = HASH_LIMIT_BYTES,
 ) -> CachedCaptions:
     """The cached text of `split`, of the data set with this manifest.
 
@@ -175,7 +185,7 @@ def open_cache(
     cache = read_json(folder / FILE_NAME, CacheManifest.parse)
     cache.check_made_by(folder, encoder, manifest)
     shards = [shard for shard in cache.shards if shard.split == split]
-    verify_shards(folder, shards, hashes=verify_hashes)
+    verify_shards(folder, shards, hashes=verify_hashes, limit=hash_limit)
     paths = [folder / shard.file for shard in shards]
     check_files(paths, shards)
     return CachedCaptions(FeatureCache(paths, cache, [shard.records for shard in shards]), long_caption_prob)

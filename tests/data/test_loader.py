@@ -112,6 +112,7 @@ def test_settings_that_do_not_fit_are_refused(folder, settings, message):
     [
         ({"num_threads": 0}, "data.num_threads: must be at least 1, got 0"),
         ({"prefetch": 0}, "data.prefetch: must be at least 1, got 0"),
+        ({"max_bad_records": -1}, r"data.max_bad_records: must be 0 \(none\) or more, got -1"),
         ({"long_caption_prob": 1.5}, r"data.long_caption_prob: must be in \[0, 1\], got 1.5"),
         ({"long_caption_prob": float("nan")}, "data.long_caption_prob: .* got nan"),
     ],
@@ -163,6 +164,16 @@ def test_a_bad_record_is_named_by_file_and_number(tmp_path, bad, message):
     with pytest.raises(RecordError, match=rf"train-00001-of-00002.array_record: record 2: {message}") as error:
         take(TrainStream(open_train(tmp_path), seed=0, batch_size=4, num_threads=2), 2)
     assert "\n" not in str(error.value)
+
+
+def test_records_of_another_dtype_than_the_manifests_are_named(folder):
+    path = folder / "dataset.json"
+    path.write_text(path.read_text().replace('"float16"', '"float32"'))
+    message = (
+        r"train-00000-of-00002.array_record: record 0: latent: must be a float32 array as latent_dtype .* float16$"
+    )
+    with pytest.raises(RecordError, match=message):
+        open_train(folder)
 
 
 def test_a_foreign_record_is_named_by_file_and_number(folder):

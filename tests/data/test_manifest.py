@@ -77,15 +77,28 @@ def test_captions_take_the_place_of_classes(folder):
         (lambda d: d["shards"][0].update(extra=1), r"shards\[0\].extra: is not a known field"),
         (lambda d: d.update(image_size="16"), "image_size: must be int, got '16'"),
         (lambda d: d.update(image_size=True), "image_size: must be int, got True"),
+        *(
+            (
+                lambda d, size=size: d.update(image_size=size),
+                rf"image_size: must be vae.stride times a side of latent_shape, \[16\], got {size}",
+            )
+            for size in (-1, 0, 8, 24, 10**30)
+        ),
+        (lambda d: d["vae"].update(stride=0), "vae.stride: must be at least 1, got 0"),
+        (lambda d: d["vae"].update(stride=-8), "vae.stride: must be at least 1, got -8"),
+        (lambda d: d["vae"].update(stride=4), r"image_size: must be vae.stride times .*, \[8\], got 16"),
+        (lambda d: d["vae"].update(stride=True), "vae.stride: must be int, got True"),
         (lambda d: d.update(class_names="abc"), "class_names: must be a list, got str"),
         (lambda d: d.update(class_names=[]), "class_names: must be one or more different names"),
         (lambda d: d.update(class_names=["a", "a"]), "class_names: must be one or more different names"),
         (lambda d: d.update(latent_shape=[4, 2]), "latent_shape: must have 3 entries, got 2"),
         (lambda d: d.update(latent_shape=[4, 2, 0]), "latent_shape: must be positive"),
+        (lambda d: d.update(latent_shape=[4, 2, 10**6]), r"latent_shape: must be at most 4096, got \(4, 2, 1000000\)"),
         (lambda d: d.update(latent_dtype="int8"), "latent_dtype: must be one of float16, float32, got 'int8'"),
         (lambda d: d.update(latent_dtype=["float16"]), "latent_dtype: must be one of"),
         (lambda d: d.update(channel_mean=[0.0]), "channel_mean: must have 4 values, got 1"),
         (lambda d: d["channel_mean"].__setitem__(0, float("nan")), r"channel_mean\[0\]: must be float, got nan"),
+        (lambda d: d["channel_std"].__setitem__(0, -1.0), "channel_std: must not be negative, got "),
         (lambda d: d.update(vae=[]), "vae: must be an object, got list"),
         (lambda d: d.update(shards=[]), "shards: must be one or more different files"),
         (lambda d: d["shards"].append(d["shards"][0]), "shards: must be one or more different files"),
@@ -102,6 +115,12 @@ def test_a_field_that_breaks_a_rule_is_named_in_one_line(folder, change, message
     with pytest.raises(ManifestError, match=f"dataset.json: {message}") as error:
         Manifest.read(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("shape", "image_size"), [([4, 2, 2], 20), ([4, 2, 3], 16), ([4, 2, 3], 24), ([4, 3, 2], 16)])
+def test_latents_may_be_rounded_and_need_not_be_square(folder, shape, image_size):
+    edit(folder, lambda d: d.update(latent_shape=shape, image_size=image_size))
+    assert Manifest.read(folder).image_size == image_size
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00"])

@@ -161,6 +161,21 @@ def test_schema_names_field_rule_and_value(changes, message):
         SCHEMA.check(good_record(**changes))
 
 
+@pytest.mark.parametrize("byte_order", "<>")
+def test_a_schema_may_demand_one_dtype(byte_order):
+    half, single = (good_record(latent=np.ones((4, 2, 2), byte_order + code)) for code in ("f2", "f4"))
+    for record in (half, single):
+        SCHEMA.check(record)
+    SCHEMA.of_dtype("float16").check(half)
+    STD_SCHEMA.of_dtype("float32").check(single | {"latent_std": single["latent"]})
+    with pytest.raises(
+        RecordError, match="^latent: must be a float32 array as latent_dtype of the manifest says, got an"
+    ):
+        SCHEMA.of_dtype("float32").check(half)
+    with pytest.raises(RecordError, match="^latent_std: must be a float32 array as latent_dtype of the manifest says"):
+        STD_SCHEMA.of_dtype("float32").check(single | {"latent_std": half["latent"]})
+
+
 @pytest.mark.parametrize("label", [0, 91, np.int64(5), np.uint8(5)])
 def test_schema_accepts_any_integer_label_and_ignores_other_fields(label):
     SCHEMA.check(good_record(label=label, short_caption="a cat"))

@@ -235,7 +235,9 @@ def rewrite(cache, change):
     ("change", "message"),
     [
         ({"key": b"12345678"}, "key: must be [0-9a-f]{16} for the caption of the data, got 3132333435363738: another"),
-        ({"key": 5}, "key: must be .*, got 5"),
+        ({"key": 5}, "key: must be .*, got int"),
+        ({"key": np.zeros(8, np.uint8)}, "key: must be .*, got ndarray"),
+        ({"key": b"1" * 1000}, "key: must be .*, got (31){20}: another"),
         ({"features": np.zeros((1, 3), np.float32)}, "features: must be an array of uint16, got float32"),
         ({"features": np.zeros((1, 3), ">u2")}, "features: must be an array of uint16, got >u2"),
         ({"features": [1]}, "features: must be an array of uint16, got list"),
