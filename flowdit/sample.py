@@ -7,7 +7,7 @@ import json
 import os
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hydra
 import jax
@@ -148,7 +148,10 @@ def sample_grid(trained: Trained, path: Path, vae: str | None = None, prompts: l
 
 
 def write_samples(trained: Trained, config: SampleConfig, sampler: SamplerConfig, requests: Requests) -> Path:
-    """Draw, decode and write `grid.png`, single PNGs and `samples.json` into `config.out`; the grid's path."""
+    """Draw, decode and write `grid.png`, single PNGs and `samples.json` into `config.out`; the grid's path.
+
+    Raises `ValueError` if they cannot be written.
+    """
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -157,15 +160,24 @@ def write_samples(trained: Trained, config: SampleConfig, sampler: SamplerConfig
     drawn = draw_pictures(trained, config, sampler, requests)
     settings = dataclasses.asdict(config) | dataclasses.asdict(sampler) | {"captions": requests.captions}
     record = {"settings": settings, "evaluations": drawn.evaluations, "step": trained.step, "weights": "ema"}
-    for path in check_folder(config):
+    replaced = check_folder(config)
+    try:
+        return _write_files(out, replaced, drawn, record, config.columns)
+    except OSError as problem:
+        raise ValueError(f"out: {out} cannot be written: {problem.strerror or problem}") from None
+
+
+def _write_files(out: Path, replaced: list[Path], drawn: Drawn, record: dict[str, Any], columns: int) -> Path:
+    settings = record["settings"]
+    for path in replaced:
         path.unlink()
     # The list of what is written comes first, so that what an interrupted run leaves can be told, too.
     (out / UNFINISHED).write_text(json.dumps(record, indent=1) + "\n")
-    for name, image in zip(_picture_names(requests.captions), drawn.images, strict=True):
+    for name, image in zip(_picture_names(settings["captions"]), drawn.images, strict=True):
         Image.fromarray(image).save(out / name)
-    if config.save_latents:
+    if settings["save_latents"]:
         np.save(out / "latents.npy", drawn.latents)
-    save_grid(out / "grid.png", drawn.images, requests.captions, config.columns)
+    save_grid(out / "grid.png", drawn.images, settings["captions"], columns)
     os.replace(out / UNFINISHED, out / "samples.json")
     return out / "grid.png"
 

@@ -60,9 +60,9 @@ def change_manifest(folder: Path, **changes: Any) -> None:
     (folder / "dataset.json").write_text(json.dumps(manifest | changes))
 
 
-def flip_bit(path: Path) -> Path:
+def flip_bit(path: Path, where: float = 0.5) -> Path:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[int(where * len(content))] ^= 1
     path.write_bytes(content)
     return path
 

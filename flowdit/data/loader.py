@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from flowdit.data.captions import TextReader
-from flowdit.data.manifest import Manifest
+from flowdit.data.manifest import HASH_LIMIT_BYTES, Manifest
 from flowdit.data.record_files import BadRecords, RecordFiles, check_files
 from flowdit.data.records import RecordError, Schema
 
@@ -42,6 +42,11 @@ class DataConfig:
     long_caption_prob: float = 0.5
     text_cache: str | None = None
     max_bad_records: int = 0
+
+    @property
+    def hash_limit(self) -> int:
+        """Bytes up to which contents are compared at the start: none where damaged records are to be passed over."""
+        return 0 if self.max_bad_records else HASH_LIMIT_BYTES
 
     def check(self) -> None:
         """Raise `ValueError` naming the first field that breaks a rule."""

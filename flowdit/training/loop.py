@@ -10,11 +10,10 @@ from collections.abc import Iterator
 import jax
 
 from flowdit.config import Config
-from flowdit.data.captions import TextReader
 from flowdit.sharding import prefetch_to_device
 from flowdit.training.checkpoint_writer import CheckpointWriter
 from flowdit.training.optim import learning_rate_schedule
-from flowdit.training.setup import Run, start_run
+from flowdit.training.setup import Data, Run, start_run
 from flowdit.training.tracking import Progress, Tracker
 
 
@@ -51,7 +50,7 @@ def train(config: Config) -> None:
             logging = is_due(step, settings.log_every) or step == start + 1 or last or stopping
 
             if logging:
-                values = progress.summary(step) | text_figures(run.captions)
+                values = progress.summary(step) | data_figures(run.data, tracker)
                 tracker.log(step, values)
                 tracker.say(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)
@@ -75,9 +74,15 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def text_figures(captions: TextReader | None) -> dict[str, int]:
-    """How many of the captions read so far, a few of them ahead of the step, were longer than `text.max_length`."""
-    return {} if captions is None else {"data/truncated_captions": captions.truncated}
+def data_figures(data: Data, tracker: Tracker) -> dict[str, int]:
+    """Counts over what was read so far, a few batches ahead of the step: captions longer than `text.max_length`, and bad
+    records, each of which is said once."""
+    sources = [source for source in (data.train, data.validation) if source is not None]
+    for problem in (line for source in sources for line in source.bad_records.take_new()):
+        tracker.say(f"warning: bad record, the next one is read in its place: {problem}")
+    bad = sum(len(source.bad_records) for source in sources)
+    figures = {"data/bad_records": bad} if bad else {}
+    return figures if data.train.text is None else figures | {"data/truncated_captions": data.train.text.truncated}
 
 
 def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:

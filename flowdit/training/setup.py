@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from flowdit.config import Config, from_stored
 from flowdit.data import manifest as data_manifest
-from flowdit.data.captions import TextReader
 from flowdit.data.loader import DataConfig, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.processes import from_first
@@ -36,6 +35,15 @@ FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_pro
 STARTING_FIELDS = ("train.is_restore", "mesh.coordinator", "mesh.num_processes", "mesh.process_id")
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A verified data set, opened."""
+
+    manifest: Manifest
+    train: Source
+    validation: Source | None
+
+
 class Run(NamedTuple):
     """The parts of a run, ready for the loop. `figures` are logged once, before the first step."""
 
@@ -44,7 +52,7 @@ class Run(NamedTuple):
     stage: Stage
     state: TrainState
     stream: TrainStream
-    captions: TextReader | None
+    data: Data
     train_step: TrainStep
     validation: Validation | None
     preview: Preview | None
@@ -82,8 +90,7 @@ def start_run(config: Config) -> Run:
     shardings = parameter_shardings(mesh, template.model)
     accum, decay, warmup = train.gradient_accum, train.ema_decay, train.ema_warmup
     train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, shardings)
-    captions = data.train.text
-    return Run(folder, mesh, stage, state, stream, captions, train_step, validation, preview, meta, notes, figures)
+    return Run(folder, mesh, stage, state, stream, data, train_step, validation, preview, meta, notes, figures)
 
 
 def _evaluations(
@@ -130,19 +137,10 @@ def resume(
     return restored.state
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """A verified data set, opened."""
-
-    manifest: Manifest
-    train: Source
-    validation: Source | None
-
-
 def open_manifest(config: DataConfig) -> Manifest:
     """The data set's manifest, once its shards agree with it. Raises `ValueError` naming the file and the rule."""
     manifest = Manifest.read(config.path)
-    data_manifest.verify(config.path, manifest, hashes=config.verify_hashes)
+    data_manifest.verify(config.path, manifest, hashes=config.verify_hashes, limit=config.hash_limit)
     return manifest
 
 
@@ -150,7 +148,8 @@ def open_data(config: DataConfig, manifest: Manifest, stage: Stage) -> Data:
     """The records of both splits as this stage reads them."""
 
     def source(split: str) -> Source:
-        return open_source(config.path, manifest, split, schema=stage.schema, text=stage.text(split))
+        options = {"schema": stage.schema, "text": stage.text(split), "max_bad_records": config.max_bad_records}
+        return open_source(config.path, manifest, split, **options)
 
     return Data(manifest, source("train"), source("validation") if manifest.num_records("validation") else None)
 

@@ -135,8 +135,8 @@ def open_text(data: DataConfig, manifest: Manifest, encoder: TextEncoder, split:
     """The captions of a split: tokens for the online encoder, or features from the cache made by the same encoder."""
     if data.text_cache is None:
         return TokenizedCaptions(encoder.tokenize, data.long_caption_prob)
-    prob, hashes = data.long_caption_prob, data.verify_hashes
-    return open_cache(data.text_cache, manifest, split, encoder, prob, verify_hashes=hashes)
+    hashes = {"verify_hashes": data.verify_hashes, "hash_limit": data.hash_limit}
+    return open_cache(data.text_cache, manifest, split, encoder, data.long_caption_prob, **hashes)
 
 
 def online_encoding(encoder: TextEncoder, mesh: Mesh, batch_size: int) -> Encode:

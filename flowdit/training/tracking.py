@@ -206,7 +206,11 @@ class Progress:
     def line(self, step: int, values: dict[str, float]) -> str:
         """`step 150/2000  loss 0.8123  312 img/s  ETA 6:10`."""
         eta = datetime.timedelta(seconds=int((self._num_steps - step) / values["train/steps_per_second"]))
-        counts = {"skipped": "train/skipped_steps", "truncated captions": "data/truncated_captions"}
+        counts = {
+            "skipped": "train/skipped_steps",
+            "truncated captions": "data/truncated_captions",
+            "bad records": "data/bad_records",
+        }
         notable = "".join(f"  {word} {values[name]}" for word, name in counts.items() if values.get(name))
         return (
             f"step {step}/{self._num_steps}  loss {values['train/loss']:.4f}"

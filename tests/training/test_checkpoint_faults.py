@@ -10,7 +10,7 @@ import grain
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
-from damage import SHARD, refused, write_payloads
+from damage import SHARD, flip_bit, refused, write_payloads
 from runs import (
     FAST,
     assert_same_checkpoint,
@@ -172,6 +172,18 @@ def test_bad_record_saves_first(tiny_data, whole_run, tmp_path):
     # A restart meets it at once: nothing new to save.
     again = train_here(data, run, *settings, "train.is_restore=true")
     assert error_line(again) == error_line(finished) and "is saved" not in again.out
+
+
+def test_allowed_bad_record_is_named_and_passed_over(tiny_data, tmp_path):
+    """Damaged on disk after the data were prepared: the hash of a small data set would refuse it at every start."""
+    data, run = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "run"
+    flip_bit(data / SHARD, 0.4)  # within a record: the middle is a header of the file
+    assert "sha256" in error_line(train_here(data, run))
+    finished = train_here(data, run, "data.max_bad_records=1")
+    assert (finished.status, finished.err) == (0, "")
+    (warning,) = [line for line in finished.out.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith(f"warning: bad record, the next one is read in its place: {data / SHARD}: record ")
+    assert "  bad records 1" in finished.out and metrics(run, "data/bad_records")[6] == 1
 
 
 def test_files_that_only_inform_end_no_run(tiny_data, whole_run, tmp_path):
