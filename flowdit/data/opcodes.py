@@ -8,8 +8,8 @@ indices that hold. (To interpret them here as well, without Python's unpickler, 
 
 import pickletools
 
-MAX_OPCODES = 100_000
-"""About 20 ms. A record of two arrays and two captions has 84, whatever their size."""
+MAX_OPCODES = 10_000
+"""A record of two arrays and two captions has 84, whatever their size. Keys of equal hashes take time by the square."""
 MAX_SHARED_TUPLES = 8
 """Uses of tuples that the record already holds. Each may double what there is to hash."""
 
