@@ -98,7 +98,7 @@ def read_source(name: str, weights: str = "ema", said: ForeignConfig | None = No
     if (path / "meta").is_dir():
         return read_checkpoint(path, weights)
     if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
-        return read_diffusers(path, said)
+        return read_diffusers(path, weights, said)
     singles = sorted(path.glob("*.safetensors"))
     if len(singles) == 1:
         return read_source(str(singles[0]), weights, said)
