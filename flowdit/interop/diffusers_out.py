@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.interop import layouts
 from flowdit.interop.diffusers_config import CLASSES
-from flowdit.interop.diffusers_in import META_FILE, PIPELINE, WEIGHTS_STEM
+from flowdit.interop.diffusers_in import META_FILE, META_KEY, PIPELINE, WEIGHTS_STEM
 from flowdit.interop.layouts import Layout
 from flowdit.interop.portable import Portable, cast, save_tensors
 from flowdit.models import pretrained
@@ -182,6 +182,7 @@ def model_index(portable: Portable, described: Trained, own_class: bool, vae: st
         "guidance_low": sampler.guidance_low,
         "guidance_high": sampler.guidance_high,
         "steps": sampler.steps,
+        META_KEY: portable.meta,
     }
 
 
