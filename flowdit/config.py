@@ -6,7 +6,7 @@ Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and is handed 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -111,13 +111,14 @@ class SampleConfig:
     """What `python -m flowdit.sample` takes. The sampler's fields, where null, are those of the previews in training.
 
     A class model takes `labels` (numbers or class names), a text model `prompts` or `prompts_file` (one a line) and
-    `negative_prompt`; each is drawn `num_images` times. Without any, the run's `train.sample_labels` or
-    `train.sample_prompts` are drawn. The folder `out` must not hold pictures; `overwrite` removes those of an earlier run.
+    `negative_prompt`; each is drawn `num_images` times. One label or prompt may stand for a list of one. Without any,
+    the run's `train.sample_labels` or `train.sample_prompts` are drawn. The folder `out` must not hold pictures;
+    `overwrite` removes those of an earlier run.
     """
 
     checkpoint: str = "???"
-    labels: list[Any] | None = None
-    prompts: list[str] | None = None
+    labels: Any = None
+    prompts: Any = None
     prompts_file: str | None = None
     negative_prompt: str = ""
     num_images: int = 1
@@ -137,6 +138,10 @@ class SampleConfig:
     time_shift: float | None = None
     rtol: float | None = None
 
+    def __post_init__(self) -> None:
+        self.labels, prompts = as_list(self.labels), as_list(self.prompts)
+        self.prompts = prompts and [str(prompt) for prompt in prompts]  # `prompts=[2024]` is read as a number
+
     def sampler(self, trained: SamplerConfig) -> SamplerConfig:
         """The sampler asked for, the rest as in `trained`. Raises `ValueError` naming a field that cannot be used."""
         names = [field.name for field in dataclasses.fields(SamplerConfig)]
@@ -150,6 +155,13 @@ class SampleConfig:
         for field in ("num_images", "columns", "batch_size"):
             _require(field, getattr(self, field), lambda v: v >= 1, "must be at least 1")
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """One request as a list of one: a string is not a list of letters. None stays None."""
+    if value is None or isinstance(value, list):
+        return value
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def register_schemas() -> None:

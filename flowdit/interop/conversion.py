@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from flowdit.config import as_list
 from flowdit.interop.diffusers_in import META_FILE, read_diffusers
 from flowdit.interop.diffusers_out import check_representable, export_diffusers
 from flowdit.interop.hub import find_source, push
@@ -29,6 +31,7 @@ from flowdit.training.evaluate import load_matching_vae
 from flowdit.training.trained import describe_trained
 
 TARGETS = ("checkpoint", "diffusers", "safetensors")
+WEIGHTS = tuple(ENTRIES)
 
 
 @dataclasses.dataclass
@@ -42,7 +45,7 @@ class ConvertConfig(ForeignConfig):
     dtype: of the weights written; float16 halves a slim checkpoint.
     own_class: let a diffusers folder carry flowdit's transformer class where the stock one lacks something.
     picture: a picture for the model card; "draw" samples one, "none" leaves it out.
-    prompts: what to draw of a text model; without them the run's `train.sample_prompts`.
+    prompts: what to draw of a text model, one or a list; without them the run's `train.sample_prompts`.
     push_to_hub: repository to upload the target to.
     """
 
@@ -53,16 +56,18 @@ class ConvertConfig(ForeignConfig):
     dtype: str = "float32"
     own_class: bool = False
     picture: str = "draw"
-    prompts: list[str] | None = None
+    prompts: Any = None
     push_to_hub: str | None = None
     private: bool = True
+
+    def __post_init__(self) -> None:
+        self.prompts = as_list(self.prompts)
 
     def check(self) -> None:
         """Raise `ValueError` naming the first field that breaks a rule."""
         super().check()
-        for field, choices in (("to", TARGETS), ("weights", tuple(ENTRIES)), ("dtype", DTYPES)):
-            if (value := getattr(self, field)) not in choices:
-                raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
+        for field, choices in (("to", TARGETS), ("weights", WEIGHTS), ("dtype", DTYPES)):
+            _check_choice(field, getattr(self, field), choices)
         if Path(self.target).exists():
             raise ValueError(f"target: {self.target} exists already, and nothing is written over")
         if self.to == "safetensors" and Path(self.target).suffix != ".safetensors":
@@ -71,9 +76,19 @@ class ConvertConfig(ForeignConfig):
             raise ValueError(f"picture: must be draw, none or a picture file, got {self.picture!r}")
 
 
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
+
+
 def read_source(name: str, weights: str = "ema", said: ForeignConfig | None = None) -> Portable:
-    """The model in any format that comes in. Raises `ValueError` in one line for what cannot be read as one."""
+    """The model in any format that comes in.
+
+    Raises `ValueError` in one line for what cannot be read as one, or for what is said of it and cannot be.
+    """
     said = said or ForeignConfig()
+    ForeignConfig.check(said)
+    _check_choice("weights", weights, WEIGHTS)
     path = find_source(name)
     if path.is_file():
         single = read_single(path) if path.suffix == ".safetensors" else None
@@ -83,7 +98,7 @@ def read_source(name: str, weights: str = "ema", said: ForeignConfig | None = No
     if (path / "meta").is_dir():
         return read_checkpoint(path, weights)
     if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
-        return read_diffusers(path, said)
+        return read_diffusers(path, weights, said)
     singles = sorted(path.glob("*.safetensors"))
     if len(singles) == 1:
         return read_source(str(singles[0]), weights, said)

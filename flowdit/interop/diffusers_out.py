@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.interop import layouts
-from flowdit.interop.diffusers_in import CLASSES, META_FILE, WEIGHTS_STEM
+from flowdit.interop.diffusers_config import CLASSES
+from flowdit.interop.diffusers_in import META_FILE, META_KEY, PIPELINE, WEIGHTS_STEM
 from flowdit.interop.layouts import Layout
 from flowdit.interop.portable import Portable, cast, save_tensors
 from flowdit.models import pretrained
@@ -160,7 +161,7 @@ def model_index(portable: Portable, described: Trained, own_class: bool, vae: st
     stock = ["diffusers", STOCK[model.name]]
     null_caption = None if text is None else portable.arrays["null_caption"].reshape(-1, text["width"])
     return {
-        "_class_name": ["pipeline", "FlowDiTPipeline"],
+        "_class_name": ["pipeline", PIPELINE],
         "_diffusers_version": "0.42.0",
         "transformer": ["flowdit_transformer", OWN[model.name]] if own_class else stock,
         "scheduler": ["diffusers", scheduler_config(described)["_class_name"]],
@@ -181,6 +182,7 @@ def model_index(portable: Portable, described: Trained, own_class: bool, vae: st
         "guidance_low": sampler.guidance_low,
         "guidance_high": sampler.guidance_high,
         "steps": sampler.steps,
+        META_KEY: portable.meta,
     }
 
 

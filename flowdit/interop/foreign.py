@@ -14,6 +14,7 @@ from flowdit.interop.metadata import ForeignConfig, foreign_meta
 from flowdit.interop.portable import Portable, check_shapes, checked
 from flowdit.models.ccdit import build_ccdit
 from flowdit.models.mmdit import build_mmdit
+from flowdit.models.pretrained import listed
 from flowdit.models.transformer import ModelConfig
 from flowdit.training.checkpoint import named_arrays
 
@@ -72,8 +73,8 @@ def check_dtypes(source: str, tensors: Arrays) -> None:
     for name, tensor in tensors.items():
         kinds.setdefault(str(tensor.dtype), []).append(name)
     if len(kinds) > 1 or not set(kinds) <= {"float32", "float16", "bfloat16", "float64"}:
-        listed = "; ".join(f"{len(names)} {kind} ({min(names)}, ...)" for kind, names in sorted(kinds.items()))
-        raise ValueError(f"source: {source} must hold tensors of one float dtype, got {listed}")
+        each = (f"{len(names)} {kind} ({listed(sorted(names), 1)})" for kind, names in sorted(kinds.items()))
+        raise ValueError(f"source: {source} must hold tensors of one float dtype, got {'; '.join(each)}")
 
 
 def _our_shapes(found: Found, tensors: Arrays) -> dict[str, tuple[int, ...]]:
@@ -94,4 +95,7 @@ def check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> 
     for name in (name for name in tensors if layout.is_repeated(name)):
         for i in range(1, depth):
             if not np.array_equal(tensors[copy := layouts.numbered(layout, name, i)], tensors[name]):
-                raise ValueError(f"source: {source}: {copy} must equal {name}: one embedder serves all blocks")
+                raise ValueError(
+                    f"source: {source}: {copy} must equal {name}: one embedder serves all blocks, and is to be shared "
+                    "before a model is trained on in torch (docs/interchange.md)"
+                )

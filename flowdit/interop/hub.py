@@ -9,6 +9,7 @@ import huggingface_hub
 # Data only: code that a repository may carry is neither downloaded nor run.
 ITEMS = ("meta/*", "model_ema/*", "state/*", "dataset/*", "_CHECKPOINT_METADATA")  # of a flowdit checkpoint
 PATTERNS = ("*.json", "*.safetensors", *ITEMS)
+BIN = ("transformer/*.bin", "diffusion_pytorch_model*.bin")
 UNUSED = ("text_encoder*/*", "safety_checker/*", "image_encoder/*")  # of pipelines; the first may be 20 GB
 
 
@@ -18,14 +19,24 @@ def find_source(name: str) -> Path:
     if path.exists():
         return path
     try:
-        patterns = {"allow_patterns": list(PATTERNS), "ignore_patterns": list(UNUSED)}
-        return Path(huggingface_hub.snapshot_download(name, **patterns))
+        folder = _download(name, PATTERNS)
+        # Repositories often hold their weights in both formats: the other one is fetched where it is the only one.
+        return folder if _has_weights(folder) else _download(name, (*PATTERNS, *BIN))
     except Exception as problem:  # the client lets the errors of its HTTP library through, whichever that is
         reason = str(problem).strip().partition("\n")[0]
         raise ValueError(
             f"source: must be a file, a folder or a reachable Hugging Face hub id, not {name!r} "
             f"({type(problem).__name__}: {reason})"
         ) from None
+
+
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(UNUSED)))
+
+
+def _has_weights(folder: Path) -> bool:
+    own = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    return (folder / "meta").is_dir() or any(own.glob("*.safetensors"))
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:

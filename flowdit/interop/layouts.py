@@ -9,10 +9,12 @@ names agree; PixArt-alpha/PixArt-alpha and PixArt-sigma.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from flowdit.models.pretrained import numbers_after
 
 Arrays = dict[str, np.ndarray]
 BLOCK = "{i}"
@@ -256,7 +258,10 @@ def numbered(layout: Layout, name: str, i: int) -> str:
     return name.replace(".0.", f".{i}.", 1) if layout.is_repeated(name) else name.replace(BLOCK, str(i))
 
 
-def block_number(layout: Layout, name: str) -> int:
-    """The number of the block that a tensor of theirs belongs to; -1 for those of no block."""
-    number = name.removeprefix(layout.block_prefix).partition(".")[0]
-    return int(number) if name.startswith(layout.block_prefix) and number.isdigit() else -1
+def count_blocks(layout: Layout, names: Iterable[str], source: str) -> int:
+    """How many blocks the tensors of these names belong to. Raises `ValueError` unless those are 0, 1, 2 and so on."""
+    numbers = numbers_after(layout.block_prefix, names)
+    absent = [i for i in range(max(len(numbers), 1)) if str(i) not in numbers]
+    if absent:
+        raise ValueError(f"source: {source} must hold tensors of {layout.block_prefix}{absent[0]}, it holds none")
+    return len(numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,15 @@ class ForeignConfig:
         for field, choices in (("format", FORMATS), ("prediction", ("velocity", "noise"))):
             if (value := getattr(self, field)) is not None and value not in choices:
                 raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
-        for field in ("latent_size", "num_heads", "interpolation_scale", "max_length"):
-            if (value := getattr(self, field)) is not None and value <= 0:
-                raise ValueError(f"{field}: must be positive, got {value}")
+        for field in ("latent_size", "num_heads", "max_length"):
+            if (value := getattr(self, field)) is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{field}: must be a whole number above 0, got {value!r}")
+        for field in ("classes", "vae", "text_encoder"):
+            if (value := getattr(self, field)) is not None and not isinstance(value, str):
+                raise ValueError(f"{field}: must be a text, got {value!r}")
+        scale = self.interpolation_scale
+        if scale is not None and (type(scale) not in (int, float) or not 0 < scale < math.inf):
+            raise ValueError(f"interpolation_scale: must be a number above 0, got {scale!r}")
 
 
 def foreign_meta(

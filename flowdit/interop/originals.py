@@ -17,6 +17,7 @@ from flowdit.interop.portable import Portable
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.layers import sincos_positions
+from flowdit.models.pretrained import listed, shown
 from flowdit.models.transformer import ModelConfig
 
 # The papers' shapes; a file does not say how its channels are divided into heads.
@@ -33,7 +34,7 @@ def read_original(file: Path, weights: str, said: ForeignConfig) -> Portable:
         tensors, arguments = read_torch_file(file, weights, notes)
     said = _with_format(file, said, arguments)
     layout = _original_layout(file, tensors, said.format)
-    model, latent_shape = _original_shape(layout, tensors, said)
+    model, latent_shape = _original_shape(file, layout, tensors, said)
     prediction = said.prediction or ("velocity" if said.format == "sit" else "noise")
     found = Found(str(file), layout, tensors, model, latent_shape, prediction, notes)
     return assemble(found, said, fold_sit if said.format == "sit" else None)
@@ -50,15 +51,17 @@ def _with_format(file: Path, said: ForeignConfig, arguments: dict[str, Any]) -> 
         raise ValueError(f"format: must be {found} for {file}, which was trained as {name}, got {said.format}")
     for argument, needed in (("path_type", "Linear"), ("prediction", "velocity")):
         if found == "sit" and (value := arguments.get(argument, needed)) != needed:
-            raise ValueError(f"source: {file} must be a SiT trained with {argument}={needed}, got {value!r}")
+            raise ValueError(f"source: {file} must be a SiT trained with {argument}={needed}, got {shown(value)}")
     return dataclasses.replace(said, format=said.format or found)
 
 
 def _original_layout(file: Path, tensors: Arrays, told: str | None) -> Layout:
     layout = ORIGINAL_PIXART if told == "pixart" or "t_block.1.weight" in tensors else ORIGINAL_DIT
     if layout is ORIGINAL_DIT and "y_embedder.embedding_table.weight" not in tensors:
-        some = ", ".join(sorted(tensors)[:3])
-        raise ValueError(f"source: {file} must be a checkpoint of DiT, SiT or PixArt, it holds {some}, ...")
+        is_diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
+        advice = "; a diffusers model is read as a folder, with its config.json" if is_diffusers else ""
+        some = listed(sorted(tensors), 3)
+        raise ValueError(f"source: {file} must be a checkpoint of DiT, SiT or PixArt, it holds {some}{advice}")
     if layout is ORIGINAL_DIT and told not in ("dit", "sit"):
         raise ValueError(
             f"format: must be dit or sit for {file}, whose tensors have the same names in both, got {told}"
@@ -68,47 +71,60 @@ def _original_layout(file: Path, tensors: Arrays, told: str | None) -> Layout:
     return layout
 
 
-def _original_shape(layout: Layout, tensors: Arrays, said: ForeignConfig) -> tuple[ModelConfig, tuple[int, int, int]]:
+def _original_shape(
+    file: Path, layout: Layout, tensors: Arrays, said: ForeignConfig
+) -> tuple[ModelConfig, tuple[int, int, int]]:
     patches = tensors.get("x_embedder.proj.weight", np.zeros(0))
-    if patches.ndim != 4:
-        raise ValueError(f"source: x_embedder.proj.weight must have 4 axes, got shape {list(patches.shape)}")
+    if patches.ndim != 4 or 0 in patches.shape:
+        raise ValueError(f"source: {file}: x_embedder.proj.weight must have 4 axes, got shape {list(patches.shape)}")
     dim, channels, patch_size, _ = patches.shape
     heads = said.num_heads or HEADS.get(dim)
     if heads is None or dim % heads:
         raise ValueError(
             f"num_heads: must be given and divide the width {dim}, which is none of the papers', got {heads}"
         )
-    positions = tensors.get("pos_embed")
-    size = said.latent_size or (None if positions is None else math.isqrt(positions.shape[-2]) * patch_size)
+    positions = _positions(file, tensors, dim)
+    size = said.latent_size or (None if positions is None else math.isqrt(len(positions)) * patch_size)
     if size is None:
         raise ValueError("latent_size: must be given, as the file holds no table of positions")
-    scale = said.interpolation_scale or _position_scale(layout, positions, dim, size, patch_size)
     null_caption = tensors.get("y_embedder.y_embedding")
     model = ModelConfig(
         name=layout.model,
-        depth=1 + max(layouts.block_number(layout, name) for name in tensors),
+        depth=layouts.count_blocks(layout, tensors, str(file)),
         hidden_dim=dim,
         num_heads=heads,
         patch_size=patch_size,
         qk_norm=False,
         micro_conditioning=any(name.startswith("csize_embedder") for name in tensors),
-        interpolation_scale=scale,
+        interpolation_scale=said.interpolation_scale or _position_scale(file, layout, positions, dim, size, patch_size),
         time_scale=1.0 if said.format == "sit" else 1000.0,
         null_tokens=1 if null_caption is None or null_caption.ndim == 1 else len(null_caption),
     )
     return model, (channels, size, size)
 
 
-def _position_scale(layout: Layout, positions: np.ndarray | None, dim: int, size: int, patch_size: int) -> float:
+def _positions(file: Path, tensors: Arrays, dim: int) -> np.ndarray | None:
+    """The table of positions, (tokens, dim), if the file holds one."""
+    positions = tensors.get("pos_embed")
+    if positions is None:
+        return None
+    if positions.shape[-1:] != (dim,) or positions.ndim not in (2, 3) or positions.shape[:-2] not in ((), (1,)):
+        raise ValueError(f"source: {file}: pos_embed must have shape [1, tokens, {dim}], got {list(positions.shape)}")
+    return positions.reshape(-1, dim)
+
+
+def _position_scale(
+    file: Path, layout: Layout, positions: np.ndarray | None, dim: int, size: int, patch_size: int
+) -> float:
     """The scale whose sin-cos table the file holds. PixArt's rule by size where it holds none for this size."""
     grid = size // patch_size
     candidates = PIXART_SCALES if layout.model == "mmdit" else (1.0,)
-    if positions is None or positions.shape[-2] != grid**2:
+    if positions is None or len(positions) != grid**2:
         return min(max(size / 64, 0.5), 2.0) if layout.model == "mmdit" else 1.0
     for scale in candidates:
-        if np.allclose(positions.reshape(grid**2, dim), sincos_positions(dim, grid, grid, scale), atol=1e-2):
+        if np.allclose(positions, sincos_positions(dim, grid, grid, scale), atol=1e-2):
             return scale
-    raise ValueError("source: pos_embed must be the fixed sin-cos table of its grid, it is another")
+    raise ValueError(f"source: {file}: pos_embed must be the fixed sin-cos table of its grid, it is another")
 
 
 def fold_sit(arrays: Arrays) -> Arrays:

@@ -15,12 +15,17 @@ import safetensors
 import safetensors.numpy
 from omegaconf.errors import OmegaConfBaseException
 
+from flowdit.diffusion.sampling import PREDICTIONS
 from flowdit.interop.layouts import Arrays
+from flowdit.models.pretrained import check_finite, listed, read_tensors, shortened, shown
 from flowdit.training.checkpoint import from_named, named_arrays, read_meta, save_slim
 from flowdit.training.trained import Trained, describe_trained, load_trained
 
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")
+# No tensor has these sizes, which take memory when a sample is drawn. 1,024 are pictures of 8,192 pixels.
+MAX_SIDE = 1024
+MAX_TOKENS = 2**16
 
 
 class Portable(NamedTuple):
@@ -34,7 +39,10 @@ class Portable(NamedTuple):
 def read_checkpoint(folder: Path, weights: str) -> Portable:
     """A flowdit checkpoint, whole or slim, verified; its "ema" or "model" weights in float32."""
     meta = read_meta(folder)
-    return Portable(host_arrays(load_trained(folder, weights=weights).model), meta)
+    describe(meta, str(folder))
+    arrays = host_arrays(load_trained(folder, weights=weights).model)
+    check_finite(arrays, f"source: {folder}")
+    return Portable(arrays, meta)
 
 
 def host_arrays(model: Any) -> Arrays:
@@ -45,46 +53,69 @@ def read_single(file: Path) -> Portable | None:
     """One safetensors file as `write_single` makes it; None if it carries no flowdit metadata."""
     try:
         with safetensors.safe_open(file, framework="np") as stored:
-            metadata = stored.metadata() or {}
-            if METADATA_KEY not in metadata:
-                return None
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        meta = json.loads(metadata[METADATA_KEY])
-    except (OSError, ValueError, safetensors.SafetensorError, TypeError, AttributeError) as problem:
+            text = (stored.metadata() or {}).get(METADATA_KEY)
+        meta = json.loads(text or "null")
+    except (OSError, ValueError, safetensors.SafetensorError, RecursionError) as problem:
         raise ValueError(f"source: {file} is not a readable safetensors file ({problem})") from problem
-    return checked(Portable(arrays, meta), str(file))
+    if text is None:
+        return None
+    return checked(Portable(read_tensors([file]), meta), str(file))
 
 
 def checked(portable: Portable, source: str) -> Portable:
-    """The same, once metadata and arrays agree. Raises `ValueError` listing every array that does not fit."""
-    check_shapes(model_shapes(portable.meta, source), {n: a.shape for n, a in portable.arrays.items()}, source)
+    """The same, once metadata and arrays agree. Raises `ValueError` telling of the arrays that do not fit."""
+    described = describe(portable.meta, source)
+    check_shapes(array_shapes(described), {n: a.shape for n, a in portable.arrays.items()}, source)
+    check_finite(portable.arrays, f"source: {source}")
     return portable
 
 
-def model_shapes(meta: dict[str, Any], source: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays of the model that checkpoint metadata describe."""
+def describe(meta: dict[str, Any], source: str) -> Trained:
+    """What checkpoint metadata tell, with the shapes of the model's arrays in place of the model.
+
+    Raises `ValueError` in one line for what is not a flowdit checkpoint's, or would be too large to sample.
+    """
     try:
         described = describe_trained(meta)
-    except (KeyError, TypeError, AttributeError, OmegaConfBaseException) as problem:
+        _check_limits(described)
+    except (KeyError, TypeError, AttributeError, OverflowError, OmegaConfBaseException) as problem:
         raise ValueError(
-            f"source: {source} has metadata that are not a flowdit checkpoint's ({problem!r})"
+            f"source: {source} has metadata that are not a flowdit checkpoint's ({shown(problem)})"
         ) from problem
+    except ValueError as problem:
+        raise ValueError(f"source: {source}: {shortened(str(problem), 300)}") from problem
+    return described
+
+
+def _check_limits(described: Trained) -> None:
+    """Raise `ValueError` for what samples with this model would be made of, where no tensor has its size."""
+    channels, *sides = described.manifest.latent_shape
+    tokens = 1 if described.text is None else max(described.text["max_length"], described.config.text.max_length)
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"text.max_length: must be at most {MAX_TOKENS}, got {tokens}")
+    if max(sides) > MAX_SIDE:
+        raise ValueError(f"latent_shape: must have sides of at most {MAX_SIDE}, got {described.manifest.latent_shape}")
+    for name, values in (("latent_mean", described.mean), ("latent_scale", described.scale)):
+        if len(values) != channels or not np.isfinite(np.asarray(values, np.float64)).all():
+            raise ValueError(f"{name}: must hold {channels} finite numbers, got {shown(values)}")
+    if described.prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: must be one of {', '.join(PREDICTIONS)}, got {shown(described.prediction)}")
+
+
+def array_shapes(described: Trained) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays of a model that was described."""
     return {name: leaf.shape for name, leaf in named_arrays(described.model).items()}
 
 
 def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
-    """Raise `ValueError` listing all tensors that are missing, unexpected, or of another shape."""
-    misfits = {n: f"{n} {list(found[n])} for {list(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]}
+    """Raise `ValueError` telling how many tensors are missing, unexpected, or of another shape, and the first of them."""
+    misfits = [f"{n} {list(found[n])} for {list(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
     faults = {
         "missing": wanted.keys() - found.keys(),
         "unexpected": found.keys() - wanted.keys(),
-        "of another shape": set(misfits),
+        "of another shape": misfits,
     }
-    lines = [
-        f"{len(names)} {fault}: {', '.join(misfits.get(n, n) for n in sorted(names))}"
-        for fault, names in faults.items()
-        if names
-    ]
+    lines = [f"{len(names)} {fault}: {listed(sorted(names))}" for fault, names in faults.items() if names]
     if lines:
         raise ValueError(f"source: {source} must hold the tensors of its architecture, but {'; '.join(lines)}")
 

@@ -8,11 +8,14 @@ because it only holds attributes. torch is an extra, and only this module import
 from __future__ import annotations
 
 import argparse
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from flowdit.models.pretrained import check_finite, shown
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # In which entry training scripts keep the weights: DiT and SiT, then PixArt.
@@ -29,28 +32,57 @@ class TorchFile(NamedTuple):
 def read_torch_file(file: Path, weights: str, notes: list[str]) -> TorchFile:
     """What a file of tensors by name holds; of a training checkpoint the tensors of `weights` ("ema" or "model").
 
-    Raises `ValueError` naming the file that is damaged, would import something, or does not hold tensors by name.
+    Raises `ValueError` naming the file that is damaged, would import something, does not hold tensors by name, or would
+    take more memory than it is long.
     """
     try:
         import torch
     except ImportError:
         raise ValueError(f"source: {file} needs torch to be read: pip install 'flowdit[interop]'") from None
     try:
+        is_zip = _is_zip(file)
+        if is_zip:
+            _check_stored(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as problem:  # pickle, zip and torch each raise their own
         raise ValueError(f"source: {file} is not a file of tensors alone: {_reason(problem)}") from None
     tensors = _choose(file, content, weights, notes)
     wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if wrong:
         raise ValueError(
-            f"source: {file} must hold tensors by name, {wrong[0]!r} is {type(tensors[wrong[0]]).__name__}"
+            f"source: {file} must hold tensors by name, {shown(wrong[0])} is {type(tensors[wrong[0]]).__name__}"
         )
+    _check_memory(file, tensors, torch.strided)
     arguments = content.get("args") if tensors is not content else None
-    return TorchFile(
-        {_plain_name(name): _to_numpy(tensor, torch.int16) for name, tensor in tensors.items()},
-        vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
-    )
+    arrays = {_plain_name(str(name)): _to_numpy(file, name, tensor, torch.int16) for name, tensor in tensors.items()}
+    check_finite(arrays, f"source: {file}")
+    return TorchFile(arrays, vars(arguments) if isinstance(arguments, argparse.Namespace) else {})
+
+
+def _check_stored(file: Path) -> None:
+    """Raise `ValueError` for a compressed entry, which torch never writes: it may be a thousand times its length."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("a compressed entry")
+
+
+def _check_memory(file: Path, tensors: dict[str, Any], strided: Any) -> None:
+    """Raise `ValueError` for tensors that claim more numbers than the file holds: by strides of 0, or over and over.
+
+    The embedders that a diffusers model shares among its blocks are one in memory, and are stacked once only.
+    """
+    stored, claimed = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.layout != strided or tensor.device.type != "cpu":
+            raise ValueError(f"source: {file} must hold plain tensors, {shown(name)} is another kind")
+        storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
+        if size > storage.nbytes():
+            raise ValueError(f"source: {file}: {shown(name)} must not be longer than what is stored of it")
+        stored[storage.data_ptr()] = storage.nbytes()
+        claimed += 0 if ".norm1.emb." in str(name) else size
+    if claimed > sum(stored.values()):
+        raise ValueError(f"source: {file} must hold each tensor once, several of them share memory")
 
 
 def _is_zip(file: Path) -> bool:
@@ -84,8 +116,11 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("module.").removeprefix("_orig_mod.")
 
 
-def _to_numpy(tensor: Any, int16: Any) -> np.ndarray:
+def _to_numpy(file: Path, name: str, tensor: Any, int16: Any) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if str(tensor.dtype) == "torch.bfloat16":  # numpy has none of its own, and torch does not know JAX's
         return tensor.view(int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+    try:
+        return tensor.numpy()
+    except (TypeError, RuntimeError):
+        raise ValueError(f"source: {file}: {shown(name)} must be of a dtype of numpy, got {tensor.dtype}") from None

@@ -6,7 +6,7 @@ key. Every file read here is untrusted: JSON and safetensors hold data only, and
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,25 @@ import safetensors
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """The first names of a list for an error message, which a damaged file could make millions of characters long.
+
+    "a, b, c, d, e ... and 484 more"; a long name is cut, and one with line breaks or control characters quoted.
+    """
+    first = ", ".join(shortened(name if name.isprintable() else repr(name)) for name in names[:limit])
+    return f"{first} ... and {len(names) - limit} more" if len(names) > limit else first
+
+
+def shown(value: Any) -> str:
+    """What an untrusted file says, for an error message: its `repr`, cut."""
+    return shortened(repr(value))
+
+
+def shortened(text: str, length: int = 120) -> str:
+    """The beginning of a text that may be long."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def find_folder(
@@ -65,28 +84,30 @@ def _every_key(key: str) -> bool:
     return True
 
 
-def find_weights(folder: Path, stem: str, wanted: Callable[[str], bool] = _every_key) -> list[Path]:
-    """The safetensors files of a folder, sorted: the single one, or the shards that its index lists.
+def find_weights(
+    folder: Path, stem: str, wanted: Callable[[str], bool] = _every_key, suffix: str = ".safetensors"
+) -> list[Path]:
+    """The files of weights in a folder, sorted: the single one, or the shards that its index lists.
 
     Of shards, those alone that hold a tensor whose key is `wanted`: the others need not be there.
 
     Raises:
         ValueError: neither is there, or the index names something that is not a file beside it.
     """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise ValueError(f"{folder}: must hold {single.name} or {index.name}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map must map tensors to files, not {weight_map!r}")
+        raise ValueError(f"{index}: weight_map must map tensors to files, not {shown(weight_map)}")
     return sorted({_shard(index, name) for key, name in weight_map.items() if wanted(key)})
 
 
 def _shard(index: Path, name: Any) -> Path:
     if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-        raise ValueError(f"{index}: weight_map must name files beside it, not {name!r}")
+        raise ValueError(f"{index}: weight_map must name files beside it, not {shown(name)}")
     return index.parent / name
 
 
@@ -94,28 +115,65 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; `ValueError` naming the file where there is none."""
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a readable JSON file ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold a JSON object, not {type(content).__name__}")
     return content
 
 
+def read_shapes(files: Sequence[Path], wanted: Callable[[str], bool] = _every_key) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of some safetensors files whose key is `wanted`, from the files' headers alone.
+
+    Raises:
+        ValueError: naming a file that is truncated or something else.
+    """
+    return _read(files, wanted, lambda stored, key: tuple(stored.get_slice(key).get_shape()))
+
+
 def read_tensors(files: Sequence[Path], wanted: Callable[[str], bool] = _every_key) -> dict[str, np.ndarray]:
     """The tensors of some safetensors files whose key is `wanted`, in host memory; the others are not read.
 
     Raises:
-        ValueError: naming a file that is truncated, something else, or of a dtype that numpy does not have.
+        ValueError: naming a file that is truncated, something else, or of a dtype that numpy does not have, or a tensor
+            that holds NaN or infinity.
     """
-    tensors = {}
+    tensors = _read(files, wanted, lambda stored, key: stored.get_tensor(key))
+    check_finite(tensors, files[0].parent if len(files) > 1 else files[0])
+    return tensors
+
+
+def _read(files: Sequence[Path], wanted: Callable[[str], bool], get: Callable[[Any, str], Any]) -> dict[str, Any]:
+    found = {}
     for file in files:
         try:
             # numpy knows bfloat16 by name because JAX registers it.
             with safetensors.safe_open(file, framework="np") as stored:
-                tensors |= {key: stored.get_tensor(key) for key in stored.keys() if wanted(key)}  # noqa: SIM118
+                found |= {key: get(stored, key) for key in stored.keys() if wanted(key)}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
-    return tensors
+    return found
+
+
+def numbers_after(prefix: str, keys: Iterable[str]) -> set[str]:
+    """What stands in the keys between `prefix` and the next dot: "0", "1" and so on, as text, for those of a list.
+
+    How many there are is bounded by the file; the largest of them is not.
+    """
+    return {key.removeprefix(prefix).partition(".")[0] for key in keys if key.startswith(prefix)}
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], source: str | Path) -> None:
+    """Raise `ValueError` naming the tensors that hold NaN or infinity: a network with one of them computes only NaN."""
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if broken:
+        raise ValueError(f"{source}: tensors must hold finite numbers, but NaN or infinity is in {listed(broken)}")
+
+
+def _is_finite(tensor: np.ndarray, step: int = 1 << 24) -> bool:
+    # In pieces: the answer for each number takes memory too.
+    flat = tensor.reshape(-1)
+    return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
 
 
 def fingerprint(*files: Path) -> str:
@@ -163,7 +221,7 @@ def fill(
     `shapes`, a device gets its own part of a parameter and nothing else.
 
     Raises:
-        ValueError: listing every tensor that is missing, unexpected, or of another shape, with `source` named.
+        ValueError: telling how many tensors are missing, unexpected, or of another shape, with `source` named.
     """
     check_tensors(shapes, tensors, source=source)
 
@@ -178,14 +236,14 @@ def fill(
 
 
 def check_tensors(shapes: PyTree[jax.ShapeDtypeStruct], tensors: Mapping[str, np.ndarray], *, source: Path) -> None:
-    """Raise `ValueError`, listing all faults, unless `tensors` are the parameters of `shapes` by path and shape."""
+    """Raise `ValueError`, telling all faults, unless `tensors` are the parameters of `shapes` by path and shape."""
     parameters = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     faults = {
         "missing": sorted(parameters.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - parameters.keys()),
         "of the wrong shape or type": _misfits(parameters, tensors),
     }
-    found = [f"{len(keys)} {fault}: {', '.join(keys)}" for fault, keys in faults.items() if keys]
+    found = [f"{len(keys)} {fault}: {listed(keys)}" for fault, keys in faults.items() if keys]
     if found:
         raise ValueError(f"{source}: tensors must match config.json, but {'; '.join(found)}")
 

@@ -11,6 +11,7 @@ transformers' `models/t5gemma/modeling_t5gemma.py`, which the tests hold it to.
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -210,10 +211,12 @@ def load_t5gemma(folder: Path, dtype: DTypeLike, mesh: Mesh | None = None) -> T5
         mesh: where given, the parameters are laid out on it by `sharding.RULES`.
 
     Raises:
-        ValueError: another architecture, damaged files, or tensors that do not match the configuration (all listed).
+        ValueError: another architecture, damaged files, or tensors that do not match the configuration (the first of
+            them are listed).
     """
-    config = _read_config(folder)
+    raw = pretrained.read_json(folder / "config.json")
     files = pretrained.find_weights(folder, WEIGHTS_STEM, _is_encoder_key)
+    config = _read_config(folder, raw, files)
     stored = pretrained.read_tensors(files, _is_encoder_key)
     tensors = {ENCODER_KEY.sub(r"\1", key): tensor for key, tensor in stored.items()}
     del stored  # else the layers would stay in memory while they are stacked
@@ -230,10 +233,12 @@ def _is_encoder_key(key: str) -> bool:
     return ENCODER_KEY.fullmatch(key) is not None
 
 
-def _read_config(folder: Path) -> T5GemmaConfig:
-    raw = pretrained.read_json(folder / "config.json")
+def _read_config(folder: Path, raw: dict[str, Any], files: list[Path]) -> T5GemmaConfig:
+    shapes = pretrained.read_shapes(files, _is_encoder_key)
     try:
-        return T5GemmaConfig.from_huggingface(raw)
+        return T5GemmaConfig.from_huggingface(
+            raw, {ENCODER_KEY.sub(r"\1", key): shape for key, shape in shapes.items()}
+        )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 

@@ -1,22 +1,22 @@
 """What a Hugging Face `config.json` says about the encoder of a T5Gemma model, checked field by field."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from flowdit.models.pretrained import numbers_after, shown
+
 MODEL_TYPES = ("t5gemma", "t5_gemma_module")
 ATTENTION = ("sliding_attention", "full_attention")
-COUNTS = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "sliding_window",
 )
+COUNTS = (*SIZES, "num_hidden_layers", "sliding_window")
 NUMBERS = ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta")
 
 
@@ -45,11 +45,15 @@ class T5GemmaConfig:
         return tuple(kind == "sliding_attention" for kind in self.layer_types)
 
     @classmethod
-    def from_huggingface(cls, raw: Mapping[str, Any]) -> "T5GemmaConfig":
+    def from_huggingface(cls, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> "T5GemmaConfig":
         """The encoder in a parsed `config.json`: of a whole model, of its encoder alone, or of the bare module.
 
+        Args:
+            raw: the file's content.
+            shapes: of the encoder's tensors. A larger network is refused before one is built.
+
         Raises:
-            ValueError: naming the first field that is damaged or belongs to another architecture.
+            ValueError: naming the first field that is damaged, belongs to another architecture or fits no tensor.
         """
         encoder = _encoder_section(raw)
         values: dict[str, Any] = {
@@ -58,6 +62,7 @@ class T5GemmaConfig:
         values["rope_theta"] = _rope_theta(encoder)
         values["pad_token_id"] = values["pad_token_id"] or 0  # null where padding was never set; padding is masked
         _check_numbers(values)
+        _check_sizes(values, shapes)
         if not values["layer_types"]:
             values["layer_types"] = [ATTENTION[i % 2] for i in range(values["num_hidden_layers"])]
         _check_attention(values)
@@ -72,7 +77,7 @@ class T5GemmaConfig:
 def _encoder_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        raise ValueError(f"must be a T5Gemma checkpoint (model_type t5gemma), found model_type {found!r}")
+        raise ValueError(f"must be a T5Gemma checkpoint (model_type t5gemma), found model_type {shown(found)}")
     encoder = raw.get("encoder") if found == "t5gemma" else raw
     _require("encoder", encoder, isinstance(encoder, Mapping), "an object with the encoder's settings")
     assert isinstance(encoder, Mapping)
@@ -98,10 +103,21 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
         _require(name, values[name], type(values[name]) is int and values[name] > 0, "a whole number above 0")
     for name in NUMBERS:
         _require(name, values[name], _is_positive(values[name]), "a number above 0")
+    window = values["sliding_window"]
+    _require("sliding_window", window, window < 2**31, "below 2**31")
     cap, pad = values["attn_logit_softcapping"], values["pad_token_id"]
     _require("attn_logit_softcapping", cap, cap is None or _is_positive(cap), "null or a number above 0")
     is_token = type(pad) is int and 0 <= pad < values["vocab_size"]
     _require("pad_token_id", pad, is_token, f"a token below vocab_size={values['vocab_size']}")
+
+
+def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    layers = len(numbers_after("layers.", shapes))
+    depth = values["num_hidden_layers"]
+    _require("num_hidden_layers", depth, depth <= layers, f"at most {layers}, the number of layers in its tensors")
+    largest = max((size for shape in shapes.values() if 0 not in shape for size in shape), default=0)
+    for name in SIZES:
+        _require(name, values[name], values[name] <= largest, f"at most {largest}, the largest size of a tensor")
 
 
 def _check_attention(values: Mapping[str, Any]) -> None:
@@ -115,8 +131,8 @@ def _check_attention(values: Mapping[str, Any]) -> None:
 
 def _require(name: str, value: Any, is_valid: bool, rule: str) -> None:
     if not is_valid:
-        raise ValueError(f"{name} must be {rule}, not {value!r}")
+        raise ValueError(f"{name} must be {rule}, not {shown(value)}")
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < 1e100  # a JSON number may be too large for a float

@@ -9,7 +9,6 @@ diffusers' `models/autoencoders/autoencoder_kl.py`, which the tests hold it to.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,17 +51,22 @@ class VaeConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_diffusers(cls, raw: Mapping[str, Any]) -> "VaeConfig":
+    def from_diffusers(cls, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> "VaeConfig":
         """The configuration in a parsed diffusers `config.json`.
 
+        Args:
+            raw: the file's content.
+            shapes: of the tensors beside it. A network of other sizes is refused before one is built.
+
         Raises:
-            ValueError: naming the first field that is damaged or belongs to another architecture.
+            ValueError: naming the first field that is damaged, belongs to another architecture or fits no tensor.
         """
         values: dict[str, Any] = {field.name: raw.get(field.name, field.default) for field in dataclasses.fields(cls)}
         if values["shift_factor"] is None:
             values["shift_factor"] = 0.0
         _check_architecture(raw)
         _check_values(values)
+        _check_sizes(values, shapes)
         num_blocks = len(values["block_out_channels"])
         _require_equal(raw, "down_block_types", ["DownEncoderBlock2D"] * num_blocks, default=["DownEncoderBlock2D"])
         _require_equal(raw, "up_block_types", ["UpDecoderBlock2D"] * num_blocks, default=["UpDecoderBlock2D"])
@@ -92,13 +96,26 @@ def _check_values(values: Mapping[str, Any]):
     _require("block_out_channels", widths, lambda ws: not any(w % groups for w in ws), f"multiples of {groups}")
 
 
+def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
+    levels = len(pretrained.numbers_after("encoder.down_blocks.", shapes))
+    layers = len(pretrained.numbers_after("encoder.down_blocks.0.resnets.", shapes))
+    largest = max((size for shape in shapes.values() if 0 not in shape for size in shape), default=0)
+    widths, count = values["block_out_channels"], values["layers_per_block"]
+    _require("block_out_channels", widths, lambda ws: len(ws) == levels, f"a list of {levels}, as its tensors have it")
+    _require("layers_per_block", count, lambda n: n == layers, f"{layers}, as its tensors have it")
+    fits = f"at most {largest}, the largest size of a tensor"
+    _require("block_out_channels", widths, lambda ws: max(ws) <= largest, fits)
+    for name in ("latent_channels", "in_channels", "out_channels"):
+        _require(name, values[name], lambda n: n <= largest, fits)
+
+
 def _require(name: str, value: Any, is_valid: Callable[[Any], bool], rule: str):
     if not is_valid(value):
-        raise ValueError(f"{name} must be {rule}, not {value!r}")
+        raise ValueError(f"{name} must be {rule}, not {pretrained.shown(value)}")
 
 
 def _require_equal(raw: Mapping[str, Any], name: str, expected: Any, default: Any = None):
-    _require(name, raw.get(name, default), lambda value: value == expected, repr(expected))
+    _require(name, raw.get(name, default), lambda value: value == expected, pretrained.shown(expected))
 
 
 def _is_count(value: Any) -> bool:
@@ -110,7 +127,8 @@ def _are_counts(values: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # NaN compares false, and an int of hundreds of digits is no float.
+    return type(value) in (int, float) and abs(value) < 1e100
 
 
 class Posterior(NamedTuple):
@@ -237,21 +255,22 @@ def load_vae(name: str | Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
 
     Raises:
         ValueError: nothing found under that name, another architecture, damaged files, or tensors that do not match
-            the configuration (all of them are listed).
+            the configuration (the first of them are listed).
     """
     folder = pretrained.find_folder("vae", name, embedded=EMBEDDED, subfolder="vae", stem=WEIGHTS_STEM)
     config_file = folder / "config.json"
     weight_files = pretrained.find_weights(folder, WEIGHTS_STEM)
     fingerprint = pretrained.fingerprint(config_file, *weight_files)
-    shapes = eqx.filter_eval_shape(AutoencoderKL, _read_config(config_file), fingerprint)
+    config = _read_config(config_file, pretrained.read_shapes(weight_files))
+    shapes = eqx.filter_eval_shape(AutoencoderKL, config, fingerprint)
     tensors = {_current_name(key): tensor for key, tensor in pretrained.read_tensors(weight_files).items()}
     return pretrained.fill(shapes, tensors, dtype, source=folder)
 
 
-def _read_config(file: Path) -> VaeConfig:
+def _read_config(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VaeConfig:
     raw = pretrained.read_json(file)
     try:
-        return VaeConfig.from_diffusers(raw)
+        return VaeConfig.from_diffusers(raw, shapes)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -1,11 +1,9 @@
 """What is damaged, foreign or dangerous: one clear line, nothing written, nothing run."""
 
 import argparse
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from interop.foreign_folders import TIME_WEIGHT, copied, refused, with_json, with_tensors
 from interop.small_models import STOCK_CLASS, STOCK_TEXT, random_model, saved
 from original_models import DiT, randomised
 from runs import call, error_line
@@ -20,48 +19,6 @@ from runs import call, error_line
 from flowdit.convert import main as convert
 from flowdit.interop import ConvertConfig, from_pretrained
 from flowdit.interop import convert as convert_model
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-TIME_WEIGHT = "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight"
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good diffusers folder, and a good file of the original repository beside it. Tests work on copies."""
-    root = tmp_path_factory.mktemp("stock")
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=4, out_channels=8, sample_size=8,
-        num_embeds_ada_norm=3,
-    )  # fmt: skip
-    first = model.transformer_blocks[0].norm1.emb.state_dict()
-    model.transformer_blocks[1].norm1.emb.load_state_dict(first)
-    model.save_pretrained(root / "dit")
-    model.save_pretrained(root / "sharded", max_shard_size="40KB")
-    torch.save(randomised(DiT(dim=32, heads=2)).state_dict(), root / "dit.pt")
-    return root
-
-
-def refused(source: Path, *options: str) -> str:
-    """The line with which a conversion ends that must not have left anything behind."""
-    target = source.parent / "out" / "target"
-    line = error_line(call(convert, f"source={source}", f"target={target}", *options))
-    assert not target.parent.exists() or not list(target.parent.iterdir())
-    return line
-
-
-def copied(stock: Path, name: str, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stock / name, tmp_path / name))
-
-
-def with_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
-    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
-    return folder
-
-
-def with_json(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_missing_and_extra_tensors_are_all_listed(stock, tmp_path):
@@ -80,8 +37,8 @@ def test_shapes_that_do_not_fit(stock, tmp_path):
         tensors["transformer_blocks.1.ff.net.2.weight"] = np.zeros((32, 64), np.float32)
 
     line = refused(with_tensors(copied(stock, "dit", tmp_path), change))
-    assert "2 of another shape: proj_out_1.bias [7] for [64], " in line
-    assert "transformer_blocks.1.ff.net.2.weight [32, 64] for [32, 128]" in line
+    assert "2 of another shape: proj_out_1.bias [7] for [96], " in line
+    assert "transformer_blocks.1.ff.net.2.weight [32, 64] for [48, 192]" in line
 
 
 @pytest.mark.parametrize(
@@ -91,10 +48,6 @@ def test_shapes_that_do_not_fit(stock, tmp_path):
             {"_class_name": "UNet2DConditionModel"},
             "must be one of DiTTransformer2DModel, .* got 'UNet2DConditionModel'",
         ),
-        ({"activation_fn": "geglu"}, "config.json: activation_fn must be 'gelu-approximate', got 'geglu'"),
-        ({"norm_type": "layer_norm"}, "norm_type must be 'ada_norm_zero', got 'layer_norm'"),
-        ({"num_layers": "many"}, "num_layers must be a number, got 'many'"),
-        ({"num_layers": 3}, "missing: transformer_blocks.2"),
         ({"sample_size": 7}, "model.patch_size: must divide the latents' height and width"),
     ],
 )
@@ -122,7 +75,7 @@ def test_mixed_dtypes(stock, tmp_path):
         tensors["proj_out_1.bias"] = tensors["proj_out_1.bias"].astype(np.float16)
 
     line = refused(with_tensors(copied(stock, "dit", tmp_path), change))
-    assert "must hold tensors of one float dtype, got 1 float16 (proj_out_1.bias, ...); " in line
+    assert "must hold tensors of one float dtype, got 1 float16 (proj_out_1.bias); " in line
 
 
 def test_half_written_folder(stock, tmp_path):

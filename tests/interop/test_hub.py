@@ -104,6 +104,19 @@ def test_text_encoder_of_a_pipeline_is_not_fetched(hub):
     assert fetched == ["a.safetensors", "config.json"]
 
 
+@pytest.mark.parametrize("folder", ["transformer/", ""], ids=["pipeline", "transformer"])
+def test_torchs_files_are_fetched_where_there_are_no_others(hub, folder):
+    weights = f"{folder}diffusion_pytorch_model"
+    for file in (f"{folder}config.json", f"{weights}.bin", f"{weights}.safetensors", "vae/diffusion_pytorch_model.bin"):
+        (hub / REPOSITORY / file).parent.mkdir(parents=True, exist_ok=True)
+        (hub / REPOSITORY / file).write_text("")
+    assert not list(find_source(REPOSITORY).rglob("*.bin"))
+    (hub / REPOSITORY / f"{weights}.safetensors").unlink()
+    shutil.rmtree(hub / ".cache")
+    fetched = find_source(REPOSITORY)
+    assert [path.relative_to(fetched) for path in fetched.rglob("*.bin")] == [Path(f"{weights}.bin")]
+
+
 def test_repository_is_converted_by_its_name(hub, checkpoint, tmp_path):
     push(Path(checkpoint), REPOSITORY, private=True)
     finished = call(main, f"source={REPOSITORY}", f"target={tmp_path / 'out.safetensors'}", "to=safetensors")

@@ -1,9 +1,7 @@
 """The two files that an exported folder carries, as diffusers loads them from there, against flowdit itself."""
 
 import functools
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import diffusers
@@ -13,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interop.exported_files import CLASSES_OF, FlowDiTPipeline
 from models.text_folders import write_t5gemma
 
-import flowdit
 from flowdit.diffusion.conditioning import class_conditioning, text_conditioning
 from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.interop import layouts
@@ -25,23 +23,9 @@ from flowdit.models.text_encoder import TextConfig, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import dotted_name
 
-EXPORTED = Path(flowdit.__file__).parent / "interop" / "exported"
 LATENT, TEXT_DIM, TOKENS, CLASSES = (4, 8, 8), 48, 16, 10
 MEAN, SCALE = [0.5, -0.25, 0.0, 1.0], [0.5, 1.0, 2.0, 0.75]
 SMALL = {"depth": 2, "hidden_dim": 48, "num_heads": 4}
-
-
-def load_source(name):
-    """One of the files by its path: as part of the package it would import torch under run-time type checks."""
-    spec = importlib.util.spec_from_file_location(f"exported_{name}", EXPORTED / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-CLASSES_OF = load_source("flowdit_transformer")
-FlowDiTPipeline = load_source("pipeline").FlowDiTPipeline
 
 
 def randomise(model):

@@ -8,12 +8,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
+
+DROP_RATE = 0.1
 
 
 class FlowDiTTextTransformer(PixArtTransformer2DModel):
@@ -73,6 +77,10 @@ class FlowDiTClassTransformer(DiTTransformer2DModel):
 
     `interpolation_scale` divides the positions. The fields after it are those of `FlowDiTTextTransformer`; diffusers'
     own DiT has `time_freq_shift` 1 and `mlp_norm_eps` 1e-5, which takes the place of `norm_eps` here.
+
+    One time and class embedder serves all blocks, where diffusers' own DiT gives each block one and trains them apart.
+    In training mode the label of an example is dropped for all blocks at once, with probability `DROP_RATE`; in
+    diffusers' own for each block by itself.
     """
 
     @register_to_config
@@ -105,12 +113,36 @@ class FlowDiTClassTransformer(DiTTransformer2DModel):
         if interpolation_scale != 1:
             sizes = (sample_size, sample_size, patch_size, in_channels, self.inner_dim)
             self.pos_embed = PatchEmbed(*sizes, interpolation_scale=interpolation_scale)
+        embedder = self.transformer_blocks[0].norm1.emb
+        embedder.class_embedder.dropout_prob = 0.0  # `forward` drops
+        _set_time_features(embedder.time_proj, time_freq_shift, time_scale)
         for block in self.transformer_blocks:
+            block.norm1.emb = embedder
             block.norm3.eps = mlp_norm_eps
             block.ff = _feed_forward(block.ff, self.config)
             if qk_norm:
                 _add_head_norms(block.attn1)
-            _set_time_features(block.norm1.emb.time_proj, time_freq_shift, time_scale)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """As the stock class: latents (n, channels, height, width), timesteps (n,) and class numbers (n,) to the output."""
+        if self.training and class_labels is not None:
+            is_dropped = torch.rand(class_labels.shape, device=class_labels.device) < DROP_RATE
+            class_labels = torch.where(is_dropped, self.config.num_embeds_ada_norm, class_labels)
+        return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """With a copy of the embedder for each block, as the stock class has it: safetensors takes no shared tensors."""
+        state = super().state_dict(*args, **kwargs)
+        copies = [name for name in state if ".norm1.emb." in name and "transformer_blocks.0." not in name]
+        state.update({name: state[name].clone() for name in copies})
+        return state
 
 
 def _stock_settings(stock: type, settings: Mapping[str, Any]) -> dict[str, Any]:

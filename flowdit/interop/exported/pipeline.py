@@ -33,6 +33,7 @@ class FlowDiTPipeline(DiffusionPipeline):
     of an absent caption: one row for all tokens, or one row a token. `guidance_low` and `guidance_high` bound the
     sigmas that are guided. `image_size` is (height, width) in pixels, which some transformers are conditioned on.
     `class_names` may be a list, or map numbers to names: the hub refuses lists of texts in `model_index.json`.
+    `flowdit` is the metadata of the checkpoint that was exported, which flowdit reads when the pipeline comes back.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -57,6 +58,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         guidance_high: float = 1.0,
         steps: int = 50,
         image_size: list[int] | None = None,
+        flowdit: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -67,7 +69,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         self.register_to_config(latents_mean=latents_mean, latents_scale=latents_scale, null_caption=null_caption)
         self.register_to_config(max_length=max_length, class_names=class_names, image_size=image_size, steps=steps)
         self.register_to_config(guidance=guidance, guidance_low=guidance_low, guidance_high=guidance_high)
-        self.register_to_config(text_encoder_name=text_encoder_name, vae_name=vae_name)
+        self.register_to_config(text_encoder_name=text_encoder_name, vae_name=vae_name, flowdit=flowdit)
 
     @torch.no_grad()
     def __call__(

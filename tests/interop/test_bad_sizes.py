@@ -1,0 +1,208 @@
+"""Sizes that a file claims and does not have: one short line at once, whatever the claim would take to be built."""
+
+import copy
+import json
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import torch
+from interop.foreign_folders import WEIGHTS, copied, refused, unreadable, with_json, with_tensors
+from interop.small_models import DEFAULT_CLASS, DEFAULT_TEXT, converted, random_model, saved
+
+from flowdit.interop import read_source
+
+BILLION = 10**9
+NUM_HEADS = {"format": "dit", "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """100,000 blocks took 21 s, and a billion never ended."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 10
+
+
+def short(line: str) -> str:
+    assert len(line) < 2_000
+    return line
+
+
+@pytest.mark.parametrize("count", [100_000, BILLION])
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_blocks_that_are_not_there(stock, tmp_path, name, count):
+    folder = copied(stock, name, tmp_path)
+    with_json(folder / "config.json", num_layers=count)
+    line = short(refused(folder))
+    assert line.endswith(f"config.json: num_layers must be 2, the number of blocks in its tensors, got {count}")
+
+
+@pytest.mark.parametrize(
+    "field", ["num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "sample_size"]
+)
+def test_other_sizes(stock, tmp_path, field):
+    folder = copied(stock, "dit", tmp_path)
+    with_json(folder / "config.json", **{field: 10**12})
+    line = short(unreadable(folder))
+    assert "config.json: " in line and field in line
+
+
+def test_list_in_place_of_a_number(stock, tmp_path):
+    folder = copied(stock, "dit", tmp_path)
+    with_json(folder / "config.json", num_layers=[2] * 1_000_000)
+    assert "num_layers must be a whole number above 0, got [2, 2, 2" in short(unreadable(folder))
+
+
+def test_json_nested_without_end(stock, tmp_path):
+    folder = copied(stock, "dit", tmp_path)
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "config.json: not a readable JSON file (" in short(unreadable(folder))
+
+
+def test_number_of_a_block_in_the_name_of_a_tensor(stock, tmp_path):
+    state = torch.load(stock / "dit.pt")
+    tensors = {name: tensor.numpy() for name, tensor in state.items()}
+    tensors[f"blocks.{BILLION}.attn.qkv.weight"] = tensors["blocks.0.attn.qkv.weight"]
+    safetensors.numpy.save_file(tensors, tmp_path / "dit.safetensors")
+    line = short(unreadable(tmp_path / "dit.safetensors", **NUM_HEADS))
+    assert line.endswith("dit.safetensors must hold tensors of blocks.2, it holds none")
+
+
+def test_names_are_listed_up_to_five(stock, tmp_path):
+    def change(tensors):
+        tensors |= {f"extra.{i:03d}": np.zeros(1, np.float32) for i in range(489)}
+
+    line = short(unreadable(with_tensors(copied(stock, "dit", tmp_path), change)))
+    extra = ", ".join(f"extra.{i:03d}" for i in range(5))
+    assert line.endswith(f"but 489 unexpected: {extra} ... and 484 more")
+
+
+def test_long_name_with_line_breaks(stock, tmp_path):
+    def change(tensors):
+        tensors["two\nlines \x1b[31m" + "x" * 100_000] = np.zeros(1, np.float32)
+
+    line = short(unreadable(with_tensors(copied(stock, "dit", tmp_path), change)))
+    assert r"1 unexpected: 'two\nlines \x1b[31mxxx" in line
+
+
+# --- flowdit's own metadata ---
+
+
+@pytest.fixture(scope="module")
+def own(meta, tmp_path_factory) -> Path:
+    """A class and a text model as safetensors files, and the former as a diffusers folder."""
+    root = tmp_path_factory.mktemp("own")
+    for name, model in (("class", DEFAULT_CLASS), ("text", DEFAULT_TEXT)):
+        saved(random_model(meta, model), root / f"{name}.safetensors")
+    converted(root / "class.safetensors", root / "exported", to="diffusers", own_class=True)
+    return root
+
+
+def changed(meta: dict, path: tuple[str, ...], value) -> dict:
+    meta = inner = copy.deepcopy(meta)
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    return meta
+
+
+SIZES = [
+    (("config", "model", "depth"), BILLION),
+    (("config", "model", "hidden_dim"), 10**12),
+    (("config", "seed"), 10**40),
+    (("manifest", "latent_shape"), [16, BILLION, BILLION]),
+    (("text", "width"), 10**12),
+    (("text", "max_length"), BILLION),
+    (("config", "text", "max_length"), BILLION),
+    (("latent_mean",), [0.0]),
+    (("prediction",), "x" * 100_000),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), SIZES, ids=lambda value: ".".join(value) if type(value) is tuple else "")
+def test_metadata_of_a_safetensors_file(own, tmp_path, path, value):
+    file = own / "text.safetensors"
+    with safetensors.safe_open(file, "np") as stored:
+        meta = json.loads(stored.metadata()["flowdit"])
+    target = tmp_path / "changed.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(arrays, target, {"flowdit": json.dumps(changed(meta, path, value))})
+    assert str(target) in short(unreadable(target))
+
+
+def test_metadata_nested_without_end(own, tmp_path):
+    target = tmp_path / "changed.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(1)}, target, {"flowdit": "[" * 100_000})
+    assert "changed.safetensors is not a readable safetensors file (" in short(unreadable(target))
+
+
+def test_metadata_of_an_exported_folder(own, tmp_path):
+    folder = copied(own, "exported", tmp_path)
+    meta = json.loads((folder / "flowdit.json").read_text())
+    (folder / "flowdit.json").write_text(json.dumps(changed(meta, ("config", "model", "depth"), BILLION)))
+    assert "model.depth must be 2 in flowdit's metadata, as config.json says, got 1000000000" in short(
+        unreadable(folder)
+    )
+
+
+# --- torch's files ---
+
+
+def write(path: Path, tensors: dict) -> Path:
+    torch.save(tensors, path)
+    return path
+
+
+def test_tensor_longer_than_what_is_stored(stock, tmp_path):
+    state = torch.load(stock / "dit.pt")
+    state["blocks.0.mlp.fc1.weight"] = torch.zeros(1).as_strided((10**7, 10**7), (0, 0))
+    line = short(unreadable(write(tmp_path / "dit.pt", state), **NUM_HEADS))
+    assert line.endswith("dit.pt: 'blocks.0.mlp.fc1.weight' must not be longer than what is stored of it")
+
+
+def test_tensors_that_share_memory(stock, tmp_path):
+    state = torch.load(stock / "dit.pt")
+    state["blocks.1.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"]
+    line = short(unreadable(write(tmp_path / "dit.pt", state), **NUM_HEADS))
+    assert line.endswith("dit.pt must hold each tensor once, several of them share memory")
+
+
+def test_compressed_entry(stock, tmp_path):
+    """Zeros by the gigabyte take a megabyte in a file."""
+    with zipfile.ZipFile(stock / "dit.pt") as archive, zipfile.ZipFile(tmp_path / "dit.pt", "w") as packed:
+        for entry in archive.infolist():
+            packed.writestr(entry.filename, archive.read(entry), zipfile.ZIP_DEFLATED)
+    assert short(unreadable(tmp_path / "dit.pt", **NUM_HEADS)).endswith(
+        "not a file of tensors alone: a compressed entry"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "told"),
+    [
+        (torch.zeros(2, 2).to_sparse(), "must hold plain tensors, 'x' is another kind"),
+        (torch.zeros(2).to(torch.float8_e4m3fn), "'x' must be of a dtype of numpy, got torch.float8_e4m3fn"),
+    ],
+    ids=["sparse", "float8"],
+)
+def test_tensors_of_another_kind(tmp_path, tensor, told):
+    assert short(unreadable(write(tmp_path / "dit.pt", {"x": tensor}), **NUM_HEADS)).endswith(told)
+
+
+def test_table_of_positions_of_another_shape(stock, tmp_path):
+    state = torch.load(stock / "dit.pt")
+    state["pos_embed"] = torch.zeros(32)
+    told = "pos_embed must have shape [1, tokens, 32], got [32]"
+    assert unreadable(write(tmp_path / "dit.pt", state), **NUM_HEADS).endswith(told)
+
+
+def test_good_files_are_read(stock, own):
+    """What the others change is the only fault."""
+    for path in (stock / "dit", stock / "pixart", own / "exported", own / "text.safetensors"):
+        read_source(str(path))
+    assert (stock / "dit" / WEIGHTS).is_file()

@@ -1,0 +1,112 @@
+"""Frozen networks whose files claim sizes that their tensors have not: one short line, before anything is built."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors.numpy
+from text_folders import write_t5gemma
+
+from flowdit.models.pretrained import listed, shown
+from flowdit.models.t5gemma import load_t5gemma
+from flowdit.models.vae import WEIGHTS_STEM, load_vae
+
+BILLION = 10**9
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A VAE and a text encoder."""
+    root = tmp_path_factory.mktemp("networks")
+    diffusers.AutoencoderKL(**BLOCKS, block_out_channels=(8, 8), norm_num_groups=4).save_pretrained(root / "vae")
+    write_t5gemma(root / "t5gemma", prefix="")
+    return root
+
+
+def refusal(load) -> str:
+    """The line of an error that comes at once."""
+    start = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        load()
+    assert time.monotonic() - start < 5
+    line = str(caught.value)
+    assert len(line) < 1_000 and "\n" not in line
+    return line
+
+
+def with_fields(folder: Path, **changes) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layers_per_block": BILLION}, "layers_per_block must be 1, as its tensors have it, not 1000000000"),
+        ({"layers_per_block": 2}, "layers_per_block must be 1, as its tensors have it, not 2"),
+        (
+            {"block_out_channels": [8] * 20_000, "down_block_types": ["DownEncoderBlock2D"] * 20_000},
+            "block_out_channels must be a list of 2, as its tensors have it, not [8, 8, 8",
+        ),
+        ({"block_out_channels": [8, 10**12]}, "block_out_channels must be at most 8, the largest size of a tensor"),
+        ({"latent_channels": 10**30}, "latent_channels must be at most 8, the largest size of a tensor"),
+        ({"scaling_factor": 10**400}, "scaling_factor must be above 0, not 1000"),
+        ({"down_block_types": ["x"] * 100_000}, "down_block_types must be ['DownEncoderBlock2D', "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_vae(folders, tmp_path, changes, told):
+    folder = with_fields(Path(shutil.copytree(folders / "vae", tmp_path / "vae")), **changes)
+    assert refusal(lambda: load_vae(folder)).startswith(f"{folder / 'config.json'}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"num_hidden_layers": BILLION, "layer_types": None},
+            "num_hidden_layers must be at most 3, the number of layers in its tensors, not 1000000000",
+        ),
+        ({"hidden_size": 10**12}, "hidden_size must be at most 320, the largest size of a tensor, not 1000000000000"),
+        ({"head_dim": 10**30}, "head_dim must be at most 320, the largest size of a tensor, not 1000"),
+        ({"sliding_window": 10**30}, "sliding_window must be below 2**31, not 1000"),
+        ({"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar must be a number above 0, not 1000"),
+        ({"layer_types": ["full_attention"] * 100_000}, "layer_types must be a list of 3, each one of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_text_encoder(folders, tmp_path, changes, told):
+    folder = with_fields(Path(shutil.copytree(folders / "t5gemma", tmp_path / "t5gemma")), **changes)
+    assert refusal(lambda: load_t5gemma(folder, "float32")).startswith(f"{folder}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "load"),
+    [("vae", WEIGHTS_STEM, load_vae), ("t5gemma", "model", lambda folder: load_t5gemma(folder, "float32"))],
+    ids=["vae", "t5gemma"],
+)
+def test_names_are_listed_up_to_five_and_nan_is_refused(folders, tmp_path, name, stem, load):
+    folder = Path(shutil.copytree(folders / name, tmp_path / name))
+    file = folder / f"{stem}.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    extra = {f"norm.extra.{i:03d}": np.zeros(1, np.float32) for i in range(489)}
+    safetensors.numpy.save_file(tensors | extra, file)
+    first = ", ".join(list(extra)[:5])
+    assert refusal(lambda: load(folder)).endswith(f"but 489 unexpected: {first} ... and 484 more")
+    key = sorted(tensors)[0]
+    safetensors.numpy.save_file(tensors | {key: np.full_like(tensors[key], np.nan)}, file)
+    told = f"{file}: tensors must hold finite numbers, but NaN or infinity is in {key}"
+    assert refusal(lambda: load(folder)) == told
+
+
+def test_what_error_messages_show():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(i) for i in range(489)]) == "0, 1, 2, 3, 4 ... and 484 more"
+    assert listed(["a\nb", "x" * 1_000]) == rf"'a\nb', {'x' * 117}..."
+    assert shown("a") == "'a'" and len(shown([1] * 10_000)) == 120
