@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from omegaconf.errors import OmegaConfBaseException
 
 from flowdit.config import Config, from_stored
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.conditioning import Conditioning, class_conditioning, text_conditioning
 from flowdit.training.checkpoint import read_meta, restore_weights
+from flowdit.training.checkpoint_files import CheckpointError
 from flowdit.training.stages import micro_condition, model_builder
 
 
@@ -43,7 +45,18 @@ def load_trained(folder: Path, mesh: Mesh | None = None, weights: str = "ema") -
 
 
 def describe_trained(meta: Mapping[str, Any]) -> Trained:
-    """What the metadata of a checkpoint tell, with the shapes of the model's arrays in place of the model."""
+    """What the metadata of a checkpoint tell, with the shapes of the model's arrays in place of the model.
+
+    Raises `ValueError` for what no run and no conversion has written.
+    """
+    try:
+        return _describe(meta)
+    except (KeyError, TypeError, AttributeError, OmegaConfBaseException) as problem:
+        reason = " ".join(repr(problem).split())[:120]
+        raise CheckpointError(f"metadata that are not a flowdit checkpoint's ({reason})") from problem
+
+
+def _describe(meta: Mapping[str, Any]) -> Trained:
     config, manifest, text = from_stored(meta["config"]), Manifest.parse(meta["manifest"]), meta.get("text")
     if text is None:
         conditioning = class_conditioning(manifest.num_classes)
