@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# First match on the dotted name of a parameter wins; optimizer moments and EMA end in the same names. A block's
-# parameters lead with the depth axis, which is scanned and never sharded. Everything else is small and replicated:
-# sharding biases, norms and tables makes XLA rematerialise whole tensors.
+# First match on the dotted name of a parameter wins; optimizer moments and EMA end in the same names. Specs are of the
+# last axes: blocks in a stack lead with the depth axis, which is scanned and never sharded. Everything else is small
+# and replicated: sharding biases, norms and tables makes XLA rematerialise whole tensors.
 RULES = (
-    (r"blocks\..*(qkv|query|key_value|up|ada_ln)\.weight$", PartitionSpec(None, "fsdp", "tensor")),
-    (r"blocks\..*(out|down)\.weight$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks\..*(qkv|query|key_value|up|ada_ln)\.weight$", PartitionSpec("fsdp", "tensor")),
+    (r"blocks\..*(out|down)\.weight$", PartitionSpec("tensor", "fsdp")),
     (r"time_block\.weight$", PartitionSpec("fsdp", "tensor")),
     # The text encoder's, stored (out, in) as Hugging Face does.
-    (r"layers\..*(q_proj|k_proj|v_proj|gate_proj|up_proj)\.weight$", PartitionSpec(None, "tensor", "fsdp")),
-    (r"layers\..*(o_proj|down_proj)\.weight$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers\..*(q_proj|k_proj|v_proj|gate_proj|up_proj)\.weight$", PartitionSpec("tensor", "fsdp")),
+    (r"layers\..*(o_proj|down_proj)\.weight$", PartitionSpec("fsdp", "tensor")),
     (r"embed_tokens\.weight$", PartitionSpec(None, "fsdp")),
     (r"", PartitionSpec()),
 )
@@ -91,12 +92,76 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
     )
 
 
-def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+def _spec(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+    rule = next(spec for pattern, spec in RULES if re.search(pattern, name))
+    if not rule:
+        return rule
+    axes = (None,) * (len(shape) - len(rule)) + tuple(rule)
     # A dimension that the axis does not divide stays whole rather than failing the run.
     return PartitionSpec(
-        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
     )
+
+
+def on_mesh(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, about to be jitted, with `mesh` made known to every `gather` in it; with None, `function` itself."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def on_the_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return on_the_mesh
+
+
+def is_gathering() -> bool:
+    """Whether `gather` does anything here: in a function of `on_mesh`, where `fsdp` is above 1."""
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
+def gather(module: Any, name: str) -> Any:
+    """`module`, called `name` in its model, with its matrices whole over `fsdp` and their gradients split again.
+
+    To be called on one block in the scan over blocks, so that the weights of one at a time are whole. Without it XLA
+    multiplies activations by each device's part of the weights and sums the products of all devices: many times the
+    bytes, and each device then works on the batch of all. `tensor` stays as it is.
+    """
+    if not is_gathering():
+        return module
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def gather_leaf(path: tuple, leaf: jax.Array) -> jax.Array:
+        split = _spec(mesh, f"{name}.{dotted_name(path)}", leaf.shape)
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
+        return leaf if whole == split else _relayout(leaf, whole, split)
+
+    return jax.tree_util.tree_map_with_path(gather_leaf, module)
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass gathers weights anew, or those of all blocks would be kept."""
+    return primitive.name != "sharding_constraint"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relayout(weight: jax.Array, spec: PartitionSpec, gradient_spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight, spec)
+
+
+def _relayout_forward(weight: jax.Array, spec: PartitionSpec, gradient_spec: PartitionSpec) -> tuple[jax.Array, None]:
+    return jax.lax.with_sharding_constraint(weight, spec), None
+
+
+def _relayout_backward(spec: PartitionSpec, gradient_spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple:
+    # In two steps. Asked for a part at once, XLA cuts the product into a ring of small ones, each sent on to the next
+    # device; the TPU compiler's own estimate of the step is then a quarter higher.
+    gradient = jax.lax.with_sharding_constraint(gradient, spec)
+    return (jax.lax.with_sharding_constraint(gradient, gradient_spec),)
+
+
+_relayout.defvjp(_relayout_forward, _relayout_backward)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -26,6 +26,7 @@ from flowdit.models.layers import (
     zero_linear,
 )
 from flowdit.models.transformer import ModelConfig, embed_patches, project_velocity, scan_blocks
+from flowdit.sharding import gather
 
 
 class TextCondition(NamedTuple):
@@ -113,7 +114,7 @@ class MMDiT(eqx.Module):
         Raises `ValueError` if the condition lacks a size that the model was built to see.
         """
         embedding = self._embed_time_and_size(t, condition)
-        modulation = self.time_block(jax.nn.silu(embedding)).reshape(6, -1)
+        modulation = gather(self.time_block, "time_block")(jax.nn.silu(embedding)).reshape(6, -1)
         text = self.caption_proj(self._caption(condition))
         x = embed_patches(x_t, self.patch_embed, self.patch_size, self.interpolation_scale)
         x = scan_blocks(self.blocks, x, modulation, text, condition.mask, remat=self.remat)

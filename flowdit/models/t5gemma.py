@@ -173,7 +173,7 @@ class T5GemmaEncoder(eqx.Module):
 
         def apply(x, layer_and_kind):
             layer, is_sliding = layer_and_kind
-            return layer(x, mask[None] & (near | ~is_sliding), angles), None
+            return sharding.gather(layer, "layers")(x, mask[None] & (near | ~is_sliding), angles), None
 
         x, _ = jax.lax.scan(apply, x, (self.layers, jnp.asarray(self.config.is_sliding)))
         return self.norm(x)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowdit.models.layers import Linear, layer_norm, modulate, patchify, sincos_positions, unpatchify
+from flowdit.sharding import gather, is_gathering, keep_all_but_gathered
 
 MODEL_NAMES = ("ccdit", "mmdit")
 
@@ -97,14 +98,17 @@ def embed_patches(
 def scan_blocks(blocks: Any, x: Float[Array, "tokens dim"], *inputs: Any, remat: str) -> Float[Array, "tokens dim"]:
     """`x = block(x, *inputs)` for every block of a module whose leaves lead with the depth axis.
 
-    A scan, so compile time does not grow with depth. `remat` names what the backward pass keeps (`REMAT_POLICIES`).
+    A scan, so compile time does not grow with depth. `remat` names what the backward pass keeps (`REMAT_POLICIES`);
+    weights that had to be gathered it never keeps.
     """
 
     def body(x, block):
-        return block(x, *inputs), None
+        return gather(block, "blocks")(x, *inputs), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    elif is_gathering():
+        body = jax.checkpoint(body, policy=keep_all_but_gathered, prevent_cse=False)
     return jax.lax.scan(body, x, blocks)[0]
 
 

@@ -29,7 +29,7 @@ class Validation:
                  seed: int):  # fmt: skip
         self._source, self._mesh, self._encode = source, mesh, encode
         self._batch_size, self._limit = batch_size, limit
-        self._step = make_validation_step(objective, seed)
+        self._step = make_validation_step(objective, seed, mesh)
 
     def losses(self, model: Any) -> dict[str, float]:
         """`validation/loss`, and the loss at each time."""

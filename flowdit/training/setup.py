@@ -18,7 +18,7 @@ from flowdit.data import manifest as data_manifest
 from flowdit.data.loader import DataConfig, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.processes import from_first
-from flowdit.sharding import check_batch_size, init_sharded, make_mesh, parameter_shardings
+from flowdit.sharding import check_batch_size, init_sharded, make_mesh
 from flowdit.training.checkpoint import abstract_state, restore_newest
 from flowdit.training.checkpoint_files import CheckpointError, list_steps
 from flowdit.training.checkpoint_writer import check_free_space
@@ -87,9 +87,8 @@ def start_run(config: Config) -> Run:
     else:
         state = init_sharded(mesh, build_state, start)
     figures = drift_figures(start, state.model, train, notes)
-    shardings = parameter_shardings(mesh, template.model)
     accum, decay, warmup = train.gradient_accum, train.ema_decay, train.ema_warmup
-    train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, shardings)
+    train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, mesh)
     return Run(folder, mesh, stage, state, stream, data, train_step, validation, preview, meta, notes, figures)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from flowdit.config import Config
 from flowdit.data.captions import TextReader, TokenizedCaptions
@@ -25,7 +26,7 @@ from flowdit.models.ccdit import build_ccdit
 from flowdit.models.mmdit import build_mmdit
 from flowdit.models.text_encoder import TextEncoder, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
-from flowdit.sharding import batch_sharding
+from flowdit.sharding import batch_sharding, on_mesh
 from flowdit.training.step import Batch, join_micro_batches, micro_batch
 
 Encode = Callable[[Batch], Batch]
@@ -142,17 +143,24 @@ def open_text(data: DataConfig, manifest: Manifest, encoder: TextEncoder, split:
 def online_encoding(encoder: TextEncoder, mesh: Mesh, batch_size: int) -> Encode:
     """Replaces `text_ids` by `text_features`, `batch_size` rows at a time: more would cost more memory."""
 
-    @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
-    def features(network, ids, mask):
-        count = len(ids) // batch_size
-        encode_rows = lambda i: encode_tokens(network, *micro_batch((ids, mask), i, count))
-        return join_micro_batches(jax.lax.map(encode_rows, jnp.arange(count)))
+    features = make_encode_step(mesh, batch_size)
 
     def encode(batch: Batch) -> Batch:
         rest = {name: value for name, value in batch.items() if name != "text_ids"}
         return rest | {"text_features": features(encoder.network, batch["text_ids"], batch["text_mask"])}
 
     return encode
+
+
+def make_encode_step(mesh: Mesh, batch_size: int) -> Callable[[Any, Array, Array], Array]:
+    """Jitted (network, ids, mask) -> features of a batch, `batch_size` rows at a time."""
+
+    def encode_step(network, ids, mask):
+        count = len(ids) // batch_size
+        encode_rows = lambda i: encode_tokens(network, *micro_batch((ids, mask), i, count))
+        return join_micro_batches(jax.lax.map(encode_rows, jnp.arange(count)))
+
+    return jax.jit(on_mesh(mesh, encode_step), out_shardings=batch_sharding(mesh))
 
 
 def preview_prompts(prompts: Sequence[str] | None, source: Source, default_count: int = 16) -> list[str]:

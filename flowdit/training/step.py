@@ -9,9 +9,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from flowdit.diffusion import flow
+from flowdit.sharding import on_mesh, parameter_shardings
 from flowdit.training.objective import Objective
 
 Batch = dict[str, Array]
@@ -99,9 +101,9 @@ def make_train_step(
     gradient_accum: int = 1,
     ema_decay: float = 0.9999,
     ema_warmup: bool = False,
-    grad_shardings: Any = None,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
-    """The jitted step; its state argument is donated.
+    """The jitted step; its state argument is donated. `mesh` is where state and batch lie, None for one device.
 
     A step whose loss or gradient is not finite leaves weights, optimizer and EMA as they were and counts as skipped.
     """
@@ -109,8 +111,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), len(batch["latent"]))
         losses, times, grads = loss_and_grads(objective, state.model, batch, keys, gradient_accum)
-        if grad_shardings is not None:  # reduce-scatter to the owners of the parameters instead of all-reduce
-            grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
+        if mesh is not None:  # reduce-scatter to the owners of the parameters instead of all-reduce
+            grads = jax.lax.with_sharding_constraint(grads, parameter_shardings(mesh, grads))
         loss, grad_norm = losses.mean(), optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -135,10 +137,12 @@ def make_train_step(
         }
         return TrainState(state.step + 1, model, ema, opt_state, skipped, skipped_in_row), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(on_mesh(mesh, train_step), donate_argnums=0)
 
 
-def make_validation_step(objective: Objective, seed: int) -> Callable[[Any, Batch, Array], tuple[Array, Array]]:
+def make_validation_step(
+    objective: Objective, seed: int, mesh: Mesh | None = None
+) -> Callable[[Any, Batch, Array], tuple[Array, Array]]:
     """Jitted (model, batch, batch index) -> summed loss of the batch's examples at each of the fixed times, and weight.
 
     The noise is a function of (seed, batch index, time), so that every evaluation of every run sees the same.
@@ -160,4 +164,4 @@ def make_validation_step(objective: Objective, seed: int) -> Callable[[Any, Batc
         sums = jax.lax.map(lambda args: losses_at(*args), (times, jax.random.split(key, len(times))))
         return sums, batch["weight"].sum()
 
-    return jax.jit(validation_step)
+    return jax.jit(on_mesh(mesh, validation_step))

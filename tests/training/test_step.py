@@ -11,7 +11,7 @@ import pytest
 from flowdit.diffusion.conditioning import class_conditioning
 from flowdit.models.ccdit import build_ccdit
 from flowdit.models.transformer import ModelConfig
-from flowdit.sharding import MeshConfig, init_sharded, make_mesh, parameter_shardings, shard_batch
+from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
 from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, decay_mask, learning_rate_schedule, make_optimizer
 from flowdit.training.step import cast_floating, init_state, make_train_step
@@ -36,8 +36,7 @@ def run(mesh_config=None, *, steps=3, batch=8, accum=1, objective=OBJECTIVE, opt
     optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 100)
     build = lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
     state = init_sharded(mesh, build)
-    shardings = parameter_shardings(mesh, state.model)
-    step = make_train_step(optimizer, objective, 0, accum, decay, grad_shardings=shardings)
+    step = make_train_step(optimizer, objective, 0, accum, decay, mesh=mesh)
     history = []
     for i in range(steps):
         state, metrics = step(state, shard_batch(mesh, batches(batch, i)))

@@ -25,7 +25,7 @@ from flowdit.diffusion.conditioning import text_conditioning
 from flowdit.models.mmdit import build_mmdit
 from flowdit.models.text_encoder import TextConfig, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
-from flowdit.sharding import MeshConfig, init_sharded, make_mesh, parameter_shardings, shard_batch
+from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
 from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.stages import online_encoding
@@ -167,7 +167,7 @@ def test_golden_losses():
     """A refactor must reproduce these; a change of randomness, initialisation or mathematics must own up here."""
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimConfig(learning_rate=1e-2), 100)
     state = init_sharded(mesh, lambda: build(optimizer))
-    step = make_train_step(optimizer, OBJECTIVE, 0, 2, 0.9, grad_shardings=parameter_shardings(mesh, state.model))
+    step = make_train_step(optimizer, OBJECTIVE, 0, 2, 0.9, mesh=mesh)
     losses = []
     for _ in range(3):
         state, values = step(state, shard_batch(mesh, batch_of(8)))

@@ -1,0 +1,190 @@
+"""What devices tell each other under `mesh.fsdp`, read off the compiled text: weights of one block at a time, gradients.
+
+Sizes are chosen so that an axis says what it is: batches are multiples of 5, image tokens of 7 and text tokens of 11;
+all axes of parameters are made of 2 and 3.
+"""
+
+import collections
+import math
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.text_folders import ENCODER
+
+from flowdit.diffusion.conditioning import class_conditioning, text_conditioning
+from flowdit.models.ccdit import build_ccdit
+from flowdit.models.mmdit import build_mmdit
+from flowdit.models.t5gemma import T5GemmaEncoder
+from flowdit.models.t5gemma_config import T5GemmaConfig
+from flowdit.models.transformer import ModelConfig
+from flowdit.sharding import MeshConfig, make_mesh, parameter_shardings, shard_batch
+from flowdit.training.objective import Objective
+from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.training.stages import make_encode_step
+from flowdit.training.step import init_state, make_train_step, make_validation_step
+
+DEPTH, CLASSES, LATENT, TEXT = 3, 5, (4, 2, 14), (11, 18)
+BATCH = 40
+OPTIMIZER = make_optimizer(OptimConfig(learning_rate=1e-2), 100)
+# The gradient of the null caption is summed over the batch before it is summed over the tokens that share it.
+NULL_CAPTION = TEXT
+
+Collective = collections.namedtuple("Collective", "kind shapes times")
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective operation of a compiled program: its kind, shapes as (dtype, axes), and how often it runs."""
+    lines = collections.defaultdict(list)
+    name = entry = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+        lines[name].append(line)
+    found = []
+
+    def walk(name: str, times: int) -> None:
+        for line in lines[name]:
+            kind = re.search(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", line)
+            if kind:
+                shapes = [
+                    (dtype, tuple(int(axis) for axis in axes.split(",") if axis))
+                    for dtype, axes in re.findall(r"(\w+)\[([\d,]*)\]", kind[1])
+                ]
+                found.append(Collective(kind[2], shapes, times))
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for inner in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
+                walk(inner, times * int(trips[1]) if trips else times)
+
+    walk(entry, 1)
+    return found
+
+
+def moved_activations(found: list[Collective]) -> list[Collective]:
+    """Those that move something with a batch or token axis."""
+
+    def is_activation(axes: tuple[int, ...]) -> bool:
+        return axes != NULL_CAPTION and any(math.gcd(axis, 5 * 7 * 11) > 1 for axis in axes)
+
+    return [each for each in found if any(is_activation(axes) for _, axes in each.shapes)]
+
+
+def reduced_bytes(found: list[Collective]) -> int:
+    sizes = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
+    reduced = [each for each in found if each.kind == "all-reduce"]
+    return sum(each.times * sizes[dtype] * math.prod(axes) for each in reduced for dtype, axes in each.shapes)
+
+
+def gathers(found: list[Collective]) -> dict[tuple[int, ...], int]:
+    """How often weights of each shape are gathered."""
+    counts = collections.Counter()
+    for each in found:
+        if each.kind == "all-gather":
+            counts[each.shapes[0][1]] += each.times
+    return counts
+
+
+def build_model(stage: int, remat: str):
+    shape = dict(depth=DEPTH, hidden_dim=24, num_heads=2, remat=remat)
+    if stage == 1:
+        return build_ccdit(ModelConfig("ccdit", **shape), LATENT, CLASSES, key=jax.random.key(0))
+    return build_mmdit(ModelConfig("mmdit", **shape), LATENT, TEXT[1], key=jax.random.key(0))
+
+
+def objective_of(stage: int, dtype: str = "float32") -> Objective:
+    conditioning = class_conditioning(CLASSES) if stage == 1 else text_conditioning(None)
+    return Objective(conditioning, 0.1, (0.0,) * 4, (1.0,) * 4, compute_dtype=dtype)
+
+
+def batch_of(stage: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    latent = {"latent": rng.normal(size=(BATCH, *LATENT)).astype(np.float32)}
+    if stage == 1:
+        return latent | {"label": rng.integers(0, CLASSES, BATCH).astype(np.int32)}
+    features = rng.normal(size=(BATCH, *TEXT)).astype(np.float32)
+    return latent | {"text_features": features, "text_mask": np.arange(TEXT[0]) < rng.integers(0, 12, (BATCH, 1))}
+
+
+def on(mesh, shapes):
+    """Shapes of parameters -> the same with their shardings."""
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(put, shapes, parameter_shardings(mesh, shapes))
+
+
+def lower_step(stage: int, mesh, *, remat: str, accum: int, dtype: str = "float32"):
+    state = on(mesh, jax.eval_shape(lambda: init_state(build_model(stage, remat), OPTIMIZER)))
+    step = make_train_step(OPTIMIZER, objective_of(stage, dtype), 0, accum, mesh=mesh)
+    return step.lower(state, shard_batch(mesh, batch_of(stage)))
+
+
+def gradient_bytes(stage: int) -> int:
+    return sum(4 * leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: build_model(stage, "none"))))
+
+
+def test_stage_1_gathers_weights_and_sums_gradients():
+    with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's own attention mixes dtypes
+        lowered = lower_step(1, make_mesh(MeshConfig(fsdp=4)), remat="none", accum=1, dtype="bfloat16")
+    # In the lowered text, as XLA widens what CPUs cannot send. The arguments of a block are its weights.
+    dtypes = re.findall(r"sharding_constraint %arg\d+ .*tensor<(?:\d+x)+(\w+)>", text := lowered.as_text())
+    assert len(dtypes) >= 5 and set(dtypes) == {"bf16"}
+    assert re.search(r'sharding_constraint .*\[\{"fsdp"\}, \{"tensor"\}\]> : tensor<24x72xbf16>', text)  # its gradient
+    found = collectives(lowered.compile().as_text())
+    assert moved_activations(found) == []
+    assert gradient_bytes(1) * 0.95 < reduced_bytes(found) < gradient_bytes(1) * 1.2
+    # Forward and again backward, so that the whole weights of all blocks are never there at once.
+    shapes = [(24, 144), (24, 72), (24, 24), (24, 96), (96, 24)]
+    assert gathers(found) == {(1, *shape): 2 * DEPTH for shape in shapes}
+
+
+def losses_of(compiled, mesh) -> list[float]:
+    """Of three steps from random weights; zero ones, as models start with, would hide faults."""
+    state = jax.eval_shape(lambda: init_state(build_model(2, "none"), OPTIMIZER))
+    rng, zeros = np.random.default_rng(0), jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    weights = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32), state.model)
+    state = jax.device_put(eqx.tree_at(lambda state: state.model, zeros, weights), parameter_shardings(mesh, state))
+    losses = []
+    for _ in range(3):
+        state, metrics = compiled(state, shard_batch(mesh, batch_of(2)))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def test_stage_2_gathers_weights_and_has_the_losses_of_data_parallel():
+    meshes = make_mesh(MeshConfig(fsdp=4)), make_mesh(MeshConfig())
+    sharded, whole = (lower_step(2, mesh, remat="none", accum=2).compile() for mesh in meshes)
+    for compiled in (sharded, whole):  # each of the two micro-batches sums its gradients
+        found = collectives(compiled.as_text())
+        assert moved_activations(found) == []
+        assert 2 * gradient_bytes(2) * 0.95 < reduced_bytes(found) < 2 * gradient_bytes(2) * 1.2
+    counts = gathers(collectives(sharded.as_text()))
+    assert 1 <= counts[24, 144] <= 2  # the t block's is gathered outside of the scan over blocks
+    assert counts[1, 24, 96] == 2 * 2 * DEPTH
+    assert {each.kind for each in collectives(whole.as_text())} == {"all-reduce"}
+    np.testing.assert_allclose(losses_of(sharded, meshes[0]), losses_of(whole, meshes[1]), rtol=1e-5)
+
+
+def test_validation_sums_losses_alone():
+    mesh = make_mesh(MeshConfig(fsdp=4))
+    batch = shard_batch(mesh, batch_of(1) | {"weight": np.ones(BATCH, np.float32)})
+    model = on(mesh, jax.eval_shape(lambda: build_model(1, "none")))
+    step = make_validation_step(objective_of(1), 0, mesh)
+    found = collectives(step.lower(model, batch, jnp.asarray(0)).compile().as_text())
+    assert gathers(found)
+    assert reduced_bytes(found) < 1000
+
+
+@pytest.mark.parametrize("fsdp", [4, 1])
+def test_the_text_encoder_gathers_weights(fsdp):
+    """Over the batch nothing is left to sum; rows of the embedding table change places, as the table is large."""
+    config = T5GemmaConfig.from_huggingface(ENCODER | {"vocab_size": 324, "intermediate_size": 96})
+    mesh = make_mesh(MeshConfig(fsdp=fsdp))
+    network = on(mesh, eqx.filter_eval_shape(T5GemmaEncoder, config))
+    tokens = shard_batch(mesh, {"ids": np.ones((BATCH, 11), np.int32), "mask": np.ones((BATCH, 11), bool)})
+    compiled = make_encode_step(mesh, BATCH // 2).lower(network, tokens["ids"], tokens["mask"]).compile()
+    found = collectives(compiled.as_text())
+    assert reduced_bytes(found) == 0
+    assert (gathers(found)[1, 96, 48] == 2 * 2 * 3) if fsdp == 4 else (found == [])
