@@ -56,7 +56,7 @@ CLASSES: dict[str, Layout] = {
     "FlowDiTClassTransformer": DIFFUSERS_DIT,
     "FlowDiTTextTransformer": DIFFUSERS_PIXART,
 }
-# What published DiT and PixArt say, which is older than diffusers' classes for them, and how diffusers tells them apart.
+# What published DiT and PixArt say, older than diffusers' classes for them, and how diffusers tells them apart.
 FORMER_NAME = "Transformer2DModel"
 BY_NORM = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
@@ -105,9 +105,10 @@ def class_name(file: Path, raw: Mapping[str, Any]) -> str:
 def read_config(
     file: Path, raw: Mapping[str, Any], tensors: Arrays
 ) -> tuple[Layout, ModelConfig, tuple[int, int, int]]:
-    """Layout, model and latent shape of a transformer. Raises `ValueError` naming the field that is not ours to compute.
+    """Layout, model and latent shape of a transformer.
 
-    So does a field that disagrees with the tensors, or that is of another type than diffusers takes.
+    Raises `ValueError` naming the first field that asks for what is not computed here, disagrees with the tensors, or
+    is of another type than diffusers takes.
     """
     name = class_name(file, raw)
     layout = CLASSES[name]

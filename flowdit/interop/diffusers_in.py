@@ -115,16 +115,15 @@ def _own_export(
 
 
 def _check_agreement(folder: Path, described: Trained, model: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
-    """Raise `ValueError` naming the first field that the metadata and the transformer's `config.json` give differently."""
+    """Raise `ValueError` naming the first field in which the metadata differ from the transformer's `config.json`."""
     elsewhere = {"remat", "null_tokens"}  # how it is trained; the rows of the null caption
     fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in elsewhere]
     pairs = {f"model.{name}": (getattr(described.config.model, name), getattr(model, name)) for name in fields}
     pairs["latent_shape"] = (described.manifest.latent_shape, latent_shape)
     for name, (stored, told) in pairs.items():
         if stored != told:
-            raise ValueError(
-                f"source: {folder}: {name} must be {told} in flowdit's metadata, as config.json says, got {shown(stored)}"
-            )
+            rule = f"{name} must be {told} in flowdit's metadata, as config.json says"
+            raise ValueError(f"source: {folder}: {rule}, got {shown(stored)}")
 
 
 def _null_caption(file: Path, shape: tuple[int, ...]) -> np.ndarray:

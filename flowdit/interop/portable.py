@@ -102,7 +102,7 @@ def array_shapes(described: Trained) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
-    """Raise `ValueError` telling how many tensors are missing, unexpected, or of another shape, and the first of them."""
+    """Raise `ValueError` telling how many tensors are missing, unexpected or of another shape, with the first."""
     misfits = [f"{n} {list(found[n])} for {list(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
     faults = {
         "missing": wanted.keys() - found.keys(),

@@ -11,7 +11,7 @@ EXPORTED = Path(flowdit.__file__).parent / "interop" / "exported"
 
 
 def load_source(name: str) -> ModuleType:
-    """One of the files as a module: as part of the package it would be under run-time type checks, and it is not in use."""
+    """One of the files as a module. As part of the package it would be under run-time type checks."""
     spec = importlib.util.spec_from_file_location(f"exported_{name}", EXPORTED / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -166,8 +166,8 @@ def test_embedders_that_were_trained_apart(meta, tmp_path):
     exec(training, {"batches": [(torch.randn(4, *LATENT_SHAPE), torch.tensor([0, 1, 2, 3]))] * 2})
     line = refused(Path("tuned"))
     assert re.search(
-        r"tuned: transformer_blocks\.1\.norm1\.emb\.\S+ must equal transformer_blocks\.0\.norm1\.emb\.\S+: one embedder "
-        r"serves all blocks, and is to be shared before a model is trained on in torch \(docs/interchange\.md\)$",
+        r"tuned: transformer_blocks\.1\.norm1\.emb\.\S+ must equal transformer_blocks\.0\.norm1\.emb\.\S+: "
+        r"one embedder serves all blocks, and is to be shared before a model is trained on in torch \(docs/interchange\.md\)$",
         line,
     )
 

@@ -131,14 +131,14 @@ class FlowDiTClassTransformer(DiTTransformer2DModel):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """As the stock class: latents (n, channels, height, width), timesteps (n,) and class numbers (n,) to the output."""
+        """As the stock class: latents (n, channels, height, width), timesteps and class numbers (n,) to the output."""
         if self.training and class_labels is not None:
             is_dropped = torch.rand(class_labels.shape, device=class_labels.device) < DROP_RATE
             class_labels = torch.where(is_dropped, self.config.num_embeds_ada_norm, class_labels)
         return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """With a copy of the embedder for each block, as the stock class has it: safetensors takes no shared tensors."""
+        """With a copy of the embedder for each block, as the stock class: safetensors takes no shared tensors."""
         state = super().state_dict(*args, **kwargs)
         copies = [name for name in state if ".norm1.emb." in name and "transformer_blocks.0." not in name]
         state.update({name: state[name].clone() for name in copies})
