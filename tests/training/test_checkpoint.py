@@ -12,6 +12,7 @@ from damage import flip_bit
 from runs import assert_same_checkpoint, error_line, steps_of, stored_arrays, train_here
 
 from flowdit.training import loop
+from flowdit.training.checkpoint_files import DamagedCheckpoint, verify_files
 from flowdit.training.trained import load_trained
 
 
@@ -50,8 +51,16 @@ DAMAGES: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_newest_checkpoint_is_named_and_passed_over(tiny_data, whole_run, run, damage):
+def test_damage_is_found_and_named(run, damage):
+    verify_files(run / "6")
     damaged = damage(run / "6")
+    with pytest.raises(DamagedCheckpoint, match=f"^{damaged}"):
+        verify_files(run / "6")
+
+
+@pytest.mark.parametrize("name", ["flipped bit in state", "missing meta", "damaged checksums"])
+def test_damaged_newest_checkpoint_is_named_and_passed_over(tiny_data, whole_run, run, name):
+    damaged = DAMAGES[name](run / "6")
     finished = train_here(tiny_data, run, "train.is_restore=true")
     assert (finished.status, finished.err) == (0, "")
     (notice,) = [line for line in finished.out.splitlines() if " is damaged " in line]

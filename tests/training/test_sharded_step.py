@@ -180,7 +180,11 @@ def test_validation_sums_losses_alone():
 @pytest.mark.parametrize("fsdp", [4, 1])
 def test_the_text_encoder_gathers_weights(fsdp):
     """Over the batch nothing is left to sum; rows of the embedding table change places, as the table is large."""
-    config = T5GemmaConfig.from_huggingface(ENCODER | {"vocab_size": 324, "intermediate_size": 96})
+    raw = ENCODER | {"vocab_size": 324, "intermediate_size": 96}
+    sizes = {
+        f"layers.{i}": (324,) for i in range(raw["num_hidden_layers"])
+    }  # of tensors, which must allow for the fields
+    config = T5GemmaConfig.from_huggingface(raw, sizes)
     mesh = make_mesh(MeshConfig(fsdp=fsdp))
     network = on(mesh, eqx.filter_eval_shape(T5GemmaEncoder, config))
     tokens = shard_batch(mesh, {"ids": np.ones((BATCH, 11), np.int32), "mask": np.ones((BATCH, 11), bool)})
