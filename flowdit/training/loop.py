@@ -62,7 +62,7 @@ def train(config: Config) -> None:
                 if run.validation and (is_due(step, settings.validate_every) or last):
                     tracker.validation(step, run.validation.losses(state.ema))
                 if run.preview and (is_due(step, settings.sample_every) or last):
-                    with tracker.warns_only("samples"):
+                    with tracker.warns_only(run.folder / "samples"):
                         tracker.picture(step, run.preview.draw(state.ema, step))
         tracker.say(
             f"{'done' if step >= settings.num_steps else 'stopped by signal'}; checkpoint: {writer.last_good()}"

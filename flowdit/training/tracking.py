@@ -42,7 +42,7 @@ class Tracker:
     ):
         self.folder = folder
         self.primary = primary
-        self._warned: set[str] = set()
+        self._warned: set[Path] = set()
         self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
 
     def say(self, line: str) -> None:
@@ -54,19 +54,20 @@ class Tracker:
         if not self.primary:
             return
         entry = {"step": step, "time": round(time.time(), 3), **values}
-        with self.warns_only("metrics"):
-            append_line(self.folder / "metrics.jsonl", json.dumps(entry))
+        file = self.folder / "metrics.jsonl"
+        with self.warns_only(file):
+            append_line(file, json.dumps(entry))
         self._to_wandb(step, values)
 
     @contextlib.contextmanager
-    def warns_only(self, what: str) -> Iterator[None]:
-        """A file that cannot be written costs a line, said once, and not the run."""
+    def warns_only(self, path: Path) -> Iterator[None]:
+        """What cannot be written there costs a line, said once, and not the run."""
         try:
             yield
         except OSError as problem:
-            if what not in self._warned:
-                self.say(f"warning: {what} cannot be written ({problem}): going on without")
-            self._warned.add(what)
+            if path not in self._warned:
+                self.say(f"warning: {path} cannot be written ({problem.strerror or problem}): going on without")
+            self._warned.add(path)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         self.log(step, losses)
