@@ -41,9 +41,12 @@ def run_command(command: Callable[[], None]) -> None:
 
 def end_process(status: int) -> None:
     """End at once. `sys.exit` waits for the threads of libraries, which after a failed save can take minutes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def silence_libraries() -> None:
@@ -65,7 +68,8 @@ def user_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as problem:
         if _wants_traceback():
             raise
-        print(f"error: {_one_line(problem)}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"error: {_one_line(problem)}", file=sys.stderr)
         sys.exit(2)
 
 

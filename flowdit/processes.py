@@ -63,7 +63,7 @@ def join_processes(config: MeshConfig) -> None:
 def from_first(decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first process, on all of them; it is called on no other.
 
-    What is returned must be JSON. A `ValueError` or `OSError` is raised on all processes, on the others as `ValueError`.
+    What is returned must be JSON. An error is raised on all processes, on the others as `ValueError`.
     """
     if jax.process_count() == 1:
         return decide()
@@ -71,7 +71,7 @@ def from_first(decide: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             answer = {"value": decide()}
-        except (ValueError, OSError) as problem:
+        except Exception as problem:  # whatever it is, the others must not wait for an answer
             answer, failure = {"error": str(problem)}, problem
     answer = _broadcast(answer)
     if failure is not None:

@@ -30,9 +30,9 @@ class DataConfig:
     `num_threads` read and decode batches, up to `prefetch` of them ahead of the training step. `verify_hashes` compares
     the contents of the shards with the manifest at the start of a run, whatever their size. Where there are captions, a
     visit reads the long one with probability `long_caption_prob`; `text_cache` is a folder of their features as `prepare`
-    writes it, or None for an encoder that runs in the training loop. In each split up to `max_bad_records` different
-    records that are damaged or break a rule are named and passed over, for the next readable one each; one more ends the
-    run.
+    writes it, or None for an encoder that runs in the training loop. Up to `max_bad_records` different records of a split
+    that are damaged or break a rule are named and passed over, for the next readable one each; one more ends the run.
+    Every process counts its own, from its start.
     """
 
     path: str = "???"
@@ -62,7 +62,7 @@ class DataConfig:
 class Source:
     """Random access to the records of one split, which it reads by indices in [0, len(source)).
 
-    A bad record is one that is damaged, breaks a rule, or whose caption in the cache is or does. In its place the next
+    A bad record is one that is damaged or breaks a rule, or whose caption's record in the cache does. In its place the next
     readable one is read, around the end. That depends on the files alone (and on the caption asked for), so batches keep
     their size and are the same on any number of processes and after a resume.
     """

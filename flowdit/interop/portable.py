@@ -76,7 +76,7 @@ def describe(meta: dict[str, Any], source: str) -> Trained:
     try:
         described = describe_trained(meta)
         _check_limits(described)
-    except (ValueError, OverflowError) as problem:
+    except (ValueError, OverflowError, TypeError) as problem:
         raise ValueError(f"source: {source}: {shortened(str(problem), 300)}") from problem
     return described
 

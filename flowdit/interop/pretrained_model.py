@@ -17,7 +17,7 @@ from flowdit.sample import draw_pictures, make_requests
 from flowdit.training.trained import Trained
 
 # What says where the command reads and writes.
-OF_THE_COMMAND = ("checkpoint", "out", "columns", "save_latents")
+OF_THE_COMMAND = ("checkpoint", "out", "overwrite", "columns", "save_latents")
 
 
 class PretrainedModel(NamedTuple):

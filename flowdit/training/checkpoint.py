@@ -57,7 +57,8 @@ def split_state(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 def read_meta(step_folder: Path) -> dict[str, Any]:
     """The metadata of a checkpoint, all of whose files have been verified.
 
-    Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if it once was.
+    Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files are not
+    those that were written.
     """
     if not (step_folder / "meta").is_dir():
         raise CheckpointError(f"{step_folder}: not a checkpoint folder (expected checkpoints/<step>)")
@@ -122,10 +123,7 @@ def restore_newest(folder: Path, template: TrainState, check_meta: Callable[[dic
         report(f"checkpoint {folder / name} is damaged and passed over: {reason}")
     restored = _restore_step(folder / str(step), template)
     wait_for_all("restored")
-    if jax.process_index() == 0:
-        for name in damaged:
-            set_aside(folder / name)
-    wait_for_all("set aside")
+    from_first(lambda: [set_aside(folder / name) for name in damaged])
     return restored
 
 

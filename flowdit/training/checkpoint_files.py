@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 CHECKSUMS = "checksums.json"
+ITEMS = ("state", "model_ema", "dataset", "meta")
 
 
 class CheckpointError(ValueError):
@@ -43,7 +44,10 @@ def write_checksums(step_folder: Path) -> None:
 
 
 def verify_files(step_folder: Path) -> None:
-    """Raise `DamagedCheckpoint` naming the first file that is missing, was not recorded, or differs from its checksum."""
+    """Raise `DamagedCheckpoint` naming the first file that is missing, was not recorded, or differs from its checksum.
+
+    A file that is there and cannot be read raises `CheckpointError`: the disk may be at fault, and not the checkpoint.
+    """
     recorded, files = _read_checksums(step_folder / CHECKSUMS), _files(step_folder)
     for name in sorted(recorded.keys() - files.keys()):
         raise DamagedCheckpoint(f"{step_folder / name}: file is missing")
@@ -53,7 +57,7 @@ def verify_files(step_folder: Path) -> None:
         try:
             found = _file_sha256(files[name])
         except OSError as problem:
-            raise DamagedCheckpoint(f"{step_folder / name}: cannot be read: {problem.strerror}") from problem
+            raise CheckpointError(f"{step_folder / name}: cannot be read: {problem.strerror}") from problem
         if found != expected:
             raise DamagedCheckpoint(f"{step_folder / name}: content differs from its checksum")
 
@@ -61,8 +65,10 @@ def verify_files(step_folder: Path) -> None:
 def _read_checksums(file: Path) -> dict[str, str]:
     try:
         recorded = json.loads(file.read_bytes())
-    except (OSError, ValueError) as problem:
+    except (FileNotFoundError, ValueError, RecursionError) as problem:
         raise DamagedCheckpoint(f"{file}: not readable") from problem
+    except OSError as problem:
+        raise CheckpointError(f"{file}: cannot be read: {problem.strerror}") from problem
     if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
         raise DamagedCheckpoint(f"{file}: must map the files of the checkpoint to their SHA-256")
     return recorded
@@ -74,6 +80,9 @@ def _file_sha256(path: Path) -> str:
 
 
 def _files(step_folder: Path) -> dict[str, Path]:
-    """The files of all items by relative name. Orbax's own file beside them is written again after the checksums."""
-    paths = sorted(p for p in step_folder.glob("*/**/*") if p.is_file())
+    """The files of all items by relative name.
+
+    Orbax's own file beside them is written again after the checksums, and others put folders of theirs there (.git).
+    """
+    paths = [p for item in ITEMS for p in sorted((step_folder / item).rglob("*")) if p.is_file()]
     return {p.relative_to(step_folder).as_posix(): p for p in paths}

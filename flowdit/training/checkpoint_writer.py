@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -82,7 +83,7 @@ class CheckpointWriter:
         # Of several processes one may fail alone, and the others would not try again with it.
         for _ in range(1 if failure or jax.process_count() > 1 else 2):
             if failure:
-                self._report(f"warning: {failure}; saving step {self._moment.step} at once")
+                self._report(f"{failure}; saving step {self._moment.step} at once")
             wait = wait or failure is not None
             failure = self._write(self._moment, wait)
             if failure is None:
@@ -127,9 +128,9 @@ class CheckpointWriter:
         try:
             self.save(wait=True)
         except Exception as problem:  # a broken device or disk; the run ends by `error` all the same
-            self._report(f"warning: step {self._moment.step} cannot be saved: {first_line(problem)}")
+            self._report(f"step {self._moment.step} cannot be saved: {first_line(problem)}")
         else:
-            self._report(f"step {self._moment.step} is saved before the run ends by an error: {self.last_good()}")
+            self._report(f"the run ends by an error; step {self._moment.step} is saved: {self.last_good()}")
 
     def _write(self, moment: Moment, wait: bool) -> CheckpointError | None:
         """One attempt; its error."""
@@ -157,14 +158,24 @@ class CheckpointWriter:
         try:
             self._manager.wait_until_finished()
         except Exception as problem:
-            return self._failed(step, problem)
+            if not (self.folder / str(step)).is_dir():
+                return self._failed(step, problem)
+            # It got its name, so it is whole; deleting older ones comes after that.
+            self._report(f"an old checkpoint cannot be deleted: {first_line(problem)}")
+            self._look_again()
         self._writing = None
         return None
+
+    def _look_again(self) -> None:
+        # Orbax strikes off its list what it is going to delete and then, after a failure, does not.
+        with contextlib.suppress(Exception):
+            self._manager.reload()
 
     def _failed(self, step: int, problem: Exception) -> CheckpointError:
         self._writing = None
         if jax.process_index() == 0:  # half a checkpoint may be what fills the disk
             shutil.rmtree(self._temporary(step), ignore_errors=True)
+        self._look_again()
         good = [s for s in list_steps(self.folder) if s != step]
         last = self.folder / str(good[-1]) if good else "none"
         return CheckpointError(

@@ -24,7 +24,7 @@ class TrainingDiverged(ValueError):
 def train(config: Config) -> None:
     """Train to `train.num_steps`, from the start or from the newest whole checkpoint.
 
-    SIGTERM and Ctrl-C save and return; an error saves first, where it can. Raises `ValueError` in one line for what the
+    SIGTERM, and Ctrl-C in a single process, save and return; an error saves first, where it can. Raises `ValueError` in one line for what the
     user can mend, `TrainingDiverged` after `train.max_skipped_in_row` useless steps, `CheckpointError` if checkpoints
     cannot be written.
     """
@@ -38,8 +38,8 @@ def train(config: Config) -> None:
     )
     announce(tracker, run, start, settings.num_steps)
 
-    writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta, tracker.say)
-    with stop_signal() as signalled, contextlib.closing(tracker), writer:
+    writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta, tracker.warn)
+    with stop_signal() as signalled, tracker, writer:
         batches = prefetch_to_device(run.mesh, run.stream, run.stage.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
             state, metrics = run.train_step(state, batch)
@@ -75,11 +75,11 @@ def is_due(step: int, every: int) -> bool:
 
 
 def data_figures(data: Data, tracker: Tracker) -> dict[str, int]:
-    """Counts over what was read so far, a few batches ahead of the step: captions longer than `text.max_length`, and bad
-    records, each of which is said once."""
+    """Counts over what this process has read so far, a few batches ahead of the step: captions longer than
+    `text.max_length`, and bad records, each of which is said once."""
     sources = [source for source in (data.train, data.validation) if source is not None]
     for problem in (line for source in sources for line in source.bad_records.take_new()):
-        tracker.say(f"warning: bad record, the next one is read in its place: {problem}")
+        tracker.warn(f"bad record, the next one is read in its place: {problem}")
     bad = sum(len(source.bad_records) for source in sources)
     figures = {"data/bad_records": bad} if bad else {}
     return figures if data.train.text is None else figures | {"data/truncated_captions": data.train.text.truncated}
@@ -117,7 +117,7 @@ def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWrite
 def stop_signal() -> Iterator[list[int]]:
     """A list that SIGTERM or the first Ctrl-C fills; a second Ctrl-C interrupts at once.
 
-    With several processes JAX's own handler stays: it lets all of them agree on the step to stop at.
+    With several processes JAX's own handler stays, for SIGTERM: it lets all of them agree on the step to stop at.
     """
     received: list[int] = []
     handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()

@@ -8,6 +8,7 @@ import datetime
 import json
 import netrc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,8 +47,16 @@ class Tracker:
         self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
 
     def say(self, line: str) -> None:
+        """A line on the console, from the first process alone. A console that is gone or full ends no run either."""
         if self.primary:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):
+                print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        """A line from whichever process it is, which of several says its number."""
+        process = f" process {jax.process_index()}:" if jax.process_count() > 1 else ""
+        with contextlib.suppress(OSError):
+            print(f"warning:{process} {line}", flush=True)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of `metrics.jsonl` and one W&B entry."""
@@ -66,7 +75,7 @@ class Tracker:
             yield
         except OSError as problem:
             if path not in self._warned:
-                self.say(f"warning: {path} cannot be written ({problem.strerror or problem}): going on without")
+                self.warn(f"{path} cannot be written ({problem.strerror or problem}): going on without")
             self._warned.add(path)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
@@ -78,24 +87,36 @@ class Tracker:
         if path is None:
             return
         self.say(f"step {step}  samples: {path}")
-        if self._wandb is not None:
-            import wandb
+        self._to_wandb(step, {"samples": path})
 
-            self._to_wandb(step, {"samples": wandb.Image(str(path))})
+    def __enter__(self) -> Tracker:
+        return self
 
-    def close(self) -> None:
-        if self._wandb is not None:
-            with contextlib.suppress(Exception):  # the run is over; what W&B has not sent lies in its folder
-                self._wandb.finish()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._wandb is None:
+            return
+        # The run is over: what W&B has not sent lies in its folder, and after an error the process is to end soon.
+        finishing = threading.Thread(target=_finish, args=(self._wandb,), daemon=True)
+        finishing.start()
+        finishing.join(timeout=None if error is None else 5)
 
     def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
+        """Log figures, and pictures by their paths."""
         if self._wandb is None:
             return
         try:
-            self._wandb.log(values, step=step)
+            import wandb
+
+            shown = {name: wandb.Image(str(v)) if isinstance(v, Path) else v for name, v in values.items()}
+            self._wandb.log(shown, step=step)
         except Exception as problem:  # whatever goes wrong there must not cost a training run
             self.say(f"wandb: logging failed ({problem}): going on with metrics.jsonl alone")
             self._wandb = None
+
+
+def _finish(wandb_run: Any) -> None:
+    with contextlib.suppress(Exception):
+        wandb_run.finish()
 
 
 def append_line(file: Path, line: str) -> None:

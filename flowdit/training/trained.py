@@ -40,7 +40,11 @@ def load_trained(folder: Path, mesh: Mesh | None = None, weights: str = "ema") -
 
     Raises `CheckpointError` if it is missing, damaged or foreign.
     """
-    trained = describe_trained(read_meta(folder))
+    meta = read_meta(folder)
+    try:
+        trained = describe_trained(meta)
+    except (ValueError, OverflowError) as problem:
+        raise CheckpointError(f"{folder}: {problem}") from problem
     return trained._replace(model=restore_weights(folder, trained.model, mesh, weights))
 
 

@@ -104,6 +104,23 @@ def test_two_failed_saves_end_the_run_and_name_the_last_good_one(tiny_data, run,
     assert steps_of(run) == [2, 4, 6]
 
 
+def test_failed_save_leaves_no_old_checkpoint_behind(tiny_data, run, monkeypatch):
+    """Orbax strikes what it is about to delete off its list, and a save that fails deletes nothing."""
+    fail_saves(monkeypatch, 1)
+    finished = train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=12", "train.keep_last=2")
+    assert (finished.status, finished.err) == (0, "")
+    assert "could not be written" in finished.out
+    assert len(steps_of(run)) == 2 and steps_of(run)[-1] == 12
+
+
+def test_console_that_is_full_ends_no_run(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    script = "import sys; sys.stdout = open('/dev/full', 'w')\nfrom flowdit.train import stage1; stage1()"
+    settings = ("experiment=tiny", *FAST, f"data.path={tiny_data}", f"train.checkpoint_dir={run}")
+    assert finish(start("-c", script, *settings, PYTHONUNBUFFERED="")).status in (0, 120)  # 120: Python's, at its exit
+    assert steps_of(run) == [2, 4, 6]
+
+
 def test_failed_last_save_is_tried_again(tiny_data, whole_run, tmp_path, monkeypatch):
     fail_saves(monkeypatch, 1)
     finished = train_here(tiny_data, tmp_path / "run", "train.save_every=0")
@@ -165,7 +182,7 @@ def test_bad_record_saves_first(tiny_data, whole_run, tmp_path):
     finished = train_here(data, run, *settings)
     assert f"{data / SHARD}: record " in error_line(finished)
     (step,) = steps_of(run)
-    assert f"step {step} is saved before the run ends by an error: {run / str(step)}" in finished.out
+    assert f"warning: the run ends by an error; step {step} is saved: {run / str(step)}" in finished.out
     assert stored_json(run / str(step), "dataset")["next_batch"] == step
     expected = metrics(whole_run, "train/loss")
     assert metrics(run, "train/loss") == {n: expected[n] for n in range(1, step + 1)}
@@ -231,6 +248,20 @@ def test_checksums_must_cover_every_file(run, change):
     rewrite_checksums(run / "6", change)
     with pytest.raises(DamagedCheckpoint, match=str(run / "6")):
         verify_files(run / "6")
+
+
+def test_folders_of_others_are_no_part_of_a_checkpoint(run):
+    (run / "6" / ".git").mkdir()
+    (run / "6" / ".git" / "HEAD").write_text("ref")
+    verify_files(run / "6")
+
+
+def test_file_that_cannot_be_read_is_not_called_damaged(tiny_data, run):
+    """Permissions or a network disk: the checkpoint may be whole, so it is not set aside."""
+    (run / "6" / "checksums.json").unlink()
+    (run / "6" / "checksums.json").mkdir()
+    line = refused(lambda: train_here(tiny_data, run, "train.is_restore=true"), run)
+    assert line == f"error: {run / '6' / 'checksums.json'}: cannot be read: Is a directory"
 
 
 def test_checkpoint_that_vouches_for_nothing_is_passed_over(tiny_data, run):
