@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from flowdit.interop import layouts
 from flowdit.interop.layouts import DIFFUSERS_DIT, DIFFUSERS_PIXART, Arrays, Layout
-from flowdit.interop.portable import MAX_SIDE
+from flowdit.interop.portable import MAX_SAMPLED_SIDE
 from flowdit.models.pretrained import shown
 from flowdit.models.transformer import ModelConfig
 
@@ -115,8 +115,8 @@ def read_config(
     settings = Settings(file, {field: raw.get(field, default) for field, default in HONOURED[name].items()})
     _check_kind(settings, layout)
     side = settings.whole("sample_size")
-    if side > MAX_SIDE:
-        raise settings.error("sample_size", f"at most {MAX_SIDE}")
+    if side > MAX_SAMPLED_SIDE:
+        raise settings.error("sample_size", f"at most {MAX_SAMPLED_SIDE}")
     model = _model(settings, layout, side)
     _check_sizes(settings, layout, tensors, model)
     layout = layouts.with_head_norms(layout) if model.qk_norm else layout

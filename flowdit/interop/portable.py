@@ -23,7 +23,7 @@ from flowdit.training.trained import Trained, describe_trained
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")
 # No tensor has these sizes, which take memory when a sample is drawn. 1,024 are pictures of 8,192 pixels.
-MAX_SIDE = 1024
+MAX_SAMPLED_SIDE = 1024
 MAX_TOKENS = 2**16
 
 
@@ -87,8 +87,10 @@ def _check_limits(described: Trained) -> None:
     tokens = 1 if described.text is None else max(described.text["max_length"], described.config.text.max_length)
     if tokens > MAX_TOKENS:
         raise ValueError(f"text.max_length: must be at most {MAX_TOKENS}, got {tokens}")
-    if max(sides) > MAX_SIDE:
-        raise ValueError(f"latent_shape: must have sides of at most {MAX_SIDE}, got {described.manifest.latent_shape}")
+    if max(sides) > MAX_SAMPLED_SIDE:
+        raise ValueError(
+            f"latent_shape: must have sides of at most {MAX_SAMPLED_SIDE}, got {described.manifest.latent_shape}"
+        )
     for name, values in (("latent_mean", described.mean), ("latent_scale", described.scale)):
         if len(values) != channels or not np.isfinite(np.asarray(values, np.float64)).all():
             raise ValueError(f"{name}: must hold {channels} finite numbers, got {shown(values)}")

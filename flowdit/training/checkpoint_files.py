@@ -5,11 +5,12 @@ Orbax restores flipped bits without complaint, so `checksums.json` beside the it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
+
+from flowdit.data.manifest import file_sha256
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("state", "model_ema", "dataset", "meta")
@@ -39,7 +40,7 @@ def set_aside(step_folder: Path) -> None:
 
 def write_checksums(step_folder: Path) -> None:
     """Record the SHA-256 of every file of a checkpoint's items."""
-    sums = {name: _file_sha256(path) for name, path in _files(step_folder).items()}
+    sums = {name: file_sha256(path) for name, path in _files(step_folder).items()}
     (step_folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
@@ -55,7 +56,7 @@ def verify_files(step_folder: Path) -> None:
         raise DamagedCheckpoint(f"{step_folder / name}: file is not listed in {CHECKSUMS}")
     for name, expected in recorded.items():
         try:
-            found = _file_sha256(files[name])
+            found = file_sha256(files[name])
         except OSError as problem:
             raise CheckpointError(f"{step_folder / name}: cannot be read: {problem.strerror}") from problem
         if found != expected:
@@ -72,11 +73,6 @@ def _read_checksums(file: Path) -> dict[str, str]:
     if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
         raise DamagedCheckpoint(f"{file}: must map the files of the checkpoint to their SHA-256")
     return recorded
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(step_folder: Path) -> dict[str, Path]:

@@ -117,17 +117,17 @@ class CheckpointWriter:
         if error is None:
             self._manager.close()
         elif isinstance(error, Exception) and not isinstance(error, CheckpointError):
-            self._save_after(error)
+            self._save_once_more()
         # After an error the manager stays open: closing it waits for threads that may never end.
 
-    def _save_after(self, error: Exception) -> None:
-        """Save what was reached before `error`, where that can be done; never hides `error`."""
+    def _save_once_more(self) -> None:
+        """Save what was reached before the error that ends the run, where that can be done; never hides that error."""
         # The other processes know nothing of the error, and a save needs all of them.
         if self._moment is None or jax.process_count() > 1:
             return
         try:
             self.save(wait=True)
-        except Exception as problem:  # a broken device or disk; the run ends by `error` all the same
+        except Exception as problem:  # a broken device or disk; the run ends by its error all the same
             self._report(f"step {self._moment.step} cannot be saved: {first_line(problem)}")
         else:
             self._report(f"the run ends by an error; step {self._moment.step} is saved: {self.last_good()}")
