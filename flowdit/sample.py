@@ -21,10 +21,10 @@ from flowdit.config import SampleConfig, register_schemas, resolve
 from flowdit.data.pictures import SUFFIXES
 from flowdit.diffusion.pictures import make_decoder, save_grid
 from flowdit.diffusion.sampling import SamplerConfig, picture_noise, sample
+from flowdit.models.compute import choose_compute
 from flowdit.models.text_encoder import TextEncoder, load_text_encoder
 from flowdit.training.evaluate import load_matching_vae
 from flowdit.training.stages import Requests, describe_encoder, label_requests, prompt_requests, resolve_labels
-from flowdit.training.step import cast_floating
 from flowdit.training.trained import Trained, load_trained
 
 UNFINISHED = "samples.json.unfinished"
@@ -109,10 +109,14 @@ def draw(
     batch_size = min(batch_size, count)
     noise = picture_noise(jax.random.key(seed), count, trained.manifest.latent_shape)
     dtype = "bfloat16" if jax.default_backend() != "cpu" else "float32"
+    text_tokens = None if trained.text is None else trained.text["max_length"]
+    shapes = trained.config.model.attention_shapes(trained.manifest.latent_shape, text_tokens)
+    compute = choose_compute(None, dtype, shapes)
 
-    @jax.jit
-    def run(model, noise, condition, null):
-        return sample(cast_floating(model, dtype), noise, condition, null, sampler, trained.prediction)
+    def solve(model, noise, condition, null):
+        return sample(compute.cast(model), noise, condition, null, sampler, trained.prediction)
+
+    run = jax.jit(compute.on(None, solve))
 
     def batches(x):
         padded = jnp.concatenate([x, jnp.repeat(x[-1:], -count % batch_size, axis=0)])

@@ -73,12 +73,7 @@ class CCDiT(eqx.Module):
 
 
 def build_ccdit(
-    config: ModelConfig,
-    latent_shape: tuple[int, int, int],
-    num_classes: int,
-    implementation: str = "xla",
-    *,
-    key: PRNGKeyArray,
+    config: ModelConfig, latent_shape: tuple[int, int, int], num_classes: int, *, key: PRNGKeyArray
 ) -> CCDiT:
     """A freshly initialised float32 model (Xavier linears, normal(0.02) tables, zero adaLN outputs and final layer)."""
     dim, patch_dim = config.hidden_dim, config.patch_size**2 * latent_shape[0]
@@ -86,7 +81,7 @@ def build_ccdit(
 
     def block(key):
         attention_key, mlp_key = jax.random.split(key)
-        attention = self_attention(dim, config.num_heads, config.qk_norm, implementation, key=attention_key)
+        attention = self_attention(dim, config.num_heads, config.qk_norm, key=attention_key)
         feed_forward = mlp(dim, int(dim * config.mlp_ratio), key=mlp_key)
         return Block(attention, feed_forward, zero_linear(dim, 6 * dim), config.mlp_norm_eps)
 

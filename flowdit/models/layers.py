@@ -80,13 +80,12 @@ class SelfAttention(eqx.Module):
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     num_heads: int = eqx.field(static=True)
-    implementation: str = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
         query, key, value = jnp.split(self.qkv(x).reshape(x.shape[0], 3 * self.num_heads, -1), 3, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        return self.out(attend(query, key, value, implementation=self.implementation).reshape(x.shape))
+        return self.out(attend(query, key, value).reshape(x.shape))
 
 
 class CrossAttention(eqx.Module):
@@ -101,7 +100,6 @@ class CrossAttention(eqx.Module):
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     num_heads: int = eqx.field(static=True)
-    implementation: str = eqx.field(static=True)
 
     def __call__(
         self, x: Float[Array, "tokens dim"], text: Float[Array, "text_tokens dim"], mask: Bool[Array, " text_tokens"]
@@ -110,25 +108,23 @@ class CrossAttention(eqx.Module):
         key, value = jnp.split(self.key_value(text).reshape(text.shape[0], 2 * self.num_heads, -1), 2, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        return self.out(attend(query, key, value, mask, self.implementation).reshape(x.shape))
+        return self.out(attend(query, key, value, mask).reshape(x.shape))
 
 
-def self_attention(dim: int, num_heads: int, qk_norm: bool, implementation: str, *, key: PRNGKeyArray) -> SelfAttention:
+def self_attention(dim: int, num_heads: int, qk_norm: bool, *, key: PRNGKeyArray) -> SelfAttention:
     """Attention over `dim` channels in `num_heads` heads, Xavier-initialised."""
     qkv_key, out_key = jax.random.split(key)
     norms = _head_norms(dim // num_heads, qk_norm)
     qkv = _fused_xavier(dim, 3, key=qkv_key)
-    return SelfAttention(qkv, xavier_linear(dim, dim, key=out_key), *norms, num_heads, implementation)
+    return SelfAttention(qkv, xavier_linear(dim, dim, key=out_key), *norms, num_heads)
 
 
-def cross_attention(
-    dim: int, num_heads: int, qk_norm: bool, implementation: str, *, key: PRNGKeyArray
-) -> CrossAttention:
+def cross_attention(dim: int, num_heads: int, qk_norm: bool, *, key: PRNGKeyArray) -> CrossAttention:
     """Xavier-initialised but for the zero output projection: the text starts without a say (PixArt-alpha)."""
     query_key, key_value_key = jax.random.split(key)
     query, key_value = xavier_linear(dim, dim, key=query_key), _fused_xavier(dim, 2, key=key_value_key)
     norms = _head_norms(dim // num_heads, qk_norm)
-    return CrossAttention(query, key_value, zero_linear(dim, dim), *norms, num_heads, implementation)
+    return CrossAttention(query, key_value, zero_linear(dim, dim), *norms, num_heads)
 
 
 def _head_norms(head_dim: int, qk_norm: bool) -> tuple[RMSNorm, RMSNorm] | tuple[None, None]:

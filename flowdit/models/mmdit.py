@@ -136,24 +136,15 @@ class MMDiT(eqx.Module):
         return jnp.where(is_null, null, condition.features.astype(null.dtype))
 
 
-def build_mmdit(
-    config: ModelConfig,
-    latent_shape: tuple[int, int, int],
-    text_dim: int,
-    implementation: str = "xla",
-    cross_implementation: str = "xla",
-    *,
-    key: PRNGKeyArray,
-) -> MMDiT:
+def build_mmdit(config: ModelConfig, latent_shape: tuple[int, int, int], text_dim: int, *, key: PRNGKeyArray) -> MMDiT:
     """A freshly initialised float32 model, as PixArt-alpha does it.
 
     Xavier linears; normal(0.02) time, size and caption MLPs and t block; tables and null caption normal over the root
-    of their width; zero cross-attention outputs and final layer. The implementations are those of `attend`, for
-    self- and cross-attention.
+    of their width; zero cross-attention outputs and final layer.
     """
     dim, patch_dim = config.hidden_dim, config.patch_size**2 * latent_shape[0]
     keys = iter(jax.random.split(key, 9))
-    build_block = lambda key: _block(config, implementation, cross_implementation, key=key)
+    build_block = lambda key: _block(config, key=key)
     return MMDiT(
         patch_embed=xavier_linear(patch_dim, dim, key=next(keys)),
         time_embed=time_embedding(dim, freq_shift=config.time_freq_shift, scale=config.time_scale, key=next(keys)),
@@ -171,12 +162,12 @@ def build_mmdit(
     )
 
 
-def _block(config: ModelConfig, implementation: str, cross_implementation: str, *, key: PRNGKeyArray) -> Block:
+def _block(config: ModelConfig, *, key: PRNGKeyArray) -> Block:
     dim = config.hidden_dim
     attention_key, cross_key, mlp_key, table_key = jax.random.split(key, 4)
     return Block(
-        attention=self_attention(dim, config.num_heads, config.qk_norm, implementation, key=attention_key),
-        cross_attention=cross_attention(dim, config.num_heads, config.qk_norm, cross_implementation, key=cross_key),
+        attention=self_attention(dim, config.num_heads, config.qk_norm, key=attention_key),
+        cross_attention=cross_attention(dim, config.num_heads, config.qk_norm, key=cross_key),
         mlp=mlp(dim, int(dim * config.mlp_ratio), key=mlp_key),
         table=jax.random.normal(table_key, (6, dim)) / dim**0.5,
         mlp_norm_eps=config.mlp_norm_eps,

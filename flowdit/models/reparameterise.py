@@ -76,7 +76,7 @@ def reparameterise(
     """
     with jax.default_matmul_precision("highest"):  # the tables are differences of nearly equal numbers
         adaln_single = _adaln_single(class_model, time, shared_map, class_condition)
-    # Array by array: static fields, such as the attention kernel, are not copied.
+    # Array by array: static fields, such as the latent shape, are not copied.
     model = eqx.tree_at(_copied_arrays, text_model, _copied_arrays(class_model))
     model = eqx.tree_at(lambda m: (m.time_block, m.blocks.table, m.final_table), model, adaln_single)
     model = eqx.tree_at(lambda m: jax.tree.leaves(m.blocks.cross_attention.out), model, replace_fn=jnp.zeros_like)

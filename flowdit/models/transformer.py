@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowdit.models.attention import AttentionShape
 from flowdit.models.layers import Linear, layer_norm, modulate, patchify, sincos_positions, unpatchify
 from flowdit.sharding import gather, is_gathering, keep_all_but_gathered
 
@@ -84,6 +85,15 @@ class ModelConfig:
             raise ValueError(
                 f"model.patch_size: must divide the latents' height and width {latent_shape[1:]}, got {self.patch_size}"
             )
+
+    def attention_shapes(
+        self, latent_shape: tuple[int, int, int], text_tokens: int | None = None
+    ) -> list[AttentionShape]:
+        """What `attend` is asked for: self-attention over the patches, and with a text the cross-attention to it."""
+        head_dim = self.hidden_dim // self.num_heads
+        patches = latent_shape[1] * latent_shape[2] // self.patch_size**2
+        to_text = [] if text_tokens is None else [AttentionShape(head_dim, patches, text_tokens)]
+        return [AttentionShape(head_dim, patches), *to_text]
 
 
 def embed_patches(

@@ -19,7 +19,7 @@ from flowdit.models.vae import AutoencoderKL, load_vae
 from flowdit.sharding import replicated, shard_batch
 from flowdit.training.objective import Objective
 from flowdit.training.stages import Encode, Requests
-from flowdit.training.step import cast_floating, make_validation_step
+from flowdit.training.step import make_validation_step
 
 
 class Validation:
@@ -79,10 +79,10 @@ class Preview:
 
         def draw(model, condition, null):
             noise = picture_noise(jax.random.key(seed), count, manifest.latent_shape)
-            return sample(cast_floating(model, objective.compute_dtype), noise, condition, null, sampler).latents
+            return sample(objective.compute.cast(model), noise, condition, null, sampler).latents
 
         # Replicated results can be read by every process; the pictures are few and small.
-        self._draw = jax.jit(draw, out_shardings=replicated(mesh))
+        self._draw = jax.jit(objective.compute.on(None, draw), out_shardings=replicated(mesh))
 
     def draw(self, model: Any, step: int) -> Path | None:
         """Write `samples/<step>.png` in the run folder (on the first process)."""

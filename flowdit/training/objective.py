@@ -15,6 +15,7 @@ from flowdit.config import TrainConfig
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion import flow
 from flowdit.diffusion.conditioning import Conditioning, Example
+from flowdit.models.compute import Compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Objective:
     scale: tuple[float, ...]
     time_distribution: str = "logit_normal"
     time_shift: float = 1.0
-    compute_dtype: str = "float32"
+    compute: Compute = dataclasses.field(default_factory=Compute)
 
     def latent(self, example: Example, key: PRNGKeyArray | None) -> Float[Array, "c h w"]:
         """The normalised latent; with `latent_std` in the example and a key, a fresh draw from the VAE's posterior."""
@@ -49,7 +50,7 @@ class Objective:
         }
 
 
-def make_objective(train: TrainConfig, manifest: Manifest, conditioning: Conditioning) -> Objective:
+def make_objective(train: TrainConfig, manifest: Manifest, conditioning: Conditioning, compute: Compute) -> Objective:
     """The objective of a configuration on this data. Raises `ValueError` for a normalisation that cannot be right."""
     mean, scale = latent_affine(train.latent_mean, train.latent_scale, manifest)
     shift = flow.resolution_shift(manifest.latent_shape) if train.time_shift is None else train.time_shift
@@ -60,7 +61,7 @@ def make_objective(train: TrainConfig, manifest: Manifest, conditioning: Conditi
         scale=scale,
         time_distribution=train.time_distribution,
         time_shift=shift,
-        compute_dtype=train.compute_dtype,
+        compute=compute,
     )
 
 

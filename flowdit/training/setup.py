@@ -17,6 +17,7 @@ from flowdit.config import Config, from_stored
 from flowdit.data import manifest as data_manifest
 from flowdit.data.loader import DataConfig, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
+from flowdit.models.compute import Compute, choose_compute
 from flowdit.processes import from_first
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh
 from flowdit.training.checkpoint import abstract_state, restore_newest
@@ -69,7 +70,7 @@ def start_run(config: Config) -> Run:
     check_batch_size(mesh, train.batch_size, train.gradient_accum)
     stage = make_stage(config, manifest, mesh)
     data = open_data(config.data, manifest, stage)
-    objective = make_objective(train, manifest, stage.conditioning)
+    objective = make_objective(train, manifest, stage.conditioning, _choose_compute(config, manifest, stage, mesh))
     validation, preview = _evaluations(config, data, mesh, stage, objective)
     stream = make_stream(config, data.train)
     meta, notes = run_meta(dataclasses.asdict(config), manifest, stage.meta, objective.mean, objective.scale), []
@@ -90,6 +91,12 @@ def start_run(config: Config) -> Run:
     accum, decay, warmup = train.gradient_accum, train.ema_decay, train.ema_warmup
     train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, mesh)
     return Run(folder, mesh, stage, state, stream, data, train_step, validation, preview, meta, notes, figures)
+
+
+def _choose_compute(config: Config, manifest: Manifest, stage: Stage, mesh: Mesh) -> Compute:
+    text = stage.meta["text"]
+    shapes = config.model.attention_shapes(manifest.latent_shape, text and text["max_length"])
+    return choose_compute(mesh, config.train.compute_dtype, shapes)
 
 
 def _evaluations(

@@ -21,7 +21,6 @@ from flowdit.data.manifest import Manifest
 from flowdit.data.records import Schema, stage1_schema, stage2_schema
 from flowdit.data.text_cache import open_cache
 from flowdit.diffusion.conditioning import Conditioning, class_conditioning, text_conditioning
-from flowdit.models.attention import attention_implementation
 from flowdit.models.ccdit import build_ccdit
 from flowdit.models.mmdit import build_mmdit
 from flowdit.models.text_encoder import TextEncoder, encode_tokens, load_text_encoder
@@ -70,7 +69,7 @@ def class_stage(config: Config, manifest: Manifest) -> Stage:
     return Stage(
         schema=stage1_schema(manifest.latent_shape, manifest.num_classes, manifest.has_latent_std),
         conditioning=conditioning,
-        build_model=model_builder(config.model, manifest, None, config.train.compute_dtype, config.seed),
+        build_model=model_builder(config.model, manifest, None, config.seed),
         text=lambda split: None,
         encode=lambda batch: batch,
         previews=lambda source: label_requests(labels, manifest.class_names, conditioning),
@@ -91,7 +90,7 @@ def text_stage(config: Config, manifest: Manifest, mesh: Mesh) -> Stage:
     return Stage(
         schema=stage2_schema(manifest.latent_shape, manifest.has_latent_std),
         conditioning=conditioning,
-        build_model=model_builder(config.model, manifest, text, config.train.compute_dtype, config.seed),
+        build_model=model_builder(config.model, manifest, text, config.seed),
         text=lambda split: open_text(config.data, manifest, encoder, split),
         encode=(lambda batch: batch) if cache else online_encoding(encoder, mesh, batch_size),
         previews=lambda source: prompt_requests(
@@ -108,23 +107,17 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
     return {name: getattr(encoder, name) for name in ("name", "fingerprint", "dtype", "max_length", "width")}
 
 
-def model_builder(
-    config: ModelConfig, manifest: Manifest, text: dict[str, Any] | None, compute_dtype: str, seed: int
-) -> Callable[[], Any]:
+def model_builder(config: ModelConfig, manifest: Manifest, text: dict[str, Any] | None, seed: int) -> Callable[[], Any]:
     """A function that initialises the model of this configuration on this data's latents and classes or text."""
     config.check(manifest.latent_shape)
-    head_dim = config.hidden_dim // config.num_heads
-    tokens = manifest.latent_shape[1] * manifest.latent_shape[2] // config.patch_size**2
-    implementation = attention_implementation(head_dim, tokens, compute_dtype)
     shape, key = manifest.latent_shape, functools.partial(jax.random.key, seed)
     if text is None:
-        return lambda: build_ccdit(config, shape, manifest.num_classes, implementation, key=key())
+        return lambda: build_ccdit(config, shape, manifest.num_classes, key=key())
     if config.null_tokens not in (1, text["max_length"]):
         raise ValueError(
             f"model.null_tokens: must be 1 or text.max_length={text['max_length']}, got {config.null_tokens}"
         )
-    cross = attention_implementation(head_dim, tokens, compute_dtype, text["max_length"])
-    return lambda: build_mmdit(config, shape, text["width"], implementation, cross, key=key())
+    return lambda: build_mmdit(config, shape, text["width"], key=key())
 
 
 def micro_condition(config: ModelConfig, manifest: Manifest) -> tuple[int, int] | None:

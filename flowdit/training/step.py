@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from flowdit.diffusion import flow
-from flowdit.sharding import on_mesh, parameter_shardings
+from flowdit.sharding import parameter_shardings
 from flowdit.training.objective import Objective
 
 Batch = dict[str, Array]
@@ -34,15 +34,6 @@ class TrainState(eqx.Module):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def cast_floating(tree: Any, dtype: str) -> Any:
-    """Floating-point arrays of `tree` in `dtype`."""
-
-    def cast(x):
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return jax.tree.map(cast, tree)
-
-
 def init_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """State at step 0; the EMA starts as a copy (the same buffer could not be donated twice)."""
     zero = jnp.zeros((), jnp.int32)
@@ -60,7 +51,7 @@ def loss_and_grads(
 
     def micro_loss(model, batch, keys):
         examples = jax.vmap(objective.draw)(batch, keys)
-        losses = flow.example_losses(cast_floating(model, objective.compute_dtype), **examples)
+        losses = flow.example_losses(objective.compute.cast(model), **examples)
         return losses.mean(), (losses, examples["t"])
 
     def accumulate(grads, i):
@@ -137,7 +128,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, model, ema, opt_state, skipped, skipped_in_row), metrics
 
-    return jax.jit(on_mesh(mesh, train_step), donate_argnums=0)
+    return jax.jit(objective.compute.on(mesh, train_step), donate_argnums=0)
 
 
 def make_validation_step(
@@ -149,7 +140,7 @@ def make_validation_step(
     """
 
     def validation_step(model, batch, index):
-        model = cast_floating(model, objective.compute_dtype)
+        model = objective.compute.cast(model)
         x_0 = jax.vmap(lambda example: objective.latent(example, None))(batch)
         condition = jax.vmap(objective.conditioning.of_example)(batch)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x76616C), index)
@@ -164,4 +155,4 @@ def make_validation_step(
         sums = jax.lax.map(lambda args: losses_at(*args), (times, jax.random.split(key, len(times))))
         return sums, batch["weight"].sum()
 
-    return jax.jit(on_mesh(mesh, validation_step))
+    return jax.jit(objective.compute.on(mesh, validation_step))

@@ -66,6 +66,6 @@ def _describe(meta: Mapping[str, Any]) -> Trained:
         conditioning = class_conditioning(manifest.num_classes)
     else:
         conditioning = text_conditioning(micro_condition(config.model, manifest))
-    template = jax.eval_shape(model_builder(config.model, manifest, text, "float32", config.seed))
+    template = jax.eval_shape(model_builder(config.model, manifest, text, config.seed))
     mean, scale, prediction = meta["latent_mean"], meta["latent_scale"], meta.get("prediction", "velocity")
     return Trained(template, config, manifest, conditioning, text, mean, scale, meta["step"], prediction)

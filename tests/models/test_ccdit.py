@@ -64,9 +64,7 @@ def linear(*modules: torch.nn.Linear) -> Linear:
 def from_diffusers(model: diffusers.DiTTransformer2DModel) -> CCDiT:
     def block(b):
         a = b.attn1
-        attention = SelfAttention(
-            linear(a.to_q, a.to_k, a.to_v), linear(a.to_out[0]), None, None, a.heads, implementation="xla"
-        )
+        attention = SelfAttention(linear(a.to_q, a.to_k, a.to_v), linear(a.to_out[0]), None, None, a.heads)
         mlp = MLP(linear(b.ff.net[0].proj), linear(b.ff.net[2]))
         return Block(attention, mlp, linear(b.norm1.linear), mlp_norm_eps=1e-5)
 

@@ -17,6 +17,7 @@ from models.text_folders import ENCODER
 
 from flowdit.diffusion.conditioning import class_conditioning, text_conditioning
 from flowdit.models.ccdit import build_ccdit
+from flowdit.models.compute import Compute
 from flowdit.models.mmdit import build_mmdit
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
@@ -97,7 +98,7 @@ def build_model(stage: int, remat: str):
 
 def objective_of(stage: int, dtype: str = "float32") -> Objective:
     conditioning = class_conditioning(CLASSES) if stage == 1 else text_conditioning(None)
-    return Objective(conditioning, 0.1, (0.0,) * 4, (1.0,) * 4, compute_dtype=dtype)
+    return Objective(conditioning, 0.1, (0.0,) * 4, (1.0,) * 4, compute=Compute(dtype))
 
 
 def batch_of(stage: int) -> dict[str, np.ndarray]:

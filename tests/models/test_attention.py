@@ -1,0 +1,293 @@
+"""Which kernel attention takes: chosen by the target's devices, dtype and shape; taken where it is traced."""
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import call
+
+from flowdit import sample
+from flowdit.data.manifest import Manifest
+from flowdit.diffusion.conditioning import class_conditioning, text_conditioning
+from flowdit.diffusion.sampling import SamplerConfig
+from flowdit.models import attention
+from flowdit.models.attention import AttentionShape, attend, choose_kernels, use_kernels
+from flowdit.models.ccdit import build_ccdit
+from flowdit.models.compute import Compute, choose_compute
+from flowdit.models.mmdit import build_mmdit
+from flowdit.models.transformer import ModelConfig
+from flowdit.sharding import AXES, MeshConfig, make_mesh
+from flowdit.train import stage1, stage2
+from flowdit.training import setup
+from flowdit.training.evaluate import Preview
+from flowdit.training.objective import Objective
+from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.training.stages import label_requests
+from flowdit.training.step import init_state, make_train_step, make_validation_step
+from flowdit.training.trained import load_trained
+
+LATENT, TEXT_DIM, LENGTH = (4, 4, 6), 10, 5
+MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=3)
+SELF, CROSS = AttentionShape(8, 6), AttentionShape(8, 6, LENGTH)
+BFLOAT16_SELF = Compute("bfloat16", frozenset({SELF}))
+
+
+@pytest.fixture(autouse=True)
+def nothing_probed():
+    attention._cudnn_computes.cache_clear()
+    yield
+    attention._cudnn_computes.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[AttentionShape, str]]:
+    """What is asked of JAX's attention, by shape and kernel, which XLA computes in any case."""
+    computed, seen = jax.nn.dot_product_attention, []
+
+    def record(query, key, value, *, mask, implementation):
+        masked = None if mask is None else len(key)
+        seen.append((AttentionShape(query.shape[-1], len(query), masked), implementation))
+        return computed(query, key, value, mask=mask, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    return seen
+
+
+def fake_gpu(monkeypatch, error: float = 0.0) -> list[AttentionShape]:
+    """A GPU in this process whose kernel is off by `error`; the shapes that are probed on it."""
+    probed = []
+
+    def relative_error(kernels, shape):
+        assert kernels == {shape}
+        probed.append(shape)
+        return error
+
+    monkeypatch.setattr(attention, "_local_gpu", lambda: jax.devices()[0])
+    monkeypatch.setattr(attention, "_relative_error", relative_error)
+    return probed
+
+
+def fake_mesh(platform: str) -> jax.sharding.Mesh:
+    """Of one device of this platform that is not there."""
+    device = Mock(spec=jax.Device, platform=platform, device_kind="a device")
+    return jax.sharding.Mesh(np.array([[[device]]]), AXES)
+
+
+def trace(compute: Compute) -> None:
+    """The text model's velocity, traced as it is about to be compiled."""
+    shape = jax.ShapeDtypeStruct
+    model = jax.eval_shape(lambda: build_mmdit(MODEL, LATENT, TEXT_DIM, key=jax.random.key(0)))
+    batch = {"text_features": shape((LENGTH, TEXT_DIM), "float32"), "text_mask": shape((LENGTH,), "bool")}
+
+    def velocity(model, x_t, batch):
+        return compute.cast(model)(x_t, jnp.float32(0.5), text_conditioning(None).of_example(batch))
+
+    jax.eval_shape(compute.on(None, velocity), model, shape(LATENT, "float32"), batch)
+
+
+# --- the choice ---
+
+
+def test_shapes_are_those_of_the_model(calls):
+    trace(Compute())
+    assert [shape for shape, _ in calls] == MODEL.attention_shapes(LATENT, LENGTH) == [SELF, CROSS]
+    assert MODEL.attention_shapes(LATENT) == [SELF]
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype"),
+    [("cpu", "bfloat16"), ("tpu", "bfloat16"), ("rocm", "bfloat16"), ("gpu", "float32"), ("gpu", "float16")],
+)
+def test_nothing_is_probed_where_cudnn_cannot_be(platform, dtype, monkeypatch):
+    probed = fake_gpu(monkeypatch)
+    assert choose_kernels(platform, dtype, [SELF, CROSS]) == frozenset()
+    assert probed == []
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_each_shape_is_probed_once_on_a_gpu(platform, monkeypatch, calls):
+    probed = fake_gpu(monkeypatch)
+    assert choose_kernels(platform, "bfloat16", [SELF, CROSS, SELF]) == {SELF, CROSS}
+    compute = choose_compute(fake_mesh("gpu"), "bfloat16", [SELF, CROSS])
+    assert probed == [SELF, CROSS]
+    assert compute == Compute("bfloat16", frozenset({SELF, CROSS}))
+    assert calls == []  # nothing of the model is traced by then
+
+
+@pytest.mark.parametrize("error", [0.06, float("nan")])
+def test_a_kernel_that_computes_something_else_is_told_in_one_line(error, monkeypatch):
+    fake_gpu(monkeypatch, error)
+    with pytest.warns(UserWarning, match=r"not used \(head size 8, 6 tokens to 5\): relative error") as warned:
+        assert choose_kernels("gpu", "bfloat16", [CROSS, CROSS]) == frozenset()
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+def test_a_kernel_that_refuses_is_told_in_one_line(monkeypatch):
+    def refuse(kernels, shape):
+        raise RuntimeError("no plan\nfor this graph")
+
+    fake_gpu(monkeypatch)
+    monkeypatch.setattr(attention, "_relative_error", refuse)
+    with pytest.warns(UserWarning, match=r"not used \(head size 8, 6 tokens\): no plan$") as warned:
+        assert choose_kernels("gpu", "bfloat16", [SELF]) == frozenset()
+    assert len(warned) == 1
+
+
+def test_the_target_decides_and_not_the_devices_of_this_process(monkeypatch, calls):
+    for platform in ("tpu", "cpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert choose_compute(fake_mesh(platform), "bfloat16", [SELF]).kernels == frozenset()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own gradient of its attention mixes bfloat16 with float32
+        compute = choose_compute(fake_mesh("gpu"), "bfloat16", [SELF])
+    assert calls and {implementation for _, implementation in calls} == {"cudnn"}  # JAX is asked, by a trace alone
+    calls.clear()
+    trace(compute)
+    assert calls == [(SELF, "cudnn"), (CROSS, "xla")]
+
+
+def test_without_a_mesh_the_first_device_decides(monkeypatch):
+    probed = fake_gpu(monkeypatch)
+    assert choose_compute(None, "bfloat16", [SELF]) == Compute("bfloat16")
+    monkeypatch.setattr(jax, "devices", lambda: list(fake_mesh("gpu").devices.flat))
+    monkeypatch.setattr(attention, "_local_gpu", lambda: jax.local_devices()[0])
+    assert choose_compute(None, "bfloat16", [SELF]).kernels == {SELF}
+    assert probed == [SELF]
+
+
+def test_where_jax_has_no_cudnn_a_compile_for_an_absent_gpu_does_without():
+    """The test environment's JAX is for CPUs: a trace of cuDNN's attention would fail."""
+    with pytest.warns(UserWarning, match=r"not used \(head size 8, 6 tokens\): cuDNN is not detected"):
+        compute = choose_compute(fake_mesh("gpu"), "bfloat16", [SELF])
+    trace(compute)
+
+
+# --- what is traced ---
+
+
+def test_a_model_takes_cudnn_for_the_chosen_shapes_alone(calls):
+    for kernels in ({CROSS}, {SELF, AttentionShape(8, 6, LENGTH + 1), AttentionShape(16, 6, LENGTH)}):
+        calls.clear()
+        trace(Compute("bfloat16", frozenset(kernels)))
+        assert calls == [(shape, "cudnn" if shape in kernels else "xla") for shape in (SELF, CROSS)]
+
+
+def test_float32_never_takes_cudnn(calls):
+    trace(Compute("float32", frozenset({SELF, CROSS})))
+    assert calls == [(SELF, "xla"), (CROSS, "xla")]
+
+
+def test_unmasked_attention_to_other_tokens_is_no_shape_of_the_list(calls):
+    query, key = (jnp.ones((n, 2, 8), jnp.bfloat16) for n in (6, LENGTH))
+    with use_kernels(frozenset({SELF, CROSS})):
+        attend(query, key, key)
+    assert [implementation for _, implementation in calls] == ["xla"]
+
+
+def test_a_function_that_was_traced_with_other_kernels_is_traced_again(calls):
+    query = jnp.ones((6, 2, 8), jnp.bfloat16)
+    jitted = jax.jit(attend)
+    for kernels in (frozenset(), frozenset({SELF})):
+        with use_kernels(kernels):
+            jitted(query, query, query)
+    jitted(query, query, query)
+    assert [implementation for _, implementation in calls] == ["xla", "cudnn"]
+
+
+def test_steps_of_training_and_validation_take_the_objectives_kernels(calls):
+    config = ModelConfig(depth=1, hidden_dim=24, num_heads=3)
+    optimizer = make_optimizer(OptimConfig(), 10)
+    objective = Objective(class_conditioning(3), 0.1, (0.0,) * 4, (1.0,) * 4, compute=BFLOAT16_SELF)
+    state = jax.eval_shape(lambda: init_state(build_ccdit(config, LATENT, 3, key=jax.random.key(0)), optimizer))
+    batch = {"latent": jnp.zeros((2, *LATENT)), "label": jnp.zeros(2, jnp.int32)}
+    with jax.numpy_dtype_promotion("standard"):
+        jax.eval_shape(make_train_step(optimizer, objective, 0), state, batch)
+    trained = list(calls)
+    step = make_validation_step(objective, 0)
+    jax.eval_shape(step, state.model, batch | {"weight": jnp.ones(2)}, jnp.asarray(0))
+    validated = calls[len(trained) :]
+    assert set(trained) == set(validated) == {(SELF, "cudnn")}
+
+
+def test_previews_take_the_objectives_kernels(tiny_data, tmp_path, calls):
+    manifest, conditioning, patches = Manifest.read(tiny_data), class_conditioning(3), AttentionShape(8, 16)
+    objective = Objective(
+        conditioning, 0.1, (0.0,) * 16, (1.0,) * 16, compute=Compute("bfloat16", frozenset({patches}))
+    )
+    requests = label_requests([0, 1], manifest.class_names, conditioning)
+    mesh = make_mesh(MeshConfig())
+    preview = Preview(tmp_path, mesh, manifest, objective, SamplerConfig(steps=1), requests, 0)
+    config = ModelConfig(depth=1, hidden_dim=24, num_heads=3)
+    model = jax.eval_shape(lambda: build_ccdit(config, manifest.latent_shape, 3, key=jax.random.key(0)))
+    jax.eval_shape(preview._draw, model, requests.condition, requests.null)
+    assert set(calls) == {(patches, "cudnn")}
+
+
+def test_a_model_read_back_takes_cudnn_once_it_is_bfloat16(whole_run, monkeypatch, calls):
+    trained = load_trained(Path(whole_run) / "6")
+    shapes = trained.config.model.attention_shapes(trained.manifest.latent_shape)
+    asked = []
+
+    def choose(*arguments):
+        asked.append(arguments)
+        return Compute("bfloat16", frozenset(arguments[2]))
+
+    monkeypatch.setattr(sample, "choose_compute", choose)
+    requests = label_requests([0, 1], trained.manifest.class_names, trained.conditioning)
+    latents, _ = sample.draw(trained, SamplerConfig(steps=1), requests, seed=0, batch_size=2)
+    assert np.isfinite(latents).all()
+    assert asked == [(None, "float32", shapes)]
+    assert set(calls) == {(shapes[0], "cudnn")}
+
+
+@pytest.mark.parametrize("stage", [stage1, stage2])
+def test_a_run_chooses_for_its_mesh_dtype_and_shapes(stage, tiny_data, tmp_path, monkeypatch):
+    asked = []
+
+    def choose(*arguments):
+        asked.append(arguments)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(setup, "choose_compute", choose)
+    preset = "tiny" if stage is stage1 else "tiny_text"
+    overrides = (f"data.path={tiny_data}", f"train.checkpoint_dir={tmp_path}/run", "train.compute_dtype=bfloat16")
+    assert "enough" in call(stage, f"experiment={preset}", *overrides).err
+    ((mesh, dtype, shapes),) = asked
+    assert (mesh.shape["data"], dtype) == (4, "bfloat16")
+    assert [shape.key_tokens for shape in shapes] == ([None] if stage is stage1 else [None, 32])
+
+
+def test_cast_leaves_integers_alone():
+    cast = Compute("bfloat16").cast({"a": jnp.ones(2), "n": jnp.ones(2, jnp.int32)})
+    assert cast["a"].dtype == jnp.bfloat16 and cast["n"].dtype == jnp.int32
+
+
+# --- the numbers ---
+
+
+def test_attention_without_any_key_is_finite_with_finite_gradients():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 4, 2, 8))
+    out, grads = jax.jit(jax.value_and_grad(lambda q: attend(q, key, value, jnp.zeros(4, bool)).sum()))(query)
+    assert jnp.isfinite(out)
+    assert jnp.isfinite(grads).all()
+
+
+@pytest.mark.parametrize("shape", [SELF, CROSS])
+def test_kernel_probe_finds_a_kernel_equal_to_itself(shape, calls):
+    """What would run cuDNN against XLA on a GPU, here XLA against itself: shapes, mask and gradients go through."""
+    with jax.numpy_dtype_promotion("standard"):
+        assert attention._relative_error(frozenset({shape}), shape) == 0
+    assert [implementation for _, implementation in calls] == ["cudnn", "xla"]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_kernel_probe_finds_a_nan_wherever_it_is(place, monkeypatch):
+    def output_and_gradients(kernels, inputs):
+        arrays = [jnp.ones(2)] * 4
+        return arrays[:place] + [jnp.full(2, jnp.nan)] + arrays[place + 1 :] if kernels else arrays
+
+    monkeypatch.setattr(attention, "_output_and_gradients", output_and_gradients)
+    assert np.isnan(attention._relative_error(frozenset({SELF}), SELF))
