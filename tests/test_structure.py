@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "sharding": 0,
     "processes": 0,
+    "hardware": 0,
     "models": 1,
     "data": 2,
     "diffusion": 3,

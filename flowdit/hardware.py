@@ -1,0 +1,61 @@
+"""What accelerators can do at best, by the names that JAX gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TERA = 1e12
+
+# Published peaks in TFLOP/s of one JAX device: dense matrix products (not NVIDIA's doubled figures "with sparsity") of
+# bfloat16, and of float32 as JAX multiplies it unless told otherwise: in TF32 on NVIDIA from Ampere on, in bfloat16 on
+# TPUs. None where the device has no such units.
+PEAKS: dict[str, tuple[float | None, float | None]] = {
+    # NVIDIA A100 Tensor Core GPU data sheet.
+    "NVIDIA A100-SXM4-40GB": (312, 156),
+    "NVIDIA A100-SXM4-80GB": (312, 156),
+    "NVIDIA A100-PCIE-40GB": (312, 156),
+    "NVIDIA A100 80GB PCIe": (312, 156),
+    # NVIDIA H100 Tensor Core GPU Architecture, white paper, table 2; H100 and H200 data sheets (NVL: half of those
+    # with sparsity).
+    "NVIDIA H100 80GB HBM3": (989.4, 494.7),
+    "NVIDIA H100 PCIe": (756, 378),
+    "NVIDIA H100 NVL": (835.5, 417.5),
+    "NVIDIA H200": (989.4, 494.7),
+    "NVIDIA H200 NVL": (835.5, 417.5),
+    "NVIDIA GH200 480GB": (989.4, 494.7),
+    # NVIDIA Blackwell data sheet, "Individual Blackwell GPU specifications", half of those with sparsity.
+    "NVIDIA B200": (2250, 1100),
+    "NVIDIA GB200": (2500, 1250),
+    # Data sheets of each card.
+    "NVIDIA A10": (125, 62.5),
+    "NVIDIA A10G": (70, 35),
+    "NVIDIA A40": (149.7, 74.8),
+    "NVIDIA L4": (121, 60),
+    "NVIDIA L40": (181, 90.5),
+    "NVIDIA L40S": (362, 183),
+    # White papers of the GA102, Ada and RTX Blackwell architectures, bfloat16 with float32 accumulation.
+    "NVIDIA GeForce RTX 3090": (71, 35.6),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6),
+    "NVIDIA GeForce RTX 5090": (209.5, 104.8),
+    # NVIDIA V100 data sheet. Its tensor cores take float16 alone.
+    "Tesla V100-SXM2-16GB": (None, 15.7),
+    "Tesla V100-SXM2-32GB": (None, 15.7),
+    "Tesla V100-PCIE-16GB": (None, 14),
+    "Tesla V100-PCIE-32GB": (None, 14),
+    # Google Cloud TPU documentation, "System architecture" of each version.
+    "TPU v4": (275, 275),
+    "TPU v5 lite": (197, 197),
+    "TPU v5e": (197, 197),
+    "TPU v5": (459, 459),
+    "TPU v5p": (459, 459),
+    "TPU v6 lite": (918, 918),
+    "TPU v6e": (918, 918),
+    "TPU7x": (2307 / 2, 2307 / 2),  # JAX sees each chip as two devices
+}
+
+
+def peak_flops(device: Any, dtype: str) -> float | None:
+    """FLOP/s that a `jax.Device` is published to reach in matrix products of `dtype`; None where that is not known."""
+    bfloat16, float32 = PEAKS.get(device.device_kind, (None, None))
+    peak = {"bfloat16": bfloat16, "float32": float32}.get(dtype)
+    return None if peak is None else peak * TERA
