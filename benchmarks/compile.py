@@ -15,8 +15,8 @@ def compile_step(depth: int) -> None:
     """Compile from nothing: neither the traced functions nor the programs of an earlier call are reused."""
     jax.clear_caches()
     config = ModelConfig(depth=depth, hidden_dim=96, num_heads=4, patch_size=2)
-    step, init, batch = training(config, (4, 16, 16), batch_size=4)
-    step.lower(jax.eval_shape(init), batch).compile()  # type: ignore[attr-defined]
+    work = training(config, (4, 16, 16), batch_size=4)
+    work.train_step.lower(jax.eval_shape(work.init), work.batch).compile()  # type: ignore[attr-defined]
 
 
 def measure() -> str:

@@ -73,9 +73,9 @@ def _output_here(checkpoint: str, x: Any) -> tuple[int, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from flowdit.training.trained import load_trained
+    from flowdit import load
 
-    model = load_trained(Path(checkpoint)).model
+    model = load(str(Path(checkpoint))).trained.model
     evaluate = jax.jit(lambda model, x: model(x, jnp.float32(0.5), jnp.int32(207)))
     output = evaluate(model, jnp.asarray(x))
     return sum(leaf.size for leaf in jax.tree.leaves(model)), np.asarray(output)

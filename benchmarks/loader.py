@@ -11,7 +11,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from benchmarks.timing import Timing, interleave, table
 from flowdit.data.loader import Source, TrainStream
-from flowdit.data.records import stage1_schema
+from flowdit.data.records import LabelField, record_schema
 from flowdit.data.shards import write_shard
 
 BATCH_SIZE = 128
@@ -23,7 +23,7 @@ def write_records(path: Path, latent_shape: tuple[int, int, int], count: int) ->
     """A shard of `count` latents of noise, opened."""
     latent = np.random.default_rng(0).standard_normal(latent_shape).astype(np.float32)
     write_shard(path, ({"latent": latent, "label": i % 10} for i in range(count)))
-    return Source([path], [count], stage1_schema(latent_shape, num_classes=10))
+    return Source([path], [count], record_schema(latent_shape, {"label": LabelField(10)}))
 
 
 def read_stream(source: Source, num_threads: int) -> None:

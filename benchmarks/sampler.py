@@ -2,13 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.timing import interleave, table
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, NUM_CLASSES
-from flowdit.diffusion.pictures import make_decoder
 from flowdit.diffusion.sampling import SamplerConfig, sample
+from flowdit.inference.images import make_decoder
 from flowdit.models.ccdit import build_ccdit
 from flowdit.models.vae import load_vae
+from flowdit.sharding import make_local_mesh
 
 BATCH_SIZE = 16
 SAMPLER = SamplerConfig(solver="heun", steps=20, guidance=3.0)
@@ -19,7 +21,7 @@ def measure() -> str:
     noise = jax.random.normal(jax.random.key(1), (BATCH_SIZE, *EMBEDDED_LATENT))
     labels, channels = jnp.arange(BATCH_SIZE), EMBEDDED_LATENT[0]
     null = jnp.full_like(labels, NUM_CLASSES)
-    decode = make_decoder(load_vae("openmoji"), mean=(0.0,) * channels, scale=(1.0,) * channels)
+    decode = make_decoder(load_vae("openmoji"), (0.0,) * channels, (1.0,) * channels, make_local_mesh())
 
     @jax.jit
     def draw(model, noise):
@@ -27,10 +29,10 @@ def measure() -> str:
 
     contenders = {
         "latents": lambda: jax.block_until_ready(draw(model, noise)),
-        "latents and VAE decode": lambda: decode(draw(model, noise).latents),
+        "latents and VAE decode": lambda: decode(np.asarray(draw(model, noise).latents), BATCH_SIZE),
     }
     timings = interleave(contenders, rounds=4)
-    evaluations = int(draw(model, noise).evaluations)
+    evaluations = int(draw(model, noise).evaluations[0])
     rows = [[name, t.rate(BATCH_SIZE), t.shown(), t.ratio(timings["latents"])] for name, t in timings.items()]
     title = f"batch {BATCH_SIZE}, {SAMPLER.solver} {SAMPLER.steps} steps, guided ({evaluations} evaluations)"
     return table([title, "images/s", "time a batch", "time / latents alone"], rows)

@@ -15,23 +15,23 @@ import equinox as eqx
 import jax
 
 from benchmarks.timing import interleave, table
+from flowdit.conditioning.base import Batch
+from flowdit.conditioning.text import Text, Training
 from flowdit.data.captions import TextReader, TokenizedCaptions
-from flowdit.data.loader import TrainStream, open_source
+from flowdit.data.loader import DataConfig, TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.prepare import PrepareConfig, prepare
-from flowdit.data.records import stage2_schema
+from flowdit.data.records import CAPTION_FIELDS, record_schema
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
-from flowdit.diffusion.conditioning import text_conditioning
+from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.mmdit import build_mmdit
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, make_mesh, prefetch_to_device
-from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, make_optimizer
-from flowdit.training.stages import Encode, online_encoding
 from flowdit.training.step import init_state, make_train_step
 
 BATCH_SIZE, STEPS, LENGTH = 64, 4, 120
@@ -52,15 +52,17 @@ def random_encoder() -> TextEncoder:
     return dataclasses.replace(words, name="random", width=config.hidden_size, network=network)
 
 
-def training(folder: Path, manifest: Manifest, width: int, text: TextReader, encode: Encode) -> Callable[[], None]:
+def training(
+    folder: Path, manifest: Manifest, width: int, text: TextReader, encode: Callable[[Batch], Batch]
+) -> Callable[[], None]:
     """A function that makes `STEPS` steps, with all that lies between the shards and the new weights."""
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimConfig(), num_steps=1000)
     channels = manifest.latent_shape[0]
-    objective = Objective(text_conditioning(None), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
+    objective = FlowMatching(Text(), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
     train_step = make_train_step(optimizer, objective, seed=0)
     build = lambda: init_state(build_mmdit(DEMO, manifest.latent_shape, width, key=jax.random.key(0)), optimizer)
     state = jax.jit(build)()
-    source = open_source(folder, manifest, schema=stage2_schema(manifest.latent_shape), text=text)
+    source = open_source(folder, manifest, schema=record_schema(manifest.latent_shape, CAPTION_FIELDS), text=text)
 
     def run() -> None:
         nonlocal state
@@ -82,7 +84,7 @@ def measure() -> str:
         caching = time.perf_counter() - start
         cached = open_cache(folder / "text_features", manifest, "train", encoder, 0.5)
         online = TokenizedCaptions(encoder.tokenize, 0.5)
-        encode = online_encoding(encoder, make_mesh(MeshConfig()), BATCH_SIZE)
+        encode = Text(training=Training(encoder, DataConfig(), manifest, make_mesh(MeshConfig()), BATCH_SIZE)).encode
         contenders = {
             "features from the cache": training(folder, manifest, encoder.width, cached, lambda batch: batch),
             "encoder in the loop": training(folder, manifest, encoder.width, online, encode),

@@ -4,22 +4,18 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+import jax
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 from benchmarks.timing import interleave, table
 from benchmarks.workload import NUM_CLASSES, repeated, training
+from flowdit.models.compute import FLOAT32
 from flowdit.models.transformer import ModelConfig
+from flowdit.training.step import image_flops
 
 BATCH_SIZE, LATENT = 8, (4, 32, 32)
 DIT_S_2 = ModelConfig(depth=12, hidden_dim=384, num_heads=6, patch_size=2, qk_norm=False)
-
-
-def flops_per_step(config: ModelConfig, num_tokens: int, batch_size: int) -> float:
-    """Matrix products of the blocks, two operations a multiply-add; the backward pass counts twice the forward."""
-    linear = 2 * (4 + 2 * config.mlp_ratio) * config.hidden_dim**2
-    attention = 4 * num_tokens * config.hidden_dim
-    return 3 * batch_size * num_tokens * config.depth * (linear + attention)
 
 
 def torch_step(config: ModelConfig) -> Callable[[], None]:
@@ -50,13 +46,14 @@ def torch_step(config: ModelConfig) -> Callable[[], None]:
 def measure() -> str:
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
     with_qk_norm = dataclasses.replace(DIT_S_2, qk_norm=True)
+    workload = training(DIT_S_2, LATENT, BATCH_SIZE)
     contenders = {
-        "flowdit": repeated(training(DIT_S_2, LATENT, BATCH_SIZE)),
+        "flowdit": repeated(workload),
         "diffusers in torch": torch_step(DIT_S_2),
         "flowdit, qk_norm (default)": repeated(training(with_qk_norm, LATENT, BATCH_SIZE)),
     }
     timings = interleave(contenders, rounds=4)
-    gflops = flops_per_step(DIT_S_2, LATENT[1] * LATENT[2] // DIT_S_2.patch_size**2, BATCH_SIZE) / 1e9
+    flops = image_flops(workload.objective, FLOAT32, jax.eval_shape(workload.init).parameters, workload.batch)
     reference = timings["diffusers in torch"]
-    rows = [[name, t.shown(), t.rate(gflops), t.ratio(reference)] for name, t in timings.items()]
+    rows = [[name, t.shown(), t.rate(BATCH_SIZE * flops / 1e9), t.ratio(reference)] for name, t in timings.items()]
     return table([f"DiT-S/2, batch {BATCH_SIZE}", "time a step", "GFLOP/s", "time / torch's"], rows)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowdit.diffusion.conditioning import class_conditioning
+from flowdit.conditioning.labels import Labels
+from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.ccdit import build_ccdit
 from flowdit.models.transformer import ModelConfig
-from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import Batch, TrainState, TrainStep, init_state, make_train_step
 
@@ -20,25 +20,28 @@ EMBEDDED_LATENT = (16, 8, 8)
 
 
 class Workload(NamedTuple):
-    """A training step and what it takes."""
+    """A training step, what it takes, and what it minimises."""
 
     train_step: TrainStep
     init: Callable[[], TrainState]
     batch: Batch
+    objective: FlowMatching
 
 
 def training(config: ModelConfig, latent_shape: tuple[int, int, int], batch_size: int) -> Workload:
     """Float32 training of `config`: draws, loss, gradient, clipping, AdamW and EMA, as in a run."""
     optimizer = make_optimizer(OptimConfig(), num_steps=1000)
     channels = latent_shape[0]
-    objective = Objective(class_conditioning(NUM_CLASSES), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
+    objective = FlowMatching(
+        Labels(tuple(map(str, range(NUM_CLASSES)))), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels
+    )
 
     def init() -> TrainState:
         return init_state(build_ccdit(config, latent_shape, NUM_CLASSES, key=jax.random.key(0)), optimizer)
 
     latents = jax.random.normal(jax.random.key(1), (batch_size, *latent_shape))
     batch = {"latent": latents, "label": jnp.arange(batch_size, dtype=jnp.int32)}
-    return Workload(make_train_step(optimizer, objective, seed=0), jax.jit(init), batch)
+    return Workload(make_train_step(optimizer, objective, seed=0), jax.jit(init), batch, objective)
 
 
 def repeated(workload: Workload) -> Callable[[], None]:

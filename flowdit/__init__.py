@@ -1,3 +1,34 @@
-"""flowdit: flow-matching Diffusion Transformers in JAX and Equinox, from latents to pictures."""
+"""flowdit: flow-matching Diffusion Transformers in JAX and Equinox, from latents to images.
 
+```python
+import flowdit
+
+sampler = flowdit.load("pretrained/openmoji")
+for images in sampler.draw(labels=["heart"] * 8, seed=0):  # uint8 (n, height, width, 3)
+    ...
+```
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowdit.inference.sampler import Sampler
+    from flowdit.interop.loading import load
+
+__all__ = ["Sampler", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What is asked for by name is imported then: `flowdit.train` sets variables before JAX starts."""
+    if name == "load":
+        from flowdit.interop.loading import load
+
+        return load
+    if name == "Sampler":
+        from flowdit.inference.sampler import Sampler
+
+        return Sampler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

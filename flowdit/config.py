@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowdit.data.loader import DataConfig
 from flowdit.data.prepare import PrepareConfig
+from flowdit.diffusion.auxiliary import AUXILIARY, RESERVED_NAMES, AuxiliaryLoss
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
@@ -56,6 +57,7 @@ class TrainConfig:
     init_time: float = 0.5
     init_shared_map: str = "block0"
     init_class: str = "dropped"
+    profile: list[int] | None = None
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
 
     def check(self) -> None:
@@ -74,14 +76,23 @@ class TrainConfig:
         _require("train.init_time", self.init_time, lambda v: 0 <= v <= 1, "must be in [0, 1]")
         _require_choice("train.init_shared_map", self.init_shared_map, SHARED_MAPS)
         _require_choice("train.init_class", self.init_class, CLASS_CONDITIONS)
+        window = self.profile
+        is_window = window is None or (len(window) == 2 and 2 <= window[0] <= window[1] <= self.num_steps)
+        rule = f"must be null or two steps in [2, train.num_steps={self.num_steps}], the first and the last to trace"
+        _require("train.profile", window, lambda v: is_window, rule)
         self.sampler.check("train.sampler.")
 
 
 @dataclasses.dataclass
 class Config:
-    """Everything `train_stage1.py` and `train_stage2.py` take; the first has no use for `text`."""
+    """Everything `train_stage1.py` and `train_stage2.py` take; the first has no use for `text`.
+
+    `conditioning` is a kind out of `conditioning.KINDS`; null, as in configurations from before there was a choice, is
+    the first one for `model.name`. `auxiliary` has the settings of all auxiliary losses that there are, by their names.
+    """
 
     seed: int = 0
+    conditioning: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -89,21 +100,29 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
+    auxiliary: dict[str, Any] = dataclasses.field(default_factory=lambda: {n: loss() for n, loss in AUXILIARY.items()})
 
-    def check(self, model_name: str) -> None:
-        """The rules that need neither data nor devices; `model_name` is the kind of model that the command trains."""
+    def check(self) -> None:
+        """The rules that need neither data nor devices; those of the conditioning are its own (`Conditioning.check`)."""
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
-        _require("model.name", self.model.name, lambda v: v == model_name, f"this command trains {model_name}")
         self.train.check()
         self.data.check()
         self.optim.check(self.train.num_steps)
         self.wandb.check()
         check_processes(self.mesh)
-        if model_name == "mmdit":
-            self.text.check()
-        field = "sample_labels" if model_name == "mmdit" else "sample_prompts"
-        value = getattr(self.train, field)
-        _require(f"train.{field}", value, lambda v: v is None, f"must be null where a {model_name} is trained")
+        for loss in self.auxiliary_losses():
+            loss.check()
+
+    def auxiliary_losses(self) -> tuple[AuxiliaryLoss, ...]:
+        """The auxiliary losses that are switched on. Raises `ValueError` for one that there is not."""
+        for name in self.auxiliary:
+            known = ", ".join(AUXILIARY) or "none is registered"
+            _require(f"auxiliary.{name}", name, lambda v: v in AUXILIARY, f"no such auxiliary loss ({known})")
+            own_name = AUXILIARY[name].name
+            _require(f"auxiliary.{name}", own_name, lambda v, name=name: v == name, f"its name must be its key, {name}")
+            rule = f"its name must be an identifier, none of {', '.join(RESERVED_NAMES)}"
+            _require(f"auxiliary.{name}", name, lambda v: v.isidentifier() and v not in RESERVED_NAMES, rule)
+        return tuple(loss for loss in self.auxiliary.values() if loss.weight)
 
 
 @dataclasses.dataclass
@@ -142,19 +161,13 @@ class SampleConfig:
         self.labels, prompts = as_list(self.labels), as_list(self.prompts)
         self.prompts = prompts and [str(prompt) for prompt in prompts]  # `prompts=[2024]` is read as a number
 
-    def sampler(self, trained: SamplerConfig) -> SamplerConfig:
-        """The sampler asked for, the rest as in `trained`. Raises `ValueError` naming a field that cannot be used."""
-        names = [field.name for field in dataclasses.fields(SamplerConfig)]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        sampler = dataclasses.replace(trained, **given)
-        sampler.check("")
-        return sampler
+    def sampler_fields(self) -> dict[str, Any]:
+        """The fields of `SamplerConfig`, None where nothing was said."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplerConfig)}
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first field that breaks a rule."""
-        for field in ("num_images", "columns", "batch_size"):
-            _require(field, getattr(self, field), lambda v: v >= 1, "must be at least 1")
-        _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
+        """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks what it is given."""
+        _require("columns", self.columns, lambda v: v >= 1, "must be at least 1")
 
 
 def as_list(value: Any) -> list[Any] | None:
@@ -174,7 +187,7 @@ def register_schemas() -> None:
 def resolve(composed: DictConfig, schema: type) -> Any:
     """The composed configuration as an instance of `schema`. Raises `ValueError` for unknown or missing fields."""
     # `+new.key=1` gets past Hydra's own check and would be dropped without a word.
-    unknown = _unknown_keys(OmegaConf.to_container(composed), schema)
+    unknown = _unknown_keys(OmegaConf.to_container(composed), schema())
     if unknown:
         raise ValueError(f"{unknown[0]}: no such field in the configuration (overrides with + are not taken)")
     missing = sorted(OmegaConf.missing_keys(composed))
@@ -184,20 +197,30 @@ def resolve(composed: DictConfig, schema: type) -> Any:
 
 
 def from_stored(values: Any) -> Config:
-    """The configuration in a checkpoint; fields that came later than the checkpoint have their defaults."""
+    """The configuration in a checkpoint; fields that came later than the checkpoint have their defaults.
+
+    The settings of auxiliary losses stay as they are: they are of no use but to compare, and the losses may be gone.
+    """
+    values = dict(values)
+    auxiliary = values.pop("auxiliary", {})
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     assert isinstance(config, Config)
+    config.auxiliary = auxiliary if isinstance(auxiliary, dict) else {}
     return config
 
 
-def _unknown_keys(values: Any, schema: type, prefix: str = "") -> list[str]:
-    fields = {f.name: f for f in dataclasses.fields(schema)}
+def _unknown_keys(values: Any, default: Any, prefix: str = "") -> list[str]:
+    known = (
+        default
+        if isinstance(default, dict)
+        else {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    )
     unknown = []
     for name, value in values.items():
-        if name not in fields:
+        if name not in known:
             unknown.append(prefix + name)
-        elif isinstance(value, dict):
-            unknown += _unknown_keys(value, type(fields[name].default_factory()), f"{prefix}{name}.")  # type: ignore[misc]
+        elif isinstance(known[name], dict) or dataclasses.is_dataclass(known[name]):
+            unknown += _unknown_keys(value, known[name], f"{prefix}{name}.")
     return unknown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,6 +55,17 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(_mesh_shape(config, jax.device_count()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def make_local_mesh() -> Mesh:
+    """A mesh over the devices of this process, all of which share batches."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """The number of devices that share a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def _mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     for axis in ("fsdp", "tensor"):
         if (value := getattr(config, axis)) < 1:
@@ -72,7 +84,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, gradient_accum: int) -> None:
         raise ValueError(f"train.batch_size: must be at least 1, got {batch_size}")
     if gradient_accum < 1 or batch_size % gradient_accum:
         raise ValueError(f"train.gradient_accum: must divide train.batch_size={batch_size}, got {gradient_accum}")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if (micro_batch := batch_size // gradient_accum) % shards:
         raise ValueError(
             "train.batch_size: batch_size / gradient_accum must be divisible by the mesh's data x fsdp = "
@@ -185,6 +197,20 @@ def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     """This process's rows -> global arrays split over the data and fsdp axes: the only host-to-device copy."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def micro_batch(batch: Any, i: jax.Array, count: int) -> Any:
+    """Every `count`-th row of `batch` from row i on: each micro-batch stays spread over all devices.
+
+    Cut out one at a time, as all of them at once would be a second copy of the batch.
+    """
+    cut = lambda x: jax.lax.dynamic_index_in_dim(x.reshape(-1, count, *x.shape[1:]), i, axis=1, keepdims=False)
+    return jax.tree.map(cut, batch)
+
+
+def join_micro_batches(results: Any) -> Any:
+    """(count, batch / count, ...) results of the micro-batches -> (batch, ...) in the order of the batch."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
 def prefetch_to_device(

@@ -11,6 +11,7 @@ os.environ.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
 import hydra
 from omegaconf import DictConfig
 
+from flowdit import conditioning
 from flowdit.command import run_command, user_errors
 from flowdit.config import Config, register_schemas, resolve
 from flowdit.processes import join_processes
@@ -29,15 +30,19 @@ def _stage2(composed: DictConfig) -> None:
     _train(composed, "mmdit")
 
 
-def _train(composed: DictConfig, model_name: str) -> None:
-    config = resolve(composed, Config)
-    config.check(model_name)
+def _train(composed: DictConfig, model: str) -> None:
+    config: Config = resolve(composed, Config)
+    kinds = [kind for kind, conditioned in conditioning.KINDS.items() if conditioned.model == model]
+    if (kind := conditioning.kind_of(config)) not in kinds:
+        raise ValueError(f"conditioning: must be {' or '.join(kinds)} with this command, got {kind}")
+    conditioning.check(config)
+    config.check()
     join_processes(config.mesh)
     train(config)
 
 
 def stage1() -> None:
-    """Train the class-conditional model."""
+    """Train the class-conditional or the unconditional model."""
     register_schemas()
     run_command(_stage1)
 

@@ -43,8 +43,11 @@ class Finished(NamedTuple):
     err: str
 
 
-def write_tiny_data(folder: Path) -> Path:
-    """48 training and 8 validation records of noise with the statistics that the embedded VAE's latents should have."""
+def write_tiny_data(folder: Path, extra: Callable[[int], dict[str, Any]] = lambda index: {}) -> Path:
+    """48 training and 8 validation records of noise with the statistics that the embedded VAE's latents should have.
+
+    `extra` gives further fields of a record, by its number in the shard.
+    """
     folder.mkdir(parents=True)
     vae = load_vae("openmoji")
     info = VaeInfo("openmoji", vae.fingerprint, vae.config.shift_factor, vae.config.scaling_factor, stride=8)
@@ -54,7 +57,8 @@ def write_tiny_data(folder: Path) -> Path:
         latent = info.shift + noise.standard_normal(LATENT_SHAPE) / info.scale
         short, long = CAPTIONS[index % len(CAPTIONS)]
         latent = latent.astype(np.float16)
-        return {"latent": latent, "label": index % len(CLASS_NAMES), "short_caption": short, "long_caption": long}
+        captions = {"short_caption": short, "long_caption": long}
+        return {"latent": latent, "label": index % len(CLASS_NAMES), **captions, **extra(index)}
 
     shards, sidecars = [], []
     for file, (split, count) in SHARDS.items():

@@ -33,7 +33,8 @@ def test_training_shows_its_progress(trained):
     assert (finished.status, finished.err) == (0, "")
     for expected in (
         *("model: 0.05 M parameters; 1 cpu device(s)", "data: 48 records, latents 16x8x8, 4 classes"),
-        *("step 6/6  loss ", " img/s  ETA 0:00:00", "step 3  validation loss ", f"done; checkpoint: {run / '6'}"),
+        *("step 1/6  loss ", "  first step in ", "step 6/6  loss ", " img/s  ", " GFLOP/s  lr ", "  ETA 0:00:00"),
+        *("step 3  validation loss ", f"done; checkpoint: {run / '6'}"),
     ):
         assert expected in finished.out
 

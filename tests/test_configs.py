@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import flowdit.configs
+from flowdit import conditioning
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
 from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
@@ -18,6 +19,7 @@ COMMAND_SCHEMAS = {"sample": SampleConfig, "prepare": PrepareConfig, "convert": 
 SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, **COMMAND_SCHEMAS}
 REQUIRED = {
     "seed": int,
+    "conditioning": str,
     "train.num_steps": int,
     "train.batch_size": int,
     "train.gradient_accum": int,
@@ -59,14 +61,15 @@ def composed(name: str, *overrides: str):
         return compose(name, list(overrides))
 
 
-COMMANDS = {"config": ("train_stage1.py", "ccdit"), "config_stage2": ("train_stage2.py", "mmdit")}
-"""The script that composes a file and the model that it trains."""
+COMMANDS = {"config": "train_stage1.py", "config_stage2": "train_stage2.py"}
+"""The script that composes a file."""
 
 
 def training(*overrides: str, name: str = "config") -> Config:
     """The checked configuration of a training run."""
     config = resolve(composed(name, "data.path=somewhere", *overrides), Config)
-    config.check(COMMANDS[name][1])
+    conditioning.check(config)
+    config.check()
     config.model.check(SD3_LATENTS)
     return config
 
@@ -116,7 +119,7 @@ def test_every_experiment_composes_with_every_size_and_says_its_command(experime
     text = (FOLDER / "experiment" / f"{experiment}.yaml").read_text()
     assert "# Reproduces" in text
     name = command_of(Path("experiment") / experiment)
-    assert f"python {COMMANDS[name][0]} experiment={experiment}" in text
+    assert f"python {COMMANDS[name]} experiment={experiment}" in text
     for size in ("s", "b", "l", "xl"):
         training(f"experiment={experiment}", f"model/size={size}", name=name)
 
@@ -132,7 +135,7 @@ def command_of(option: Path) -> str:
 def test_an_experiment_is_refused_by_the_other_stage(experiment):
     own = command_of(Path("experiment") / experiment)
     (other,) = COMMANDS.keys() - {own}
-    with pytest.raises(ValueError, match="^model.name: this command trains "):
+    with pytest.raises(ValueError, match="^model.name: must be (ccdit|mmdit) with conditioning=(labels|text), got "):
         training(f"experiment={experiment}", name=other)
 
 

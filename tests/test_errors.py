@@ -45,9 +45,9 @@ SETTINGS = [
     ("optim.learning_rate=0", "optim.learning_rate: must be positive, got 0"),
     ("optim.schedule=linear", "optim.schedule: must be one of constant, cosine, got 'linear'"),
     ("optim.warmup_steps=6", "optim.warmup_steps: must be in [0, train.num_steps=6), got 6"),
-    ("model.name=mmdit", "model.name: this command trains ccdit, got mmdit"),
+    ("model.name=mmdit", "model.name: must be ccdit with conditioning=labels, got mmdit"),
     ("train.init_from=x", "train.init_from: x: not a checkpoint folder"),
-    ("train.sample_prompts=[x]", "train.sample_prompts: must be null where a ccdit is trained"),
+    ("train.sample_prompts=[x]", "train.sample_prompts: must be null with conditioning=labels"),
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),
     ("data.num_threads=0", "data.num_threads: must be at least 1, got 0"),
     ("data.max_bad_records=-1", "data.max_bad_records: must be 0 (none) or more, got -1"),
@@ -286,10 +286,18 @@ def test_sampling_without_a_checkpoint():
     assert error_line(call(sample.main)) == "error: checkpoint: must be given, as in checkpoint=..."
 
 
-@pytest.mark.parametrize("name", ["nowhere", "metrics.jsonl", "."], ids=["nothing", "a file", "a run folder"])
-def test_sampling_from_what_is_no_checkpoint(run, name):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nowhere", "there is no file or folder {path}"),
+        ("metrics.jsonl", "{path} must be .safetensors or one of "),
+        ("6/state", "{path} holds neither a checkpoint (meta) nor a diffusers folder (config.json)"),
+    ],
+    ids=["nothing", "a file", "another folder"],
+)
+def test_sampling_from_what_is_no_checkpoint(run, name, expected):
     line = refused(lambda: sample_here(run / name), run)
-    assert line == f"error: {run / name}: not a checkpoint folder (expected checkpoints/<step>)"
+    assert line.startswith("error: checkpoint: " + expected.format(path=run / name))
 
 
 def test_sampling_from_a_damaged_checkpoint(run):

@@ -11,6 +11,8 @@ from runs import call, error_line
 
 from flowdit import sample
 from flowdit.config import SampleConfig
+from flowdit.inference import sample_folder
+from flowdit.inference.sampler import Drawn, Sampler
 
 NAMES = ["0000_cat.png", "0001_a_dog_.png", "grid.png", "samples.json"]
 
@@ -19,11 +21,12 @@ NAMES = ["0000_cat.png", "0001_a_dog_.png", "grid.png", "samples.json"]
 def quick_pictures(monkeypatch) -> None:
     """Black ones: `test_commands.py` has real ones written."""
 
-    def draw(trained, config, sampler, requests):
-        count = len(requests.captions)
-        return sample.Drawn(np.zeros((count, 8, 8, 3), np.uint8), np.zeros((count, 16, 8, 8), np.float32), 1)
+    def batches(sampler, requests, *_):
+        count = len(requests)
+        images, latents = np.zeros((count, 8, 8, 3), np.uint8), np.zeros((count, 16, 8, 8), np.float32)
+        yield Drawn(images, latents, np.ones(count, np.int32), list(range(count)))
 
-    monkeypatch.setattr(sample, "draw_pictures", draw)
+    monkeypatch.setattr(Sampler, "batches", batches)
 
 
 def sample_here(checkpoint: Path, *overrides: str):
@@ -52,7 +55,7 @@ def test_what_an_interrupted_run_leaves_is_known(whole_run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "save_grid", interrupted)
+        patch.setattr(sample_folder, "save_grid", interrupted)
         assert sample_here(whole_run / "6", "labels=[cat]").status == 128 + signal.SIGINT
     assert names() == ["0000_cat.png", "samples.json.unfinished"]
     assert "out holds the 2 files of an earlier run" in error_line(sample_here(Path("nowhere")))
@@ -73,7 +76,7 @@ def earlier() -> Path:
 
 
 def check(overwrite: bool) -> list[str]:
-    return [path.name for path in sample.check_folder(SampleConfig(out="out", overwrite=overwrite))]
+    return [path.name for path in sample_folder.check_folder(SampleConfig(out="out", overwrite=overwrite))]
 
 
 def test_only_the_files_of_the_earlier_run_may_go(earlier):

@@ -22,12 +22,17 @@ LAYERS = {
     "training.tracking": 4,
     "config": 5,
     "command": 5,
-    "training": 6,
-    "train": 7,
-    "sample": 7,
-    "prepare": 7,
-    "interop": 8,
-    "convert": 9,
+    "conditioning": 6,
+    "training.step": 7,
+    "training.checkpoint": 7,
+    "training.checkpoint_files": 7,
+    "inference": 8,
+    "training": 9,
+    "interop": 10,
+    "train": 11,
+    "sample": 11,
+    "prepare": 11,
+    "convert": 11,
 }
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 from runs import call, train_here
 
 from flowdit.data.manifest import Manifest
-from flowdit.diffusion.pictures import make_decoder
+from flowdit.inference.images import load_matching_vae, make_decoder
 from flowdit.models.vae import load_vae
 from flowdit.prepare import main as prepare
 from flowdit.sample import main as sample
-from flowdit.training.evaluate import load_matching_vae
+from flowdit.sharding import make_local_mesh
 
 # channels, quant convolutions, scale, shift
 KINDS = {
@@ -97,7 +97,7 @@ def test_decodes_as_diffusers_pipelines_do(prepared, kind):
     with torch.no_grad():
         raw = torch.from_numpy(latents) / scale + (shift or 0.0)
         expected = ((build_vae(kind).decode(raw).sample.clamp(-1, 1) + 1) * 127.5).numpy().transpose(0, 2, 3, 1)
-    got = make_decoder(load_vae(vae), [shift or 0.0], [scale], batch_size=2)(latents)
+    got = make_decoder(load_vae(vae), [shift or 0.0], [scale], make_local_mesh())(latents, 2)
     assert np.abs(got - expected).max() < 0.51  # rounded to bytes
 
 

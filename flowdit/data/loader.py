@@ -165,6 +165,15 @@ def open_source(
     return source
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """A verified data set, opened; `validation` is None where it has no such split."""
+
+    manifest: Manifest
+    train: Source
+    validation: Source | None
+
+
 class TrainStream(Iterator[Batch]):
     """An endless stream of this process's rows of the global batches; every epoch is a new permutation.
 

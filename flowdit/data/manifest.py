@@ -226,7 +226,6 @@ def _parse_tuple(kinds: tuple[Any, ...], value: Any, field: str) -> tuple[Any, .
 def _check_values(manifest: Manifest) -> None:
     (channels, *sides), names, vae = manifest.latent_shape, manifest.class_names, manifest.vae
     means, stds = len(manifest.channel_mean), len(manifest.channel_std)
-    unlabelled = manifest.has_captions and not names
     pixels = sorted({vae.stride * side for side in sides})
     fits = any(abs(manifest.image_size - size) < vae.stride for size in pixels)
     rules = (
@@ -239,7 +238,7 @@ def _check_values(manifest: Manifest) -> None:
         ("channel_mean", f"must have {channels} values", means, means == channels),
         ("channel_std", f"must have {channels} values", stds, stds == channels),
         ("channel_std", "must not be negative", manifest.channel_std, min(manifest.channel_std, default=0) >= 0),
-        ("class_names", "must be one or more different names", len(names), _distinct(names) or unlabelled),
+        ("class_names", "must be different names", len(names), _distinct(names) or not names),
     )
     for field, rule, value, holds in rules:
         if not holds:

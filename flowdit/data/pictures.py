@@ -1,6 +1,6 @@
 """Pictures with their classes and captions, before any VAE: the embedded OpenMoji set, or a folder.
 
-A folder has one sub-folder a class, or a file of captions, or both.
+A folder has one sub-folder a class, or a file of captions, or both, or neither.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 class Pictures:
     """A set of pictures that are opened one at a time; `key` changes whenever the pictures do.
 
-    They have labels, (short, long) captions, or both.
+    They have labels, (short, long) captions, both, or nothing that says what they show.
     """
 
     name: str
@@ -57,9 +57,9 @@ class Pictures:
 def load_pictures(source: str, held_out_fraction: float, captions: str = "") -> Pictures:
     """The pictures of `source`: "openmoji" (whose captions and held-out pictures are fixed) or a folder.
 
-    `captions` is a file as `caption_file` describes it. Pictures that have captions need no class sub-folders.
+    `captions` is a file as `caption_file` describes it. Pictures without class sub-folders have no labels.
 
-    Raises `ValueError` if there is no such folder, it has neither captions nor class sub-folders, one of these has no
+    Raises `ValueError` if there is no such folder, it has neither pictures nor class sub-folders, one of these has no
     picture, or the captions are not those of the pictures.
     """
     if source == "openmoji":
@@ -89,7 +89,9 @@ def _load_openmoji() -> Pictures:
 def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) -> Pictures:
     if not folder.is_dir():
         raise ValueError(f"source: must be 'openmoji' or a folder of pictures, there is no folder {str(folder)!r}")
-    direct = captions is not None and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    entries = list(folder.iterdir())
+    has_images = any(path.suffix.lower() in SUFFIXES for path in entries)
+    direct = has_images and (captions is not None or not any(_is_class(path) for path in entries))
     class_names, files, labels = ((), list(_picture_files(folder)), None) if direct else _class_files(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
     return Pictures(
@@ -105,15 +107,21 @@ def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) 
 
 def _class_files(folder: Path) -> tuple[tuple[str, ...], list[Path], np.ndarray]:
     """Names of the classes, pictures, and the class number of each."""
-    classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    classes = [path for path in sorted(folder.iterdir()) if _is_class(path)]
     if not classes:
-        raise ValueError(f"source: {folder} must have one sub-folder of pictures for each class, it has no sub-folders")
+        raise ValueError(
+            f"source: {folder} must have pictures or one sub-folder of them for each class, it has neither"
+        )
     found = [list(_picture_files(class_folder)) for class_folder in classes]
     for class_folder, files in zip(classes, found, strict=True):
         if not files:
             raise ValueError(f"source: class folder {class_folder} has no pictures ({' '.join(SUFFIXES)})")
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
     return tuple(path.name for path in classes), [file for files in found for file in files], labels
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
 
 
 def _picture_files(folder: Path) -> Iterator[Path]:

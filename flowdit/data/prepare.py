@@ -38,8 +38,8 @@ from flowdit.models.vae import AutoencoderKL, load_vae
 class PrepareConfig:
     """What `python -m flowdit.prepare` is told.
 
-    source: "openmoji", or a folder of pictures with one sub-folder a class; the sub-folders may be left out if there are
-        captions, and then there are no labels.
+    source: "openmoji", or a folder of pictures with one sub-folder a class. Without sub-folders there are no labels: such
+        a data set trains stage 2 if there are captions, and without a condition (`conditioning=none`) if there are none.
     captions: JSON-lines file with `file` (path of a picture within `source`), `short_caption` and perhaps `long_caption`;
         empty for none (OpenMoji has its own).
     out: folder of the data set; empty for `data/<name of the source>`.

@@ -265,6 +265,10 @@ def _kind(value: Any) -> str:
     return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
+LATENTS = ("latent", "latent_std")
+"""The fields whose dtype the manifest of a data set says."""
+
+
 @dataclass(frozen=True)
 class Schema:
     """What every record of a data set must hold. Fields that it does not name are ignored."""
@@ -272,9 +276,9 @@ class Schema:
     fields: Mapping[str, Field]
 
     def of_dtype(self, dtype: str) -> "Schema":
-        """The same with arrays of `dtype` alone."""
-        arrays = {name: replace(f, dtype=dtype) for name, f in self.fields.items() if isinstance(f, ArrayField)}
-        return Schema({**self.fields, **arrays})
+        """The same with latents of `dtype` alone."""
+        latents = {name: f for name, f in self.fields.items() if name in LATENTS and isinstance(f, ArrayField)}
+        return Schema({**self.fields, **{name: replace(f, dtype=dtype) for name, f in latents.items()}})
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Raises `RecordError("field: rule, value")` for the first field that is missing or breaks a rule."""
@@ -300,18 +304,13 @@ def _named(name: str, check: Callable[[Any], None], value: Any) -> None:
         raise RecordError(f"{name}: {error}") from None
 
 
-def stage1_schema(latent_shape: tuple[int, int, int], num_classes: int, has_latent_std: bool = False) -> Schema:
-    """Class-conditional records: `latent` (channels, height, width) and `label`, perhaps `latent_std`."""
-    fields: dict[str, Field] = {"latent": ArrayField(tuple(latent_shape)), "label": LabelField(num_classes)}
-    return Schema(fields | _std_field(latent_shape, has_latent_std))
+CAPTION_FIELDS: Mapping[str, Field] = {"short_caption": CaptionField(), "long_caption": CaptionField()}
+"""Those of a text-conditional record; one or both may be empty."""
 
 
-def stage2_schema(latent_shape: tuple[int, int, int], has_latent_std: bool = False) -> Schema:
-    """Text-conditional records: `latent` (channels, height, width), `short_caption`, `long_caption`, perhaps `latent_std`."""
-    fields: dict[str, Field] = {"latent": ArrayField(tuple(latent_shape))}
-    fields |= {"short_caption": CaptionField(), "long_caption": CaptionField()}
-    return Schema(fields | _std_field(latent_shape, has_latent_std))
-
-
-def _std_field(latent_shape: tuple[int, int, int], has_latent_std: bool) -> dict[str, Field]:
-    return {"latent_std": ArrayField(tuple(latent_shape), minimum=0.0)} if has_latent_std else {}
+def record_schema(
+    latent_shape: tuple[int, int, int], fields: Mapping[str, Field], has_latent_std: bool = False
+) -> Schema:
+    """Records of `latent` (channels, height, width), perhaps its `latent_std`, and the `fields` of a conditioning."""
+    std: dict[str, Field] = {"latent_std": ArrayField(tuple(latent_shape), minimum=0.0)} if has_latent_std else {}
+    return Schema({"latent": ArrayField(tuple(latent_shape)), **fields, **std})

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from flowdit.data.captions import CAPTIONS, caption_key
 from flowdit.data.loader import open_source
 from flowdit.data.manifest import Manifest, Shard, read_json, verify_shards, write_json
-from flowdit.data.records import stage2_schema
+from flowdit.data.records import CAPTION_FIELDS, record_schema
 from flowdit.data.shards import claim_folder, finished_sidecar, read_sidecar, remove_sidecar, write_shard
 from flowdit.data.text_cache import FILE_NAME, CacheManifest, packed_dtype
 from flowdit.models.text_encoder import MAX_BATCH, TextEncoder
@@ -55,7 +55,8 @@ def _records(
     data: Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, progress: tqdm
 ) -> Iterator[dict[str, Any]]:
     alone = dataclasses.replace(manifest, shards=(shard,))
-    source = open_source(data, alone, shard.split, schema=stage2_schema(manifest.latent_shape, manifest.has_latent_std))
+    schema = record_schema(manifest.latent_shape, CAPTION_FIELDS, manifest.has_latent_std)
+    source = open_source(data, alone, shard.split, schema=schema)
     for start in range(0, len(source), CHUNK):
         records = source.read(range(start, min(start + CHUNK, len(source))))
         yield from _encoded([record[name] for record in records for name in CAPTIONS], encoder)

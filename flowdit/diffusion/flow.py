@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-NUM_LOSS_BINS = 8
 VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 
@@ -68,27 +67,25 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null: Any, rate: float) ->
     return jax.tree.map(lambda value, null_value: jnp.where(dropped, null_value, value), condition, null)
 
 
-def example_losses(
+class Prediction(NamedTuple):
+    """What the network makes of one noised example, and its mean squared velocity error in float32."""
+
+    x_t: Float[Array, "channels height width"]
+    velocity: Float[Array, "channels height width"]
+    error: Float[Array, ""]
+
+
+def predict(
     model: Velocity,
-    x_0: Float[Array, "batch channels height width"],
-    noise: Float[Array, "batch channels height width"],
-    t: Float[Array, " batch"],
+    x_0: Float[Array, "channels height width"],
+    noise: Float[Array, "channels height width"],
+    t: Float[Array, ""],
     condition: Any,
-) -> Float[Array, " batch"]:
-    """Mean squared velocity error of each example (Lipman et al. 2023, equation 14), in float32."""
-
-    def loss(x_0, noise, t, condition):
-        error = model(interpolate(x_0, noise, t), t, condition) - velocity_target(x_0, noise)
-        return jnp.square(error).mean()
-
-    return jax.vmap(loss)(x_0, noise, t, condition)
-
-
-def loss_bins(losses: Float[Array, " batch"], t: Float[Array, " batch"]) -> tuple[Array, Array]:
-    """Sum of losses and count of examples in each of `NUM_LOSS_BINS` equal bins of t in [0, 1]."""
-    index = jnp.clip((t * NUM_LOSS_BINS).astype(jnp.int32), 0, NUM_LOSS_BINS - 1)
-    one_hot = jax.nn.one_hot(index, NUM_LOSS_BINS)
-    return losses @ one_hot, one_hot.sum(0)
+) -> Prediction:
+    """The network on one example noised to time `t`; the error is that of Lipman et al. 2023, equation 14."""
+    x_t = interpolate(x_0, noise, t)
+    velocity = model(x_t, t, condition)
+    return Prediction(x_t, velocity, jnp.square(velocity - velocity_target(x_0, noise)).mean())
 
 
 def guided_velocity(
@@ -103,10 +100,10 @@ def guided_velocity(
     """v = v_null + w (v_cond - v_null) over all channels (Ho & Salimans 2022), both halves in one batch.
 
     Outside `interval` (low <= t <= high) the conditional velocity alone is used (Kynkaanniemi et al. 2024).
-    `null` has the batch axis of `condition`. With guidance 1 the unconditional half is not computed.
+    `null` has the batch axis of `condition`. With guidance 1, or without `null`, one half alone is computed.
     """
     batch = x_t.shape[0]
-    if guidance == 1.0:
+    if guidance == 1.0 or null is None:
         return jax.vmap(model, in_axes=(0, None, 0))(x_t, t, condition)
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
     velocity = jax.vmap(model, in_axes=(0, None, 0))(jnp.concatenate([x_t, x_t]), t, both)

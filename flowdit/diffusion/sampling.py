@@ -6,12 +6,13 @@ A network that predicts noise is solved as the velocity field it implies, from t
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any, NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
@@ -53,8 +54,11 @@ class SamplerConfig:
         """Raise `ValueError` naming the field below `prefix` that cannot be used."""
         if self.solver not in SOLVERS:
             raise ValueError(f"{prefix}solver: must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        if self.steps < 1:
-            raise ValueError(f"{prefix}steps: must be at least 1, got {self.steps}")
+        check_count(f"{prefix}steps", self.steps)
+        for name in ("guidance", "guidance_low", "guidance_high", "time_shift", "rtol"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real | None):
+                raise ValueError(f"{prefix}{name}: must be a number, got {value!r}")
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             interval = [self.guidance_low, self.guidance_high]
             raise ValueError(f"{prefix}guidance_low/guidance_high: must satisfy 0 <= low <= high <= 1, got {interval}")
@@ -67,11 +71,19 @@ class SamplerConfig:
             raise ValueError(f"{prefix}rtol: adaptive steps need a solver out of {allowed}, got {self.solver!r}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}: must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: must be at least 1, got {value}")
+
+
 class Samples(NamedTuple):
-    """Latents as the model sees them (normalised), and the number of velocity-field evaluations it took."""
+    """Latents as the model sees them (normalised), and how many evaluations of the velocity field each took."""
 
     latents: Float[Array, "batch channels height width"]
-    evaluations: Int[Array, ""]
+    evaluations: Int[Array, " batch"]
 
 
 def sample(
@@ -88,12 +100,30 @@ def sample(
     and its times are scaled to end there. Guidance is the same on both, as v is affine in the noise. Raises
     `ValueError` for another prediction.
 
-    A guided evaluation runs a batch twice as large and counts once. An adaptive solve controls the error over the
-    whole batch, so its result depends on what is in the batch; if it needs more than `config.steps` it raises.
+    A guided evaluation runs a batch twice as large and counts once. Without a `null` nothing is guided. Adaptive steps
+    are chosen for each image by its own error, so that no image depends on the others of its batch; one that needs more
+    than `config.steps` raises.
     """
+    model, start_time, start = _starting_point(model, noise, prediction)
+
+    def solve(start: Array, condition: Any, null: Any) -> Samples:
+        return _solve(model, start, start_time, condition, null, config)
+
+    if config.rtol is None:  # the same times for all images: what depends on the time alone is computed once
+        return solve(start, condition, null)
+
+    def solve_one(*example: Any) -> Samples:
+        samples = solve(*jax.tree.map(lambda x: x[None], example))
+        return jax.tree.map(lambda x: x[0], samples)
+
+    return jax.vmap(solve_one)(start, condition, null)
+
+
+def _solve(
+    model: Velocity, start: Array, start_time: float, condition: Any, null: Any, config: SamplerConfig
+) -> Samples:
     solver = SOLVERS[config.solver]
     interval = (config.guidance_low, config.guidance_high)
-    model, start_time, start = _starting_point(model, noise, prediction)
 
     def field(t, x, args):
         return guided_velocity(model, x, t, condition, null, config.guidance, interval)
@@ -111,7 +141,7 @@ def sample(
     )
     assert solution.ys is not None
     evaluations = solver.evaluations_per_step * solution.stats["num_steps"] + solver.evaluations_at_start
-    return Samples(solution.ys[0], evaluations)
+    return Samples(solution.ys[0], jnp.broadcast_to(evaluations, start.shape[:1]))
 
 
 def _starting_point(model: Velocity, noise: Array, prediction: str) -> tuple[Velocity, float, Array]:
@@ -129,7 +159,9 @@ def _controller(config: SamplerConfig, start_time: float) -> diffrax.AbstractSte
     return diffrax.StepTo(ts=times)
 
 
-def picture_noise(key: Array, count: int, latent_shape: tuple[int, int, int]) -> Float[Array, "count c h w"]:
-    """One draw of noise for each picture from its own key: picture i is the same whatever the number of pictures."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    return jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
+def image_noise(
+    seed: Integer[Array, ""] | int, numbers: Int[Array, " n"], latent_shape: tuple[int, int, int]
+) -> Float[Array, "n c h w"]:
+    """Noise for images by their numbers: a function of (seed, number), whatever the batch or the devices."""
+    keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
+    return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)

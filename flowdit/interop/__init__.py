@@ -1,11 +1,6 @@
-"""Models from elsewhere into flowdit checkpoints, and flowdit checkpoints out to where models are used.
-
-from flowdit.interop import from_pretrained
-
-pictures = from_pretrained("checkpoints/demo/1800").sample(labels=["heart"])
-"""
+"""Models from elsewhere into flowdit checkpoints, flowdit checkpoints out to where models are used, and `flowdit.load`."""
 
 from flowdit.interop.conversion import ConvertConfig, convert, read_source
-from flowdit.interop.pretrained_model import PretrainedModel, from_pretrained
+from flowdit.interop.loading import from_pretrained, load
 
-__all__ = ["ConvertConfig", "PretrainedModel", "convert", "from_pretrained", "read_source"]
+__all__ = ["ConvertConfig", "convert", "from_pretrained", "load", "read_source"]

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowdit.config import as_list
+from flowdit.inference.images import load_matching_vae, save_grid
+from flowdit.inference.sampler import Sampler
+from flowdit.inference.trained import describe_trained
 from flowdit.interop.diffusers_in import META_FILE, read_diffusers
 from flowdit.interop.diffusers_out import check_representable, export_diffusers
 from flowdit.interop.hub import find_source, push
@@ -26,9 +31,8 @@ from flowdit.interop.portable import (
     write_single,
 )
 from flowdit.interop.torch_files import ENTRIES, SUFFIXES
-from flowdit.sample import sample_grid
-from flowdit.training.evaluate import load_matching_vae
-from flowdit.training.trained import describe_trained
+from flowdit.training.checkpoint import newest_whole
+from flowdit.training.checkpoint_files import list_steps
 
 TARGETS = ("checkpoint", "diffusers", "safetensors")
 WEIGHTS = tuple(ENTRIES)
@@ -97,6 +101,8 @@ def read_source(name: str, weights: str = "ema", said: ForeignConfig | None = No
         return single or read_original(path, weights, said)
     if (path / "meta").is_dir():
         return read_checkpoint(path, weights)
+    if list_steps(path):
+        return read_checkpoint(newest_whole(path), weights)
     if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
         return read_diffusers(path, weights, said)
     singles = sorted(path.glob("*.safetensors"))
@@ -150,9 +156,17 @@ def _write_diffusers(portable: Portable, folder: Path, config: ConvertConfig) ->
     picture = folder / PICTURE
     if config.picture == "draw":
         try:
-            sample_grid(to_trained(portable), picture, config.vae, config.prompts)
+            draw_grid(Sampler(to_trained(portable), vae=config.vae), picture, config.prompts)
         except ValueError as problem:  # a VAE or text encoder that is not here is no reason to withhold the model
             print(f"no sample picture: {problem}", flush=True)
     elif config.picture != "none":
         shutil.copyfile(config.picture, picture)
     write_card(portable, folder, Path(config.target).name, config.weights, picture.is_file())
+
+
+def draw_grid(sampler: Sampler, path: Path, prompts: list[str] | None) -> None:
+    """A grid of `prompts`, or of what was previewed in training, with the sampler of the previews."""
+    trained, train = sampler.trained, sampler.trained.config.train
+    requests = sampler.requests(1, {"prompts": prompts}) if prompts else trained.conditioning.previews(train, None)
+    images = [drawn.images for drawn in sampler.batches(requests, train.sampler)]
+    save_grid(path, np.concatenate(images), requests.captions, columns=8)

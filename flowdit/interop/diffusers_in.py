@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from flowdit.inference.trained import Trained
 from flowdit.interop import layouts
-from flowdit.interop.diffusers_config import OWN, Settings, class_name, read_config
+from flowdit.interop.diffusers_config import Settings, find_class, read_config
 from flowdit.interop.foreign import Found, assemble, check_dtypes, check_repeated
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig
@@ -18,7 +19,6 @@ from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.pretrained import shown
 from flowdit.models.transformer import ModelConfig
-from flowdit.training.trained import Trained
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 META_FILE = "flowdit.json"
@@ -42,13 +42,13 @@ def read_diffusers(folder: Path, weights: str, said: ForeignConfig) -> Portable:
     """A diffusers folder: the transformer's own, or a pipeline's with its scheduler and VAE."""
     own = folder / "transformer" if (folder / "transformer" / "config.json").is_file() else folder
     raw = pretrained.read_json(own / "config.json")
-    name = class_name(own / "config.json", raw)  # before the weights, which take long
+    architecture, kind = find_class(own / "config.json", raw)  # before the weights, which take long
     notes: list[str] = []
     tensors = _read_tensors(own, weights, notes)
     layout, model, latent_shape = read_config(own / "config.json", raw, tensors)
     if (meta := _own_meta(folder)) is not None:
         return _own_export(folder, meta, layout, tensors, model, latent_shape)._replace(notes=tuple(notes))
-    if name in OWN:
+    if kind is architecture.own:
         notes.append(
             "the folder lacks flowdit's metadata: latents are taken to be normalised by shift and scale of the VAE"
         )
@@ -102,7 +102,7 @@ def _own_export(
     described = describe(meta, str(folder))
     _check_agreement(folder, described, model, latent_shape)
     shapes = array_shapes(described)
-    layout = layout if model.micro_conditioning else layouts.without(layout, "size_embed")
+    layout = layouts.for_model(layout, model)
     wanted = {name: shape for name, shape in shapes.items() if name != "null_caption"}
     tensor_shapes = layouts.tensor_shapes(layout, wanted, model.patch_size)
     check_shapes(tensor_shapes, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from flowdit.config import Config
+from flowdit.data.loader import DataConfig
 from flowdit.interop import layouts
+from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig, foreign_meta
-from flowdit.interop.portable import Portable, check_shapes, checked
-from flowdit.models.ccdit import build_ccdit
-from flowdit.models.mmdit import build_mmdit
+from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
 from flowdit.models.pretrained import listed
 from flowdit.models.transformer import ModelConfig
-from flowdit.training.checkpoint import named_arrays
 
 
 class Found(NamedTuple):
@@ -33,27 +32,36 @@ class Found(NamedTuple):
 
 def assemble(found: Found, said: ForeignConfig, fold: Callable[[Arrays], Arrays] | None = None) -> Portable:
     """Tensors, checked against the architecture one by one, under our names and with a checkpoint's metadata."""
-    layout, model = found.layout, found.model
+    model, notes = found.model, found.notes
+    layout = layouts.for_model(found.layout, model)
     tensors = {n: t for n, t in found.tensors.items() if not n.startswith(layout.ignored)}
     tensors = _first_half(found, tensors)
-    if not model.micro_conditioning:
-        layout = layouts.without(layout, "size_embed")
     check_dtypes(found.source, tensors)
-    shapes = _our_shapes(found, tensors)
+    config = Config(model=model, data=DataConfig(path=""))
+    size = condition_size(found.layout, tensors)
+    condition = ARCHITECTURES[model.name].condition(config, said, size)
+    meta = foreign_meta(config, condition, found.latent_shape, said, notes)
+    meta |= {"prediction": found.prediction, "source": layout.name}
+    shapes = array_shapes(describe(meta, found.source))
     check_shapes(
         layouts.tensor_shapes(layout, shapes, model.patch_size), {n: t.shape for n, t in tensors.items()}, found.source
     )
     check_repeated(found.source, layout, tensors, model.depth)
     arrays = layouts.to_ours(layout, tensors, model.depth)
     arrays = fold(arrays) if fold else arrays
-    if model.name == "mmdit" and "null_caption" not in arrays:
-        found.notes.append("the folder holds no null caption, which is set to 0: guide with a negative prompt")
+    if "null_caption" in shapes and "null_caption" not in arrays:
+        notes.append("the folder holds no null caption, which is set to 0: guide with a negative prompt")
         arrays["null_caption"] = np.zeros(shapes["null_caption"], next(iter(arrays.values())).dtype)
     if found.prediction == "noise":
-        found.notes.append("the network predicts noise (DDPM): sampling makes a velocity of it")
-    meta = foreign_meta(found.model, found.latent_shape, shapes, said, found.notes)
-    meta |= {"prediction": found.prediction, "source": layout.name}
-    return checked(Portable(arrays, meta, tuple(found.notes)), found.source)
+        notes.append("the network predicts noise (DDPM): sampling makes a velocity of it")
+    return checked(Portable(arrays, meta, tuple(notes)), found.source)
+
+
+def condition_size(layout: Layout, tensors: Arrays) -> int:
+    """Number of classes or width of the text, from the tensor that has it; without the tensor, 0."""
+    size = ARCHITECTURES[layout.model].sizes[0]
+    shape = np.shape(tensors.get(layout.theirs(size.ours), ()))
+    return shape[size.axis] - size.more if len(shape) > size.axis else 0
 
 
 def _first_half(found: Found, tensors: Arrays) -> Arrays:
@@ -75,19 +83,6 @@ def check_dtypes(source: str, tensors: Arrays) -> None:
     if len(kinds) > 1 or not set(kinds) <= {"float32", "float16", "bfloat16", "float64"}:
         each = (f"{len(names)} {kind} ({listed(sorted(names), 1)})" for kind, names in sorted(kinds.items()))
         raise ValueError(f"source: {source} must hold tensors of one float dtype, got {'; '.join(each)}")
-
-
-def _our_shapes(found: Found, tensors: Arrays) -> dict[str, tuple[int, ...]]:
-    """The shapes of our arrays, from the configuration and the sizes of the class table or the text."""
-    model, shape, layout = found.model, found.latent_shape, found.layout
-    model.check(shape)
-    if model.name == "ccdit":
-        classes = len(tensors.get(layout.theirs("class_table"), ())) - 1
-        template = jax.eval_shape(lambda: build_ccdit(model, shape, max(classes, 1), key=jax.random.key(0)))
-    else:
-        projection = tensors.get(layout.theirs("caption_proj.up.weight"), np.zeros((0, 1)))
-        template = jax.eval_shape(lambda: build_mmdit(model, shape, projection.shape[-1], key=jax.random.key(0)))
-    return {name: leaf.shape for name, leaf in named_arrays(template).items()}
 
 
 def check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +19,9 @@ def find_source(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
+    is_local = path.parent != Path() and path.parent.is_dir()
+    if is_local or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"source: there is no file or folder {name}")
     try:
         folder = _download(name, PATTERNS)
         # Repositories often hold their weights in both formats: the other one is fetched where it is the only one.

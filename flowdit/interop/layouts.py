@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flowdit.models.pretrained import numbers_after
+from flowdit.models.transformer import ModelConfig
 
 Arrays = dict[str, np.ndarray]
 BLOCK = "{i}"
@@ -38,12 +39,14 @@ class Field(NamedTuple):
 class Layout(NamedTuple):
     """A format. `repeated` names the tensors of which every block holds an equal copy of one that we have once.
 
-    `ignored` are prefixes of names that are no parameters: fixed positions, and buffers.
+    `head_norms` are the Q/K norms of models that have them. `ignored` are prefixes of names that are no parameters: fixed
+    positions, and buffers.
     """
 
     name: str
     model: str
     fields: tuple[Field, ...]
+    head_norms: tuple[Field, ...] = ()
     repeated: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -112,6 +115,7 @@ DIFFUSERS_DIT = Layout(
         _linear("final_ada_ln", "proj_out_1"),
         _linear("final_linear", "proj_out_2"),
     ),
+    head_norms=_head_norms("blocks.attention", "transformer_blocks.{i}.attn1"),
     repeated=("transformer_blocks.0.norm1.emb.",),
     ignored=("pos_embed.pos_embed",),
 )
@@ -135,6 +139,10 @@ DIFFUSERS_PIXART = Layout(
         Field("blocks.table", ("transformer_blocks.{i}.scale_shift_table",), "plain"),
         Field("final_table", ("scale_shift_table",), "plain"),
         _linear("final_linear", "proj_out"),
+    ),
+    head_norms=_fields(
+        _head_norms("blocks.attention", "transformer_blocks.{i}.attn1"),
+        _head_norms("blocks.cross_attention", "transformer_blocks.{i}.attn2"),
     ),
     ignored=("pos_embed.pos_embed",),
 )
@@ -176,20 +184,12 @@ ORIGINAL_PIXART = Layout(
     ignored=("pos_embed",),
 )
 
-ORIGINALS = (ORIGINAL_DIT, ORIGINAL_PIXART)
 
-
-def with_head_norms(layout: Layout) -> Layout:
-    """The layout of a diffusers class with the Q/K norms that the stock classes lack."""
-    norms = _head_norms("blocks.attention", "transformer_blocks.{i}.attn1")
-    if layout.model == "mmdit":
-        norms += _head_norms("blocks.cross_attention", "transformer_blocks.{i}.attn2")
-    return layout._replace(fields=layout.fields + norms)
-
-
-def without(layout: Layout, *prefixes: str) -> Layout:
-    """The layout less the fields of ours that begin so: parts that a model has not got."""
-    return layout._replace(fields=tuple(field for field in layout.fields if not field.ours.startswith(prefixes)))
+def for_model(layout: Layout, model: ModelConfig) -> Layout:
+    """The layout of the parts that a model has: with Q/K norms, which no stock class knows, or without a size embedding."""
+    fields = layout.fields + (layout.head_norms if model.qk_norm else ())
+    absent = () if model.micro_conditioning else ("size_embed.",)
+    return layout._replace(fields=tuple(field for field in fields if not field.ours.startswith(absent)))
 
 
 # Each pair of functions turns one tensor of theirs, (out, in) for a linear layer, into ours and back. The patch

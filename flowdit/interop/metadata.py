@@ -6,12 +6,11 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from flowdit.conditioning import from_checkpoint
 from flowdit.config import Config
-from flowdit.data.loader import DataConfig
 from flowdit.data.manifest import Manifest, VaeInfo
-from flowdit.models.transformer import ModelConfig
 from flowdit.models.vae import load_vae
 from flowdit.training.checkpoint import FORMAT
 from flowdit.training.setup import run_meta
@@ -61,40 +60,46 @@ class ForeignConfig:
             raise ValueError(f"interpolation_scale: must be a number above 0, got {scale!r}")
 
 
+class ForeignCondition(NamedTuple):
+    """What a model from elsewhere is conditioned on: the kind (`conditioning.KINDS`), and what a checkpoint says of it."""
+
+    kind: str
+    class_names: tuple[str, ...] = ()
+    text: dict[str, Any] | None = None
+
+
+def class_condition(config: Config, said: ForeignConfig, count: int) -> ForeignCondition:
+    """Classes by the names in the user's file, or by their numbers; none where the table holds the null class alone."""
+    names = _class_names(said.classes, max(count, 0))
+    return ForeignCondition("labels", names) if names else ForeignCondition("none")
+
+
+def text_condition(config: Config, said: ForeignConfig, width: int) -> ForeignCondition:
+    """An encoder that was not seen: its fingerprint is empty. `config` is told which one it is."""
+    text, null_tokens = config.text, config.model.null_tokens
+    text.encoder = said.text_encoder or ""
+    text.max_length = said.max_length or (null_tokens if null_tokens > 1 else 120)
+    known = {"name": text.encoder, "fingerprint": "", "dtype": text.dtype, "max_length": text.max_length}
+    return ForeignCondition("text", text=known | {"width": width})
+
+
 def foreign_meta(
-    model: ModelConfig,
+    config: Config,
+    condition: ForeignCondition,
     latent_shape: tuple[int, int, int],
-    shapes: dict[str, tuple[int, ...]],
     said: ForeignConfig,
     notes: list[str],
 ) -> dict[str, Any]:
-    """Configuration, text and latents of a model. `shapes` are those of its arrays; there is no data to tell of.
+    """Configuration, condition and latents of a model; there is no data to tell of.
 
-    Raises `ValueError` for a VAE that does not make such latents, or for classes that are not the model's.
+    Raises `ValueError` for a VAE that does not make such latents.
     """
-    config = Config(model=model, data=DataConfig(path=""))
-    text = None
-    if model.name == "mmdit":
-        config.text.encoder = said.text_encoder or ""
-        config.text.max_length = said.max_length or (model.null_tokens if model.null_tokens > 1 else 120)
-        text = _text_meta(config, shapes["null_caption"][-1])
-    classes = _class_names(said.classes, shapes["class_table"][0] - 1) if text is None else ()
-    manifest = _manifest(latent_shape, _vae_info(said.vae, latent_shape[0], notes), classes)
+    config.conditioning = condition.kind
+    manifest = _manifest(latent_shape, _vae_info(said.vae, latent_shape[0], notes), condition.class_names)
+    conditioning = from_checkpoint(config, manifest, {"text": condition.text})
     mean, scale = ([value] * latent_shape[0] for value in (manifest.vae.shift, manifest.vae.scale))
-    meta = run_meta(dataclasses.asdict(config), manifest, {"text": text}, mean, scale)
+    meta = run_meta(config, manifest, conditioning, mean, scale)
     return json.loads(json.dumps(meta | {"format": FORMAT, "step": 0}))  # tuples as lists: what a reader will see
-
-
-def _text_meta(config: Config, width: int) -> dict[str, Any]:
-    """What a checkpoint says of its text encoder; the fingerprint of one that was not seen is empty."""
-    text = config.text
-    return {
-        "name": text.encoder,
-        "fingerprint": "",
-        "dtype": text.dtype,
-        "max_length": text.max_length,
-        "width": width,
-    }
 
 
 def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tuple[str, ...]) -> Manifest:
@@ -112,7 +117,6 @@ def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tup
         shards=(),
         license="",
         attribution="",
-        has_captions=not class_names,
     )
 
 

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowdit.conditioning.base import Exported
+from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.portable import Portable
-from flowdit.models.text_encoder import WORDLLAMA
-from flowdit.training.trained import Trained, describe_trained
 
 PICTURE = "sample.png"
 HUB_LICENCES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}
@@ -19,13 +19,15 @@ RECIPE = ("num_steps", "batch_size", "ema_decay", "compute_dtype", "drop_rate", 
 def write_card(portable: Portable, target: Path, name: str, weights: str, picture: bool) -> None:
     """`README.md` in the exported folder, as the hub shows it."""
     described = describe_trained(portable.meta)
+    exported = described.conditioning.exported()
+    assert exported is not None  # `check_representable`
     sections = [
-        _front_matter(described),
+        _front_matter(described, exported),
         f"# {name}",
-        _summary(portable, described, weights),
+        _summary(portable, described, exported, weights),
         f"![samples]({PICTURE})" if picture else "",
-        _usage(described, (target / "vae").is_dir()),
-        _table("Data", _data(described)),
+        _usage(described, exported, (target / "vae").is_dir()),
+        _table("Data", _data(described) | dict(exported.facts)),
         _table("Recipe", _recipe(portable, described)),
         _table("Sampler", dataclasses.asdict(described.config.train.sampler)),
         _table("Model", dataclasses.asdict(described.config.model)),
@@ -33,14 +35,13 @@ def write_card(portable: Portable, target: Path, name: str, weights: str, pictur
     (target / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
 
 
-def _front_matter(described: Trained) -> str:
+def _front_matter(described: Trained, exported: Exported) -> str:
     """The hub's own fields. A licence that it has no identifier for is named beside `other`."""
-    task = "text-to-image" if described.text else "unconditional-image-generation"
     licence = described.manifest.license
     identifier = licence.lower().replace(" ", "-")
     lines = [
         "library_name: diffusers",
-        f"pipeline_tag: {task}",
+        f"pipeline_tag: {exported.task}",
         "tags: [flowdit, flow-matching, diffusion-transformer]",
     ]
     if identifier in HUB_LICENCES:
@@ -50,51 +51,41 @@ def _front_matter(described: Trained) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _summary(portable: Portable, described: Trained, weights: str) -> str:
-    kind = (
-        "Text-conditional (PixArt-alpha)" if described.text else f"Class-conditional ({described.manifest.num_classes})"
-    )
+def _summary(portable: Portable, described: Trained, exported: Exported, weights: str) -> str:
     million = sum(array.size for array in portable.arrays.values()) / 1e6
     source = portable.meta.get("source")
     origin = f"converted from {source}" if source else f"{weights} weights after {described.step:,} steps of flowdit"
     return (
-        f"{kind} diffusion transformer of {million:.1f} M parameters on latents of "
+        f"{exported.title} diffusion transformer of {million:.1f} M parameters on latents of "
         f"{'x'.join(map(str, described.manifest.latent_shape))}; {origin}. The network predicts the "
         f"{described.prediction}; flow time is 0 at the data and 1 at the noise."
     )
 
 
-def _usage(described: Trained, has_vae: bool) -> str:
-    call = 'pipe(prompt="...")' if described.text else "pipe(class_labels=[0])"
-    parts = [] if has_vae else [f'vae=AutoencoderKL.from_pretrained("{described.manifest.vae.name}")']
-    if described.text and described.text["name"] == WORDLLAMA:
-        call = "pipe(prompt_embeds=..., prompt_attention_mask=...)"
-    elif described.text:
-        name = described.text["name"]
-        parts += [f'tokenizer=AutoTokenizer.from_pretrained("{name}")']
-        parts += [f'text_encoder=T5GemmaEncoderModel.from_pretrained("{name}", is_encoder_decoder=False)']
-    needed = f"\n\nNot in the folder, to be passed to `from_pretrained`: `{'`, `'.join(parts)}`." if parts else ""
+def _usage(described: Trained, exported: Exported, has_vae: bool) -> str:
+    vae = [] if has_vae else [f'vae=AutoencoderKL.from_pretrained("{described.manifest.vae.name}")']
+    parts = "`, `".join([*vae, *exported.parts])
+    needed = f"\n\nNot in the folder, to be passed to `from_pretrained`: `{parts}`." if parts else ""
     return f"""## Use
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("<folder>", trust_remote_code=True)
-picture = {call}.images[0]
+picture = {exported.call}.images[0]
 ```
 
-`trust_remote_code` lets diffusers run the folder's `pipeline.py`. Or `flowdit.interop.from_pretrained("<folder>")`.{needed}"""
+`trust_remote_code` lets diffusers run the folder's `pipeline.py`. Or `flowdit.load("<folder>").draw(...)`.{needed}"""
 
 
 def _data(described: Trained) -> dict[str, Any]:
-    manifest, text = described.manifest, described.text
+    manifest = described.manifest
     records = (
         {split: manifest.num_records(split) for split in ("train", "validation")} if manifest.shards else "not known"
     )
     facts = {"records": records, "licence": manifest.license or "not stated", "attribution": manifest.attribution}
     facts |= {"picture size": manifest.image_size, "VAE": manifest.vae.name or "not named"}
-    facts |= {"latent mean": described.mean, "latent scale": described.scale}
-    return facts | ({"text encoder": text["name"], "tokens": text["max_length"]} if text else {})
+    return facts | {"latent mean": described.mean, "latent scale": described.scale}
 
 
 def _recipe(portable: Portable, described: Trained) -> dict[str, Any]:

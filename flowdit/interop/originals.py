@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flowdit.interop import layouts
+from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.foreign import Found, assemble
 from flowdit.interop.layouts import ORIGINAL_DIT, ORIGINAL_PIXART, Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig
@@ -22,7 +23,6 @@ from flowdit.models.transformer import ModelConfig
 
 # The papers' shapes; a file does not say how its channels are divided into heads.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-PIXART_SCALES = (0.5, 1.0, 2.0)
 
 
 def read_original(file: Path, weights: str, said: ForeignConfig) -> Portable:
@@ -117,11 +117,10 @@ def _position_scale(
     file: Path, layout: Layout, positions: np.ndarray | None, dim: int, size: int, patch_size: int
 ) -> float:
     """The scale whose sin-cos table the file holds. PixArt's rule by size where it holds none for this size."""
-    grid = size // patch_size
-    candidates = PIXART_SCALES if layout.model == "mmdit" else (1.0,)
+    grid, scales = size // patch_size, ARCHITECTURES[layout.model].position_scales
     if positions is None or len(positions) != grid**2:
-        return min(max(size / 64, 0.5), 2.0) if layout.model == "mmdit" else 1.0
-    for scale in candidates:
+        return min(max(size / 64, min(scales)), max(scales))
+    for scale in scales:
         if np.allclose(positions, sincos_positions(dim, grid, grid, scale), atol=1e-2):
             return scale
     raise ValueError(f"source: {file}: pos_embed must be the fixed sin-cos table of its grid, it is another")

@@ -9,22 +9,22 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from flowdit.diffusion.sampling import PREDICTIONS
+from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
 from flowdit.models.pretrained import check_finite, listed, read_tensors, shortened, shown
 from flowdit.training.checkpoint import from_named, named_arrays, read_meta, restore_weights, save_slim
-from flowdit.training.trained import Trained, describe_trained
 
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")
 # No tensor has these sizes, which take memory when a sample is drawn. 1,024 are pictures of 8,192 pixels.
 MAX_SAMPLED_SIDE = 1024
-MAX_TOKENS = 2**16
 
 
 class Portable(NamedTuple):
@@ -84,9 +84,6 @@ def describe(meta: dict[str, Any], source: str) -> Trained:
 def _check_limits(described: Trained) -> None:
     """Raise `ValueError` for what samples with this model would be made of, where no tensor has its size."""
     channels, *sides = described.manifest.latent_shape
-    tokens = 1 if described.text is None else max(described.text["max_length"], described.config.text.max_length)
-    if tokens > MAX_TOKENS:
-        raise ValueError(f"text.max_length: must be at most {MAX_TOKENS}, got {tokens}")
     if max(sides) > MAX_SAMPLED_SIDE:
         raise ValueError(
             f"latent_shape: must have sides of at most {MAX_SAMPLED_SIDE}, got {described.manifest.latent_shape}"
@@ -144,8 +141,10 @@ def save_tensors(tensors: Arrays, file: Path, metadata: dict[str, str]) -> None:
     file.chmod(0o644)
 
 
-def to_trained(portable: Portable) -> Trained:
-    """The model on the first device in float32, ready to sample."""
+def to_trained(portable: Portable, device: Any = None) -> Trained:
+    """The model in float32 on the first device, or wherever `jax.device_put` takes it, ready to sample."""
     trained = describe_trained(portable.meta)
-    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in portable.arrays.items()}
+    arrays = {
+        name: jax.device_put(array.astype(np.float32, copy=False), device) for name, array in portable.arrays.items()
+    }
     return trained._replace(model=from_named(trained.model, arrays))

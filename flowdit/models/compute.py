@@ -39,6 +39,10 @@ class Compute(NamedTuple):
         return on_mesh(mesh, with_kernels)
 
 
+FLOAT32 = Compute()
+"""Float32 and XLA's kernels, which every device has."""
+
+
 def choose_compute(mesh: Mesh | None, dtype: str, shapes: Iterable[AttentionShape]) -> Compute:
     """`dtype`, with the kernels that suit the devices of `mesh`, or the first device where that is None.
 

@@ -40,8 +40,6 @@ def check_compatible(
     Both are of one kind, or theirs is a class model and ours a text model. Latent shapes are (channels, height, width);
     height and width may differ, for positions are not learned.
     """
-    if (theirs.name, ours.name) == ("mmdit", "ccdit"):
-        raise ValueError("train.init_from: must be a class model (ccdit) where a ccdit is trained, got mmdit")
     # On another grid the positions are to be stretched; on the same one they are part of what must not change.
     same_grid = ("interpolation_scale",) if their_latent_shape == our_latent_shape else ()
     # A size embedding that is new says nothing at first, one that was trained cannot be left out.

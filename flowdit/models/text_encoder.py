@@ -125,10 +125,13 @@ class TextEncoder:
                 mask[row, : len(whole)] = True
         return Tokens(ids, mask, truncated)
 
-    def encode(self, texts: Sequence[str]) -> TextFeatures:
-        """Features of `texts` in host memory, padded to the smallest of a few lengths that holds the longest text."""
+    def encode(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
+        """Features of `texts` in host memory, padded to `length`, or the smallest of a few that holds the longest text.
+
+        At a given length and number of texts nothing is compiled again, and no text's features depend on the others.
+        """
         tokens = self.tokenize(texts)
-        length = self._padded_length(int(tokens.mask.sum(1).max(initial=0)))
+        length = length or self._padded_length(int(tokens.mask.sum(1).max(initial=0)))
         ids, mask = tokens.ids[:, :length], tokens.mask[:, :length]
         # A power of two: few sizes to compile, and a single prompt does not cost a full batch.
         batch = min(MAX_BATCH, 1 << max(0, len(texts) - 1).bit_length())

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import jax
 
 from flowdit.config import Config
+from flowdit.data.loader import DataSet
 from flowdit.sharding import prefetch_to_device
 from flowdit.training.checkpoint_writer import CheckpointWriter
-from flowdit.training.optim import learning_rate_schedule
-from flowdit.training.setup import Data, Run, start_run
+from flowdit.training.evaluations import closing
+from flowdit.training.setup import Run, start_run
 from flowdit.training.tracking import Progress, Tracker
 
 
@@ -24,24 +25,24 @@ class TrainingDiverged(ValueError):
 def train(config: Config) -> None:
     """Train to `train.num_steps`, from the start or from the newest whole checkpoint.
 
-    SIGTERM, and Ctrl-C in a single process, save and return; an error saves first, where it can. Raises `ValueError` in one line for what the
-    user can mend, `TrainingDiverged` after `train.max_skipped_in_row` useless steps, `CheckpointError` if checkpoints
-    cannot be written.
+    SIGTERM, and Ctrl-C in a single process, save and return; an error saves first, where it can. Raises `ValueError` in
+    one line for what the user can mend, `TrainingDiverged` after `train.max_skipped_in_row` useless steps,
+    `CheckpointError` if checkpoints cannot be written.
     """
     run, settings = start_run(config), config.train
     state, start = run.state, int(run.state.step)
     step, stopping = start, False
     primary = jax.process_index() == 0
     tracker = Tracker(run.folder, config.wandb, run.meta["config"], run_id=run.meta["run_id"], primary=primary)
-    progress = Progress(
-        settings.num_steps, settings.batch_size, learning_rate_schedule(config.optim, settings.num_steps)
-    )
+    progress = Progress(settings.num_steps, settings.batch_size, settings.compute_dtype)
     announce(tracker, run, start, settings.num_steps)
 
     writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta, tracker.warn)
-    with stop_signal() as signalled, tracker, writer:
-        batches = prefetch_to_device(run.mesh, run.stream, run.stage.encode)
+    with stop_signal() as signalled, tracker, writer, closing(run.evaluations, tracker):
+        batches = prefetch_to_device(run.mesh, run.stream, run.conditioning.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
+            if step == start + 1:
+                progress.image_flops = run.image_flops(batch)
             state, metrics = run.train_step(state, batch)
             writer.reached(step, state, data_state)
             progress.add(metrics)
@@ -50,20 +51,19 @@ def train(config: Config) -> None:
             logging = is_due(step, settings.log_every) or step == start + 1 or last or stopping
 
             if logging:
-                values = progress.summary(step) | data_figures(run.data, tracker)
+                values = progress.summary(step) | run.conditioning.figures() | bad_records(run.data, tracker)
                 tracker.log(step, values)
                 tracker.say(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)
-            with progress.paused():
-                if is_due(step, settings.save_every) or last or stopping or (logging and writer.has_failed()):
+            if is_due(step, settings.save_every) or last or stopping or (logging and writer.has_failed()):
+                with progress.paused():
                     writer.save(wait=last or stopping)
-                if stopping:
-                    break
-                if run.validation and (is_due(step, settings.validate_every) or last):
-                    tracker.validation(step, run.validation.losses(state.ema))
-                if run.preview and (is_due(step, settings.sample_every) or last):
-                    with tracker.warns_only(run.folder / "samples"):
-                        tracker.picture(step, run.preview.draw(state.ema, step))
+            if stopping:
+                break
+            for evaluation in run.evaluations:
+                if evaluation.is_due(step, last):
+                    with progress.paused(), tracker.warns_only(evaluation.folder):
+                        tracker.report(step, evaluation(step, state))
         tracker.say(
             f"{'done' if step >= settings.num_steps else 'stopped by signal'}; checkpoint: {writer.last_good()}"
         )
@@ -74,15 +74,13 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def data_figures(data: Data, tracker: Tracker) -> dict[str, int]:
-    """Counts over what this process has read so far, a few batches ahead of the step: captions longer than
-    `text.max_length`, and bad records, each of which is said once."""
+def bad_records(data: DataSet, tracker: Tracker) -> dict[str, int]:
+    """The count of bad records that this process has read so far, a few batches ahead of the step; each is said once."""
     sources = [source for source in (data.train, data.validation) if source is not None]
     for problem in (line for source in sources for line in source.bad_records.take_new()):
         tracker.warn(f"bad record, the next one is read in its place: {problem}")
     bad = sum(len(source.bad_records) for source in sources)
-    figures = {"data/bad_records": bad} if bad else {}
-    return figures if data.train.text is None else figures | {"data/truncated_captions": data.train.text.truncated}
+    return {"data/bad_records": bad} if bad else {}
 
 
 def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
@@ -96,7 +94,7 @@ def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
     if run.figures:
         tracker.log(start, run.figures)
     tracker.say(f"model: {parameters / 1e6:.2f} M parameters; {devices}, mesh {dict(run.mesh.shape)}")
-    tracker.say(f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {run.stage.summary}")
+    tracker.say(f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {run.conditioning.summary}")
     if start < num_steps:
         tracker.say(f"compiling the training step, then steps {start + 1} to {num_steps}")
 

@@ -1,67 +1,31 @@
-"""What is minimised: how latents are normalised, how noise, time and dropped conditions are drawn."""
+"""From a configuration and its data to what is minimised: the objective, with the normalisation of the latents."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
 
-from flowdit.config import TrainConfig
+from flowdit.config import Config
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion import flow
-from flowdit.diffusion.conditioning import Conditioning, Example
-from flowdit.models.compute import Compute
+from flowdit.diffusion.objective import Conditions, FlowMatching
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Flow matching under a condition. `mean` and `scale` normalise raw latents, a value or one a channel."""
-
-    conditioning: Conditioning
-    drop_rate: float
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    time_distribution: str = "logit_normal"
-    time_shift: float = 1.0
-    compute: Compute = dataclasses.field(default_factory=Compute)
-
-    def latent(self, example: Example, key: PRNGKeyArray | None) -> Float[Array, "c h w"]:
-        """The normalised latent; with `latent_std` in the example and a key, a fresh draw from the VAE's posterior."""
-        latent = example["latent"]
-        if key is not None and "latent_std" in example:
-            latent = latent + example["latent_std"] * jax.random.normal(key, latent.shape)
-        return flow.normalise_latents(latent, jnp.asarray(self.mean), jnp.asarray(self.scale))
-
-    def draw(self, example: Example, key: PRNGKeyArray) -> dict[str, Any]:
-        """What `flow.example_losses` takes of one example: latent, noise, time, and the condition unless dropped."""
-        posterior_key, noise_key, time_key, drop_key = jax.random.split(key, 4)
-        x_0 = self.latent(example, posterior_key)
-        condition = self.conditioning.of_example(example)
-        return {
-            "x_0": x_0,
-            "noise": jax.random.normal(noise_key, x_0.shape),
-            "t": flow.sample_time(time_key, self.time_distribution, self.time_shift),
-            "condition": flow.drop_condition(drop_key, condition, self.conditioning.null(condition), self.drop_rate),
-        }
-
-
-def make_objective(train: TrainConfig, manifest: Manifest, conditioning: Conditioning, compute: Compute) -> Objective:
-    """The objective of a configuration on this data. Raises `ValueError` for a normalisation that cannot be right."""
+def make_objective(config: Config, manifest: Manifest, conditioning: Conditions) -> FlowMatching:
+    """The objective of a run on this data. Raises `ValueError` for a normalisation that cannot be right."""
+    train = config.train
     mean, scale = latent_affine(train.latent_mean, train.latent_scale, manifest)
     shift = flow.resolution_shift(manifest.latent_shape) if train.time_shift is None else train.time_shift
-    return Objective(
+    return FlowMatching(
         conditioning,
         drop_rate=train.drop_rate,
         mean=mean,
         scale=scale,
         time_distribution=train.time_distribution,
         time_shift=shift,
-        compute=compute,
+        auxiliary=config.auxiliary_losses(),
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from flowdit.sharding import dotted_name
 
@@ -66,10 +69,19 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: dotted_name(path).endswith(".weight"), params)
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """What an `optax.GradientTransformation` has, and the learning rate as a function of the number of updates made."""
+
+    init: Callable[[Any], optax.OptState]
+    update: Callable[..., tuple[Any, optax.OptState]]
+    learning_rate: Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> Optimizer:
     """The optimizer of a run of `num_steps` (the length matters to the cosine schedule alone)."""
+    schedule = learning_rate_schedule(config, num_steps)
     adamw = optax.adamw(
-        learning_rate_schedule(config, num_steps),
+        schedule,
         b1=config.betas[0],
         b2=config.betas[1],
         eps=config.eps,
@@ -80,9 +92,13 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.chain(clip, adamw)
 
+    # Optax mixes its integer step count with floats; the rest of flowdit runs under strict promotion.
     def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
-        # Optax mixes its integer step count with floats; the rest of flowdit runs under strict promotion.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return chain.update(updates, state, params)
 
-    return optax.GradientTransformation(chain.init, update)
+    def learning_rate(count: Int[Array, ""]) -> Float[Array, ""]:
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.asarray(schedule(count), jnp.float32)
+
+    return Optimizer(chain.init, update, learning_rate)

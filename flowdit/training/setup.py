@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import secrets
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,50 +15,43 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from flowdit.config import Config, from_stored
+from flowdit import conditioning as kinds
+from flowdit.conditioning import Batch, Conditioning
+from flowdit.config import Config
 from flowdit.data import manifest as data_manifest
-from flowdit.data.loader import DataConfig, Source, TrainStream, open_source
+from flowdit.data.loader import DataConfig, DataSet, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
+from flowdit.data.records import LATENTS, record_schema
+from flowdit.diffusion.objective import Objective
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.processes import from_first
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh
-from flowdit.training.checkpoint import abstract_state, restore_newest
-from flowdit.training.checkpoint_files import CheckpointError, list_steps
+from flowdit.training.checkpoint import abstract_state
+from flowdit.training.checkpoint_files import list_steps
 from flowdit.training.checkpoint_writer import check_free_space
-from flowdit.training.evaluate import Preview, Validation
-from flowdit.training.objective import Objective, make_objective
-from flowdit.training.optim import make_optimizer
-from flowdit.training.stages import Stage, make_stage
-from flowdit.training.start import drift_figures, initial_model, load_start
-from flowdit.training.step import TrainState, TrainStep, init_state, make_train_step
-
-# Fields that an exact resume needs unchanged; the rest may change and is reported.
-FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
-# Fields that say how a process was started and nothing of the run.
-STARTING_FIELDS = ("train.is_restore", "mesh.coordinator", "mesh.num_processes", "mesh.process_id")
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """A verified data set, opened."""
-
-    manifest: Manifest
-    train: Source
-    validation: Source | None
+from flowdit.training.evaluations import Evaluation, make_evaluations
+from flowdit.training.objective import make_objective
+from flowdit.training.optim import Optimizer, make_optimizer
+from flowdit.training.resume import prepare_folder, resume
+from flowdit.training.start import Start, drift_figures, initial_model, load_start
+from flowdit.training.step import TrainState, TrainStep, image_flops, init_state, make_train_step
 
 
 class Run(NamedTuple):
-    """The parts of a run, ready for the loop. `figures` are logged once, before the first step."""
+    """The parts of a run, ready for the loop. `figures` are logged once, before the first step.
+
+    `image_flops` counts the training FLOPs of one image of a batch, without auxiliary losses.
+    """
 
     folder: Path
     mesh: Mesh
-    stage: Stage
+    conditioning: Conditioning
     state: TrainState
     stream: TrainStream
-    data: Data
+    data: DataSet
     train_step: TrainStep
-    validation: Validation | None
-    preview: Preview | None
+    image_flops: Callable[[Batch], int]
+    evaluations: list[Evaluation]
     meta: dict[str, Any]
     notes: list[str]
     figures: dict[str, float]
@@ -68,50 +63,83 @@ def start_run(config: Config) -> Run:
     manifest = open_manifest(config.data)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, train.batch_size, train.gradient_accum)
-    stage = make_stage(config, manifest, mesh)
-    data = open_data(config.data, manifest, stage)
-    objective = make_objective(train, manifest, stage.conditioning, _choose_compute(config, manifest, stage, mesh))
-    validation, preview = _evaluations(config, data, mesh, stage, objective)
+    conditioning = kinds.for_training(config, manifest, mesh)
+    data = open_data(config, manifest, conditioning)
+    objective = make_objective(config, manifest, conditioning)
+    build_model = conditioning.model_builder(config, manifest)
+    shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
+    compute = choose_compute(mesh, train.compute_dtype, shapes)
+    evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
     stream = make_stream(config, data.train)
-    meta, notes = run_meta(dataclasses.asdict(config), manifest, stage.meta, objective.mean, objective.scale), []
+    meta = run_meta(config, manifest, conditioning, objective.mean, objective.scale)
+    notes = [] if data.validation or not train.validate_every else ["no validation records: no validation loss"]
     start = None
     if train.init_from and not list_steps(folder):
-        start = load_start(config, manifest, meta, mesh, notes)
+        start = load_start(config, manifest, conditioning, meta, mesh, notes)
     resuming = from_first(lambda: prepare_folder(folder, train.is_restore))
 
     optimizer = make_optimizer(config.optim, train.num_steps)
-    build_state = lambda start: init_state(initial_model(stage.build_model(), start, train), optimizer)
+
+    def build_state(start: Start | None) -> TrainState:
+        model = initial_model(build_model(), start, train)
+        return init_state(model, optimizer, auxiliary_parameters(config, manifest))
+
     template = abstract_state(mesh, lambda: build_state(None))
     check_free_space(folder, template, meta)
     if resuming:
-        state = resume(folder, template, stream, meta, notes)
+        state = resume(
+            folder=folder,
+            template=template,
+            build_state=lambda: build_state(None),
+            mesh=mesh,
+            stream=stream,
+            conditioning=conditioning,
+            meta=meta,
+            notes=notes,
+        )
     else:
         state = init_sharded(mesh, build_state, start)
     figures = drift_figures(start, state.model, train, notes)
-    accum, decay, warmup = train.gradient_accum, train.ema_decay, train.ema_warmup
-    train_step = make_train_step(optimizer, objective, config.seed, accum, decay, warmup, mesh)
-    return Run(folder, mesh, stage, state, stream, data, train_step, validation, preview, meta, notes, figures)
+    plain = dataclasses.replace(objective, auxiliary=())  # which come and go, and would make the total jump
+    return Run(
+        folder=folder,
+        mesh=mesh,
+        conditioning=conditioning,
+        state=state,
+        stream=stream,
+        data=data,
+        train_step=_train_step(config, optimizer, objective, compute, mesh),
+        image_flops=functools.partial(image_flops, plain, compute, template.parameters),
+        evaluations=evaluations,
+        meta=meta,
+        notes=notes,
+        figures=figures,
+    )
 
 
-def _choose_compute(config: Config, manifest: Manifest, stage: Stage, mesh: Mesh) -> Compute:
-    text = stage.meta["text"]
-    shapes = config.model.attention_shapes(manifest.latent_shape, text and text["max_length"])
-    return choose_compute(mesh, config.train.compute_dtype, shapes)
+def _train_step(config: Config, optimizer: Optimizer, objective: Objective, compute: Compute, mesh: Mesh) -> TrainStep:
+    return make_train_step(
+        optimizer,
+        objective,
+        config.seed,
+        gradient_accum=config.train.gradient_accum,
+        ema_decay=config.train.ema_decay,
+        ema_warmup=config.train.ema_warmup,
+        compute=compute,
+        mesh=mesh,
+    )
 
 
-def _evaluations(
-    config: Config, data: Data, mesh: Mesh, stage: Stage, objective: Objective
-) -> tuple[Validation | None, Preview | None]:
-    train = config.train
-    validation = preview = None
-    if data.validation is not None and train.validate_every:
-        micro_batch, limit = train.batch_size // train.gradient_accum, train.validation_records
-        validation = Validation(data.validation, mesh, stage.encode, objective, micro_batch, limit, config.seed)
-    if train.sample_every:
-        requests = stage.previews(data.validation or data.train)
-        folder = Path(train.checkpoint_dir)
-        preview = Preview(folder, mesh, data.manifest, objective, train.sampler, requests, config.seed)
-    return validation, preview
+def auxiliary_parameters(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Freshly initialised parameters of the auxiliary losses that are switched on, by name; works under jit."""
+    # The same for a loss whatever others there are; the network's come from the key itself.
+    key = jax.random.fold_in(jax.random.key(config.seed), 0x617578)
+    return {
+        loss.name: loss.init(
+            config.model, manifest.latent_shape, key=jax.random.fold_in(key, zlib.crc32(loss.name.encode()))
+        )
+        for loss in config.auxiliary_losses()
+    }
 
 
 def make_stream(config: Config, source: Source) -> TrainStream:
@@ -127,22 +155,6 @@ def make_stream(config: Config, source: Source) -> TrainStream:
     )
 
 
-def resume(
-    folder: Path, template: TrainState, stream: TrainStream, meta: dict[str, Any], notes: list[str]
-) -> TrainState:
-    """State of the newest whole checkpoint; the stream is moved to the batch after it. Appends what to tell the user."""
-
-    def check(stored: dict[str, Any]) -> None:
-        changes = check_same_run(stored, meta)
-        notes.extend(f"changed since the checkpoint: {change}" for change in changes)
-
-    restored = restore_newest(folder, template, check, notes.append)
-    stream.set_state(restored.dataset)
-    meta["run_id"] = restored.meta["run_id"]
-    notes.append(f"resumed from {folder / str(int(restored.state.step))}")
-    return restored.state
-
-
 def open_manifest(config: DataConfig) -> Manifest:
     """The data set's manifest, once its shards agree with it. Raises `ValueError` naming the file and the rule."""
     manifest = Manifest.read(config.path)
@@ -150,86 +162,39 @@ def open_manifest(config: DataConfig) -> Manifest:
     return manifest
 
 
-def open_data(config: DataConfig, manifest: Manifest, stage: Stage) -> Data:
-    """The records of both splits as this stage reads them."""
+def open_data(config: Config, manifest: Manifest, conditioning: Conditioning) -> DataSet:
+    """The records of both splits, with the fields that conditioning and auxiliary losses read."""
+    fields = conditioning.fields()
+    for loss in config.auxiliary_losses():
+        for name, field in loss.fields().items():
+            if name in LATENTS or fields.setdefault(name, field) != field:
+                others = fields.get(name, "a latent")
+                raise ValueError(f"auxiliary.{loss.name}: reads the field {name} as {field}, others as {others}")
+    schema = record_schema(manifest.latent_shape, fields, manifest.has_latent_std)
 
     def source(split: str) -> Source:
-        options = {"schema": stage.schema, "text": stage.text(split), "max_bad_records": config.max_bad_records}
-        return open_source(config.path, manifest, split, **options)
+        options = {"schema": schema, "text": conditioning.reader(split), "max_bad_records": config.data.max_bad_records}
+        return open_source(config.data.path, manifest, split, **options)
 
-    return Data(manifest, source("train"), source("validation") if manifest.num_records("validation") else None)
-
-
-def prepare_folder(folder: Path, is_restore: bool) -> bool:
-    """Make the run folder; True if there is a checkpoint to resume from.
-
-    A folder in use is never written over, and a resume of a run that never was is a mistyped path, not a new run.
-    A run that died before its first checkpoint starts again from step 0.
-    """
-    in_use = folder.is_dir() and any(folder.iterdir())
-    if in_use and not is_restore:
-        raise CheckpointError(
-            f"train.checkpoint_dir: {folder} already holds a run; resume it with train.is_restore=true or choose another"
-        )
-    if is_restore and not in_use:
-        raise CheckpointError(f"train.is_restore: there is no run to resume in train.checkpoint_dir={folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as problem:
-        raise CheckpointError(f"train.checkpoint_dir: {folder} cannot be written: {problem.strerror}") from None
-    return bool(list_steps(folder))
-
-
-def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Changed fields as `name: old -> new`, from the metadata of a checkpoint and of this run.
-
-    Raises `ValueError` if a change makes an exact resume impossible.
-    """
-    if stored["manifest_id"] != current["manifest_id"]:
-        raise ValueError(
-            f"data.path: the data set must be the one of the checkpoint (manifest {stored['manifest_id'][:12]}), "
-            f"got {current['manifest_id'][:12]}: the data changed since the checkpoint was written"
-        )
-    old, new = _flat(dataclasses.asdict(from_stored(stored["config"]))), _flat(current["config"])
-    changed = {name: (old[name], new[name]) for name in sorted(new) if old[name] != new[name]}
-    for name, (before, now) in changed.items():
-        if name in FIXED_FIELDS or (name.startswith("model.") and name != "model.remat"):
-            raise ValueError(f"{name}: must be {before} as in the checkpoint to resume, got {now}")
-    # An encoder that was moved is the same one.
-    before, now = ({**(meta.get("text") or {}), "name": None} for meta in (stored, current))
-    if before != now:
-        raise ValueError(
-            f"text.encoder: must be that of the checkpoint to resume, {stored['text']}, got {current['text']}"
-        )
-    return [f"{name}: {before} -> {now}" for name, (before, now) in changed.items() if name not in STARTING_FIELDS]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    return DataSet(manifest, source("train"), source("validation") if manifest.num_records("validation") else None)
 
 
 def run_meta(
-    config: dict[str, Any],
+    config: Config,
     manifest: Manifest,
-    stage_meta: dict[str, Any],
+    conditioning: Conditioning,
     mean: Sequence[float],
     scale: Sequence[float],
 ) -> dict[str, Any]:
     """What a checkpoint says of itself, enough to sample from it and to refuse a resume that would not be exact."""
     packages = ("flowdit", "jax", "equinox", "optax", "orbax-checkpoint", "grain")
     return {
-        "config": config,
+        "config": dataclasses.asdict(config),
         "manifest": dataclasses.asdict(manifest),
         "manifest_id": manifest.id,
         "latent_mean": list(mean),
         "latent_scale": list(scale),
-        **stage_meta,
+        **conditioning.describe(),
         "run_id": secrets.token_hex(4),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
     }

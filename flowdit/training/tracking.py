@@ -10,14 +10,26 @@ import netrc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
+from flowdit.hardware import peak_flops
+
 MODES = ("online", "offline", "disabled")
+METRICS = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What came of an evaluation: figures to log, images to show by name (written already), and a line for the console."""
+
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    images: dict[str, Path] = dataclasses.field(default_factory=dict)
+    line: str = ""
 
 
 @dataclasses.dataclass
@@ -43,7 +55,7 @@ class Tracker:
     ):
         self.folder = folder
         self.primary = primary
-        self._warned: set[Path] = set()
+        self._warned: set[str] = set()
         self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
 
     def say(self, line: str) -> None:
@@ -63,31 +75,31 @@ class Tracker:
         if not self.primary:
             return
         entry = {"step": step, "time": round(time.time(), 3), **values}
-        file = self.folder / "metrics.jsonl"
-        with self.warns_only(file):
-            append_line(file, json.dumps(entry))
+        with self.warns_only(METRICS):
+            append_line(self.folder / METRICS, json.dumps(entry))
         self._to_wandb(step, values)
 
     @contextlib.contextmanager
-    def warns_only(self, path: Path) -> Iterator[None]:
-        """What cannot be written there costs a line, said once, and not the run."""
+    def warns_only(self, name: str | None) -> Iterator[None]:
+        """What cannot be written to a file or folder of the run costs a line, said once, and not the run."""
         try:
             yield
         except OSError as problem:
-            if path not in self._warned:
-                self.warn(f"{path} cannot be written ({problem.strerror or problem}): going on without")
-            self._warned.add(path)
+            if name is None:
+                raise
+            if name not in self._warned:
+                reason = problem.strerror or problem
+                self.warn(f"{self.folder / name} cannot be written ({reason}): going on without")
+            self._warned.add(name)
 
-    def validation(self, step: int, losses: dict[str, float]) -> None:
-        self.log(step, losses)
-        self.say(f"step {step}  validation loss {losses['validation/loss']:.4f}")
-
-    def picture(self, step: int, path: Path | None) -> None:
-        """Show a grid of samples that lies at `path`."""
-        if path is None:
-            return
-        self.say(f"step {step}  samples: {path}")
-        self._to_wandb(step, {"samples": path})
+    def report(self, step: int, report: Report) -> None:
+        """What an evaluation says: figures, images by their paths, and a line."""
+        if report.line:
+            self.say(f"step {step}  {report.line}")
+        if report.figures:
+            self.log(step, report.figures)
+        if report.images:
+            self._to_wandb(step, report.images)
 
     def __enter__(self) -> Tracker:
         return self
@@ -181,12 +193,22 @@ def _has_login() -> bool:
 
 
 class Progress:
-    """Turns the metrics of single steps into figures for a logging window and a line on the console."""
+    """Turns the metrics of single steps into figures for a logging window and a line on the console.
 
-    def __init__(self, num_steps: int, batch_size: int, learning_rate: Callable[[int], Any]):
-        self._num_steps, self._batch_size, self._learning_rate = num_steps, batch_size, learning_rate
+    Rates are of training alone, on all devices: neither pauses count (`paused`) nor the first window of a process,
+    which the loop ends after one step, and which holds the compilation. `image_flops`, the training FLOPs of one image,
+    is to be set before the first summary.
+    """
+
+    def __init__(self, num_steps: int, batch_size: int, compute_dtype: str):
+        self._num_steps, self._batch_size = num_steps, batch_size
+        peak = peak_flops(jax.devices()[0], compute_dtype)
+        self._peak = None if peak is None else peak * jax.device_count()
+        self.image_flops = 0
         self._window: list[Any] = []
+        self._parts: list[str] = []
         self._seconds, self._since = 0.0, time.perf_counter()
+        self._compiled, self._timed_steps, self._timed_seconds = False, 0, 0.0
 
     def add(self, metrics: Any) -> None:
         """Keep one step's metrics, still on the device."""
@@ -194,7 +216,11 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock: validation, sampling and saving are no training time."""
+        """Stops the clock: validation, sampling and saving are no training time.
+
+        Waits first for the steps that are under way, or their time would be taken for part of the pause.
+        """
+        jax.block_until_ready(self._window[-1:])
         self._seconds += time.perf_counter() - self._since
         yield
         self._since = time.perf_counter()
@@ -202,45 +228,87 @@ class Progress:
     def summary(self, step: int) -> dict[str, float]:
         """Means over the window that ends with `step` (skipped steps left out of them) and rates; starts a new window.
 
-        The one device-to-host copy of training figures; it waits for the steps to finish.
+        The one device-to-host copy of training figures; it waits for the steps to finish. `train/total_flops` counts
+        all steps of the run up to this one, skipped ones too. A process's first summary has
+        `train/first_step_seconds` in place of rates. `train/mfu` is there where the devices' peak is known.
         """
         window = jax.device_get(self._window)
-        with self.paused():
-            seconds, count = max(self._seconds, 1e-9), len(window)
-        self._window, self._seconds = [], 0.0
-        skipped = int(window[-1]["skipped"])
+        self._parts = [name for name in window[-1]["bins"] if name != "loss"]
+        now = time.perf_counter()
+        seconds = max(self._seconds + now - self._since, 1e-9)
+        self._window, self._seconds, self._since = [], 0.0, now
         good = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])] or window
         return {
             "train/loss": float(np.mean([m["loss"] for m in good])),
             "train/grad_norm": float(np.mean([m["grad_norm"] for m in good])),
-            "train/learning_rate": self._last_learning_rate(step - skipped),
-            "train/skipped_steps": skipped,
+            "train/learning_rate": float(window[-1]["learning_rate"]),
+            "train/skipped_steps": int(window[-1]["skipped"]),
             "train/skipped_in_row": int(window[-1]["skipped_in_row"]),
-            "train/images_per_second": count * self._batch_size / seconds,
-            "train/steps_per_second": count / seconds,
-            **_loss_by_time(*(np.sum([m[name] for m in good], axis=0) for name in ("bin_sums", "bin_counts"))),
+            "train/total_flops": float(step * self._batch_size * self.image_flops),
+            **self._rates(len(window), seconds),
+            **_parts_by_time([m["bins"] for m in good]),
         }
 
-    def _last_learning_rate(self, updates: int) -> float:
-        """That of the last of `updates` updates: a skipped step makes none, and the schedule counts updates."""
-        return float(np.asarray(self._learning_rate(max(updates - 1, 0))))
+    def _rates(self, steps: int, seconds: float) -> dict[str, float]:
+        if not self._compiled:
+            self._compiled = True
+            return {"train/first_step_seconds": seconds}
+        self._timed_steps += steps
+        self._timed_seconds += seconds
+        images = steps * self._batch_size / seconds
+        flops = images * self.image_flops
+        return {
+            "train/images_per_second": images,
+            "train/steps_per_second": steps / seconds,
+            "train/tflops_per_second": flops / 1e12,
+            **({} if self._peak is None else {"train/mfu": flops / self._peak}),
+        }
 
     def line(self, step: int, values: dict[str, float]) -> str:
-        """`step 150/2000  loss 0.8123  312 img/s  ETA 6:10`."""
-        eta = datetime.timedelta(seconds=int((self._num_steps - step) / values["train/steps_per_second"]))
+        """`step 150/2000  loss 0.8123  312 img/s  41.3% MFU  lr 1.00e-04  ETA 0:06:10`.
+
+        The ETA is what the steps that are left will take, at their mean since the first one of this process; the pauses
+        to come are not in it.
+        """
         counts = {
             "skipped": "train/skipped_steps",
             "truncated captions": "data/truncated_captions",
             "bad records": "data/bad_records",
         }
-        notable = "".join(f"  {word} {values[name]}" for word, name in counts.items() if values.get(name))
-        return (
-            f"step {step}/{self._num_steps}  loss {values['train/loss']:.4f}"
-            f"  {values['train/images_per_second']:.0f} img/s  ETA {eta}{notable}"
+        speed, outlook = [], f"first step in {values.get('train/first_step_seconds', 0):.0f} s, with compilation"
+        if self._timed_steps:
+            left = (self._num_steps - step) * self._timed_seconds / self._timed_steps
+            speed, outlook = _speed(values), f"ETA {datetime.timedelta(seconds=int(left))}"
+        parts = ", ".join(f"{name} {values[f'train/{name}']:.4f}" for name in self._parts)
+        return "  ".join(
+            [
+                f"step {step}/{self._num_steps}",
+                f"loss {values['train/loss']:.4f}{parts and f' ({parts})'}",
+                *speed,
+                f"lr {values['train/learning_rate']:.2e}",
+                outlook,
+                *(f"{word} {values[name]}" for word, name in counts.items() if values.get(name)),
+            ]
         )
 
 
-def _loss_by_time(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    bins = len(sums)
-    means = ((i, float(total / count)) for i, (total, count) in enumerate(zip(sums, counts, strict=True)) if count)
-    return {f"loss_by_t/{i / bins:.3f}-{(i + 1) / bins:.3f}": mean for i, mean in means}
+def _speed(values: dict[str, float]) -> list[str]:
+    """`312 img/s` and `41.3% MFU`, or where the devices' peak is not known, `95.2 GFLOP/s`."""
+    images, teraflops = values["train/images_per_second"], values["train/tflops_per_second"]
+    if "train/mfu" in values:
+        use = f"{values['train/mfu']:.1%} MFU"
+    else:
+        use = f"{teraflops:.1f} TFLOP/s" if teraflops >= 1 else f"{1000 * teraflops:.1f} GFLOP/s"
+    return [f"{images:.0f} img/s" if images >= 10 else f"{images:.1f} img/s", use]
+
+
+def _parts_by_time(bins: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
+    """Means over bins of the flow time of the loss and of each of its parts; of the parts the means over all times, too."""
+    figures = {}
+    for name, (sums, counts) in jax.tree.map(lambda *arrays: np.sum(arrays, axis=0), *bins).items():
+        if name != "loss":
+            figures[f"train/{name}"] = float(sums.sum() / counts.sum())
+        for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            if count:
+                figures[f"{name}_by_t/{i / len(sums):.3f}-{(i + 1) / len(sums):.3f}"] = float(total / count)
+    return figures

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flowdit.data.loader import Source, open_source
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo, file_sha256
-from flowdit.data.records import encode, stage1_schema, stage2_schema
+from flowdit.data.records import CAPTION_FIELDS, LabelField, encode, record_schema
 from flowdit.models.text_encoder import TextEncoder, TokenTable
 
 LATENT_SHAPE = (4, 2, 2)
@@ -29,13 +29,13 @@ def captioned(index: int) -> dict:
 
 def open_labelled(folder: Path, split: Split = "train") -> Source:
     manifest = Manifest.read(folder)
-    schema = stage1_schema(manifest.latent_shape, manifest.num_classes, manifest.has_latent_std)
+    schema = record_schema(manifest.latent_shape, {"label": LabelField(manifest.num_classes)}, manifest.has_latent_std)
     return open_source(folder, manifest, split, schema=schema)
 
 
 def open_captioned(folder: Path, text, split: Split = "train") -> Source:
     manifest = Manifest.read(folder)
-    return open_source(folder, manifest, split, schema=stage2_schema(manifest.latent_shape), text=text)
+    return open_source(folder, manifest, split, schema=record_schema(manifest.latent_shape, CAPTION_FIELDS), text=text)
 
 
 def word_encoder(*, width: int = 3, dtype: str = "bfloat16", max_length: int = 4, seed: int = 0) -> TextEncoder:

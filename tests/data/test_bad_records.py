@@ -13,7 +13,7 @@ from latent_records import LATENT_SHAPE, captioned, record_of, word_encoder
 from flowdit.data.captions import TokenizedCaptions
 from flowdit.data.loader import Source, TrainStream, open_source, validation_batches
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import RecordError, encode, stage1_schema, stage2_schema
+from flowdit.data.records import CAPTION_FIELDS, LabelField, RecordError, encode, record_schema
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 
@@ -55,7 +55,7 @@ def flip(path: Path, content: bytes) -> None:
 
 def opened(folder: Path, limit: int | None, split: str = "train") -> Source:
     manifest = Manifest.read(folder)
-    schema = stage1_schema(manifest.latent_shape, manifest.num_classes)
+    schema = record_schema(manifest.latent_shape, {"label": LabelField(manifest.num_classes)})
     return open_source(folder, manifest, split, schema=schema, max_bad_records=limit)
 
 
@@ -175,7 +175,9 @@ def test_a_shard_that_is_not_whole_is_refused_at_the_start_all_the_same(folder, 
 
 def texts(folder: Path, text, limit: int) -> Source:
     manifest = Manifest.read(folder)
-    return open_source(folder, manifest, schema=stage2_schema(LATENT_SHAPE), text=text, max_bad_records=limit)
+    return open_source(
+        folder, manifest, schema=record_schema(LATENT_SHAPE, CAPTION_FIELDS), text=text, max_bad_records=limit
+    )
 
 
 DRAWS = np.array([0.9, 0.1, 0.9, 0.1])

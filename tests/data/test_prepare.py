@@ -227,7 +227,9 @@ def test_a_folder_without_classes_or_pictures_is_named(config, source):
     (source / "green" / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="source: class folder .*green has no pictures"):
         prepare(config)
-    with pytest.raises(ValueError, match="source: .*red must have one sub-folder of pictures for each class"):
+    for picture in (source / "red").glob("*.png"):
+        picture.unlink()
+    with pytest.raises(ValueError, match="source: .*red must have pictures or one sub-folder of them for each class"):
         prepare(replaced(config, source=str(source / "red")))
 
 

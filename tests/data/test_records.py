@@ -7,10 +7,10 @@ import pickletools
 import numpy as np
 import pytest
 
-from flowdit.data.records import RecordError, decode, encode, stage1_schema, stage2_schema
+from flowdit.data.records import CAPTION_FIELDS, LabelField, RecordError, decode, encode, record_schema
 
-SCHEMA = stage1_schema((4, 2, 2), num_classes=92)
-STD_SCHEMA = stage1_schema((4, 2, 2), num_classes=92, has_latent_std=True)
+SCHEMA = record_schema((4, 2, 2), {"label": LabelField(92)})
+STD_SCHEMA = record_schema((4, 2, 2), {"label": LabelField(92)}, has_latent_std=True)
 
 
 def good_record(**changes):
@@ -222,7 +222,7 @@ def captioned_record(**changes):
     ],
 )
 def test_schema_names_a_caption_that_is_no_text(changes, message):
-    schema = stage2_schema((4, 2, 2))
+    schema = record_schema((4, 2, 2), CAPTION_FIELDS)
     schema.check(decode(encode(captioned_record())))
     with pytest.raises(RecordError, match=message):
         schema.check(decode(encode(captioned_record(**changes))))
@@ -233,11 +233,11 @@ def test_schema_names_a_missing_caption(name):
     record = captioned_record()
     del record[name]
     with pytest.raises(RecordError, match=f"^{name}: is missing, the record has "):
-        stage2_schema((4, 2, 2)).check(record)
+        record_schema((4, 2, 2), CAPTION_FIELDS).check(record)
 
 
 def test_captions_are_stacked_as_they_are():
-    schema = stage2_schema((4, 2, 2), has_latent_std=True)
+    schema = record_schema((4, 2, 2), CAPTION_FIELDS, has_latent_std=True)
     std = np.ones((4, 2, 2), np.float16)
     records = [captioned_record(latent_std=std, short_caption=text) for text in ("é", "", "a" * 1000)]
     batch = schema.stack(records)

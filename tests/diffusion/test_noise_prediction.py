@@ -9,7 +9,7 @@ import torch
 
 from flowdit.diffusion.flow import guided_velocity
 from flowdit.diffusion.noise_prediction import FIRST_TIME, LAST_TIME, ddpm_step, start_at_last_time, velocity_from_noise
-from flowdit.diffusion.sampling import SamplerConfig, picture_noise, sample
+from flowdit.diffusion.sampling import SamplerConfig, image_noise, sample
 from flowdit.models.ccdit import build_ccdit
 from flowdit.models.compute import Compute
 from flowdit.models.transformer import ModelConfig
@@ -24,7 +24,7 @@ LOG_RATIOS = (0.5 * np.log((1 - SIGNAL) / SIGNAL)).astype(np.float32)
 STEP_TIMES = 1 / (1 + np.exp(-LOG_RATIOS))
 LABELS = np.array([1, 2], np.int32)
 NULL = np.zeros_like(LABELS)
-NOISE = picture_noise(jax.random.key(0), 2, (2, 4, 4))
+NOISE = image_noise(0, jnp.arange(2), (2, 4, 4))
 
 
 def mixture_noise(xp, x, time, center, half_distance, spread):
@@ -86,7 +86,7 @@ def test_steps_are_ddpms_and_go_on_between_them():
 @pytest.mark.parametrize("deviation", [0.0, 0.5])
 def test_exact_noise_of_a_gaussian_is_its_exact_velocity(deviation):
     """A point mass has (x - m) / t; N(m, s^2) the velocity of tests/diffusion/test_sampling.py."""
-    mean, x = 0.7, picture_noise(jax.random.key(1), 1, (2, 4, 4))[0]
+    mean, x = 0.7, image_noise(1, jnp.arange(1), (2, 4, 4))[0]
     velocity = jax.jit(velocity_from_noise(gaussian_network(mean, deviation)))
     for t in [FIRST_TIME, 0.1, 0.37, 0.5, 0.9, 0.99, LAST_TIME]:
         total = (1 - t) ** 2 * deviation**2 + t**2

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from runs import LATENT_SHAPE
 
-from flowdit.diffusion.conditioning import class_conditioning
+from flowdit.conditioning.labels import Labels
+from flowdit.inference.trained import describe_trained
 from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import Portable, to_trained, write_checkpoint, write_single
 from flowdit.models.mmdit import TextCondition
 from flowdit.training.checkpoint import named_arrays
-from flowdit.training.trained import describe_trained
 
 # Threads that wait for each other at every layer cost more than layers of this size, above all beside other processes.
 torch.set_num_threads(1)
@@ -29,13 +29,21 @@ DEFAULT_CLASS, DEFAULT_TEXT = SMALL | {"name": "ccdit"}, SMALL | {"name": "mmdit
 
 
 def random_model(
-    meta: dict[str, Any], model: dict[str, Any], sampler: dict[str, Any] | None = None, text: dict[str, Any] = TEXT
+    meta: dict[str, Any],
+    model: dict[str, Any],
+    sampler: dict[str, Any] | None = None,
+    text: dict[str, Any] = TEXT,
+    conditioning: str | None = None,
 ) -> Portable:
-    """A model of these fields on the data of `meta`, every parameter normal(0.1), scales of norms around 1."""
-    config = meta["config"]
+    """A model of these fields on the data of `meta`, every parameter normal(0.1), scales of norms around 1.
+
+    `conditioning` is by default the one that was first for the model.
+    """
+    conditioning = conditioning or {"ccdit": "labels", "mmdit": "text"}[model["name"]]
+    config = meta["config"] | {"conditioning": conditioning}
     train = config["train"] | {"sampler": config["train"]["sampler"] | (sampler or {})}
     config = config | {"model": config["model"] | model, "train": train}
-    meta = json.loads(json.dumps(meta | {"config": config, "text": text if model["name"] == "mmdit" else None}))
+    meta = json.loads(json.dumps(meta | {"config": config, "text": text if conditioning == "text" else None}))
     rng = np.random.default_rng(0)
     arrays = {
         name: np.float32(name.endswith("norm.scale")) + np.float32(0.1) * rng.standard_normal(leaf.shape, np.float32)
@@ -74,7 +82,7 @@ def ours_condition(portable: Portable, labels=(1, 3), lengths=(TOKENS, 2)) -> An
 
 def ours_null(portable: Portable, condition: Any) -> Any:
     if portable.meta["text"] is None:
-        return jax.vmap(class_conditioning(CLASSES).null)(condition)
+        return jax.vmap(Labels(tuple(map(str, range(CLASSES)))).null)(condition)
     return condition._replace(dropped=jnp.ones_like(condition.dropped))
 
 

@@ -118,6 +118,8 @@ SIZES = [
     (("manifest", "latent_shape"), [16, BILLION, BILLION]),
     (("text", "width"), 10**12),
     (("text", "max_length"), BILLION),
+    (("text",), None),
+    (("text",), {"width": 24, "max_length": 6}),
     (("config", "text", "max_length"), BILLION),
     (("latent_mean",), [0.0]),
     (("prediction",), "x" * 100_000),

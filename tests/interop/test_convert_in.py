@@ -13,10 +13,11 @@ import torch
 from original_models import DiT, PixArt, randomised
 from runs import call, train_here
 
+from flowdit import load
 from flowdit.convert import main as convert
+from flowdit.inference.trained import Trained
 from flowdit.models.mmdit import TextCondition
 from flowdit.sample import main as sample
-from flowdit.training.trained import Trained, load_trained
 
 TIMES = np.asarray([0.0, 0.5, 0.875], np.float32)  # eighths are exact, and so are 1000 t and 1 - t
 LABELS = np.asarray([0, 9, 10], np.int32)
@@ -28,7 +29,7 @@ def converted(source: Path, *options: str) -> tuple[Trained, str]:
     target = source.parent / "converted"
     finished = call(convert, f"source={source}", f"target={target}", *options)
     assert finished.status == 0, finished.err
-    return load_trained(target), finished.out
+    return load(str(target)).trained, finished.out
 
 
 def latents(channels: int = 4, size: int = 8) -> np.ndarray:
@@ -99,7 +100,8 @@ def test_diffusers_pixart(tmp_path, heads, head_dim, micro, tokens, shards):
         encoder_attention_mask=torch.from_numpy(mask),
     ).sample  # fmt: skip
     assert_equal(trained, latents(), TextCondition(features, mask, np.zeros(3, bool), sizes), expected[:, :4])
-    assert trained.text["max_length"] == tokens and "null caption, which is set to 0" in out
+    assert trained.conditioning.describe()["text"]["max_length"] == tokens
+    assert "null caption, which is set to 0" in out
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import transformers
 from interop.exported_files import CLASSES_OF, FlowDiTPipeline
 from models.text_folders import write_t5gemma
 
-from flowdit.diffusion.conditioning import class_conditioning, text_conditioning
+from flowdit.conditioning.labels import Labels
+from flowdit.conditioning.text import Text
 from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.interop import layouts
 from flowdit.models.ccdit import build_ccdit
@@ -67,9 +68,7 @@ def null_caption(rows=1):
 def ours(model, config):
     """flowdit's model with the weights of the torch one."""
     is_text = config.name == "mmdit"
-    layout = layouts.DIFFUSERS_PIXART if is_text else layouts.DIFFUSERS_DIT
-    layout = layouts.with_head_norms(layout) if config.qk_norm else layout
-    layout = layout if config.micro_conditioning else layouts.without(layout, "size_embed")
+    layout = layouts.for_model(layouts.DIFFUSERS_PIXART if is_text else layouts.DIFFUSERS_DIT, config)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     arrays = layouts.to_ours(layout, tensors, config.depth)
     if is_text:
@@ -191,9 +190,9 @@ def sampled_by_flowdit(model, condition, null, **settings):
 
 def text_conditions(features, mask, size=None):
     """Conditions and null conditions of flowdit's text models."""
-    conditioning = text_conditioning(size)
+    conditioning = Text(size=size)
     texts = {"text_features": jnp.asarray(features), "text_mask": jnp.asarray(mask)}
-    condition = jax.vmap(conditioning.of_example)(texts)
+    condition = jax.vmap(conditioning.condition)(texts)
     return condition, jax.vmap(conditioning.null)(condition)
 
 
@@ -207,7 +206,7 @@ def test_class_latents_equal_flowdit(class_pipeline, interval):
     class_pipeline.register_to_config(**interval)
     got = class_pipeline(class_labels=["class 3", 7], latents=torch.from_numpy(noise()), output_type="latent").images
     labels = jnp.asarray([3, 7])
-    null = jax.vmap(class_conditioning(CLASSES).null)(labels)
+    null = jax.vmap(Labels(tuple(map(str, range(CLASSES)))).null)(labels)
     error = relative_error(got, sampled_by_flowdit(ours(class_pipeline.transformer, CLASS), labels, null, **interval))
     print(f"relative error {error:.2e}")
     assert error < 1e-4

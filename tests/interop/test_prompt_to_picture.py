@@ -1,7 +1,7 @@
 """An exported text model, its encoder and VAE in diffusers: from prompts to the pictures that flowdit draws."""
 
 import diffusers
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,11 +10,11 @@ from interop.small_models import DEFAULT_TEXT, STOCK_TEXT, random_model, saved
 from models.text_folders import write_t5gemma
 from runs import LATENT_SHAPE
 
-from flowdit.diffusion.sampling import picture_noise
+from flowdit.conditioning.text import describe_encoder
+from flowdit.diffusion.sampling import image_noise
 from flowdit.interop import ConvertConfig, convert, from_pretrained
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
 from flowdit.training.checkpoint import read_meta
-from flowdit.training.stages import describe_encoder
 
 PROMPTS = ["a red apple", "red"]
 SAMPLER = {"solver": "euler", "steps": 4, "guidance": 3.0, "time_shift": 2.0}
@@ -41,7 +41,7 @@ def test_prompts_give_the_same_pictures_in_diffusers(whole_run, encoder_folder, 
         text_encoder=transformers.T5GemmaEncoderModel.from_pretrained(encoder_folder, is_encoder_decoder=False),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.from_numpy(np.array(picture_noise(jax.random.key(0), len(PROMPTS), LATENT_SHAPE)))
+    noise = torch.from_numpy(np.array(image_noise(0, jnp.arange(len(PROMPTS)), LATENT_SHAPE)))
     theirs = pipeline(PROMPTS, latents=noise).images
     for name in (checkpoint, str(folder)):
         ours = from_pretrained(name).sample(prompts=PROMPTS, seed=0)

@@ -5,11 +5,10 @@ import pytest
 from interop.small_models import DEFAULT_TEXT, STOCK_CLASS, converted, random_model, saved
 
 from flowdit.config import SampleConfig
-from flowdit.interop import ConvertConfig, conversion, convert, from_pretrained, pretrained_model, read_source
+from flowdit.inference.sampler import Drawn, Sampler
+from flowdit.interop import ConvertConfig, conversion, convert, load, read_source
 from flowdit.interop.metadata import ForeignConfig
-from flowdit.interop.portable import to_trained
-from flowdit.sample import Drawn, make_requests, read_prompts
-from flowdit.training.trained import Trained
+from flowdit.sample import read_prompts
 
 FIELDS = [
     ("prediction", "epsilon", "prediction: must be one of velocity, noise, got 'epsilon'"),
@@ -31,15 +30,11 @@ def sources(meta, tmp_path_factory) -> dict[str, str]:
     return {name: saved(random_model(meta, model), root / f"{name}.safetensors") for name, model in models.items()}
 
 
-def trained_of(source: str) -> Trained:
-    return to_trained(read_source(source))
-
-
 @pytest.mark.parametrize(("field", "value", "told"), FIELDS)
 def test_what_is_said_of_a_source_is_checked_on_every_way_in(sources, tmp_path, field, value, told):
     said = {} if field == "weights" else {field: value}
     ways = [
-        lambda: from_pretrained(sources["class"], **{field: value}),
+        lambda: load(sources["class"], **{field: value}),
         lambda: convert(ConvertConfig(source=sources["class"], target=str(tmp_path / "out"), **{field: value})),
         lambda: read_source(sources["class"], value if field == "weights" else "ema", ForeignConfig(**said)),
     ]
@@ -52,43 +47,50 @@ def test_what_is_said_of_a_source_is_checked_on_every_way_in(sources, tmp_path, 
 
 def test_setting_that_there_is_not(sources):
     with pytest.raises(ValueError, match="^predict: no such setting, must be one of format, prediction, latent_size, "):
-        from_pretrained(sources["class"], predict="noise")
-    model = from_pretrained(sources["class"])
+        load(sources["class"], predict="noise")
+    sampler = load(sources["class"])
     for name in ("label", "out", "save_latents"):
-        with pytest.raises(ValueError, match=f"^{name}: no such setting, must be one of labels, prompts, "):
-            model.sample(**{name: "dog"})
+        for draw in (sampler.draw, sampler.sample):
+            with pytest.raises(ValueError, match=f"^{name}: no such setting, must be one of labels, prompts, "):
+                draw(**{name: "dog"})
+
+
+def asked(monkeypatch, sampler: Sampler, **settings) -> list[str]:
+    """The captions of the images that `sample` draws, as many as it returns; nothing is drawn."""
+
+    def batches(self, requests, *_):
+        yield Drawn(np.zeros((len(requests), 8, 8, 3), np.uint8), np.zeros(0), np.zeros(0), list(range(len(requests))))
+        captions.extend(requests.captions)
+
+    captions: list[str] = []
+    monkeypatch.setattr(Sampler, "batches", batches)
+    assert len(sampler.sample(**settings)) == len(captions)
+    return captions
 
 
 @pytest.mark.parametrize(
     ("labels", "names"),
     [("dog", ["dog"]), (3, ["sun"]), (("dog", 3), ["dog", "sun"]), (np.asarray([0, 1]), ["cat", "dog"])],
 )
-def test_labels_that_are_no_list(sources, labels, names):
-    trained = trained_of(sources["class"])
-    assert make_requests(trained, SampleConfig(checkpoint="here", labels=labels)).captions == names
+def test_labels_that_are_no_list(sources, monkeypatch, labels, names):
+    """One label is one image, in Python and as the command reads it."""
+    sampler = load(sources["class"])
+    assert asked(monkeypatch, sampler, labels=labels) == names
+    assert sampler.requests(1, {"labels": SampleConfig(checkpoint="here", labels=labels).labels}).captions == names
 
 
-def test_one_label_is_one_picture(sources, monkeypatch):
-    asked = []
-
-    def draw_pictures(trained, config, sampler, requests):
-        asked.append(requests.captions)
-        return Drawn(np.zeros((len(requests.captions), 8, 8, 3), np.uint8), np.zeros(0), 0)
-
-    monkeypatch.setattr(pretrained_model, "draw_pictures", draw_pictures)
-    assert len(from_pretrained(sources["class"]).sample(labels="dog")) == 1
-    assert asked == [["dog"]]
-
-
-def test_one_prompt_is_one_prompt(sources):
-    trained = trained_of(sources["text"])
-    assert read_prompts(trained, SampleConfig(checkpoint="here", prompts="red apple")) == ["red apple"]
+def test_one_prompt_is_one_prompt(sources, monkeypatch):
+    sampler = load(sources["text"])
+    monkeypatch.setattr(type(sampler.trained.conditioning), "_warn_of_truncation", lambda *_: None)  # loads an encoder
+    assert asked(monkeypatch, sampler, prompts="red apple") == ["red apple"]
+    assert asked(monkeypatch, sampler, prompts=2024, num_images=2) == ["2024", "2024"]
+    assert read_prompts(SampleConfig(checkpoint="here", prompts="red apple")) == ["red apple"]
     assert SampleConfig(prompts=[2024]).prompts == SampleConfig(prompts=2024).prompts == ["2024"]
 
 
 def test_one_prompt_for_the_picture_of_the_card(sources, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(conversion, "sample_grid", lambda trained, path, vae, prompts: asked.append(prompts))
+    monkeypatch.setattr(conversion, "draw_grid", lambda sampler, path, prompts: asked.append(prompts))
     options = {"own_class": True, "picture": "draw", "prompts": "red apple"}
     converted(sources["text"], tmp_path / "out", to="diffusers", **options)
     assert asked == [["red apple"]]

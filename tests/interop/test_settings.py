@@ -22,7 +22,7 @@ from interop.small_models import (
 )
 
 from flowdit.interop import read_source
-from flowdit.interop.diffusers_config import HONOURED
+from flowdit.interop.diffusers_config import CLASSES
 from flowdit.interop.metadata import ForeignConfig
 
 # Fields of one class or the other; a class ignores those that are not its own.
@@ -35,13 +35,14 @@ def class_called(name: str) -> type:
     return getattr(diffusers, name, None) or getattr(CLASSES_OF, name)
 
 
-@pytest.mark.parametrize("name", sorted(HONOURED))
+@pytest.mark.parametrize("name", sorted(CLASSES))
 def test_fields_and_defaults_are_those_of_the_class(name):
     parameters = inspect.signature(class_called(name).__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.name != "self"}
-    assert {field: defaults[field] for field in HONOURED[name]} == HONOURED[name]
+    honoured = CLASSES[name][1].honoured
+    assert {field: defaults[field] for field in honoured} == honoured
     unused = {"num_embeds_ada_norm"} if "caption_channels" in defaults else set()  # a table that PixArt does not have
-    assert defaults.keys() - HONOURED[name].keys() == HARMLESS | unused
+    assert defaults.keys() - honoured.keys() == HARMLESS | unused
 
 
 @pytest.mark.parametrize(

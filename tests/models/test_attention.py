@@ -1,6 +1,5 @@
 """Which kernel attention takes: chosen by the target's devices, dtype and shape; taken where it is traced."""
 
-from pathlib import Path
 from unittest.mock import Mock
 
 import jax
@@ -9,10 +8,13 @@ import numpy as np
 import pytest
 from runs import call
 
-from flowdit import sample
-from flowdit.data.manifest import Manifest
-from flowdit.diffusion.conditioning import class_conditioning, text_conditioning
+import flowdit
+from flowdit.conditioning.labels import Labels
+from flowdit.conditioning.text import Text
+from flowdit.diffusion.objective import FlowMatching
 from flowdit.diffusion.sampling import SamplerConfig
+from flowdit.inference import sampler
+from flowdit.inference.sampler import make_draw
 from flowdit.models import attention
 from flowdit.models.attention import AttentionShape, attend, choose_kernels, use_kernels
 from flowdit.models.ccdit import build_ccdit
@@ -22,12 +24,8 @@ from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import AXES, MeshConfig, make_mesh
 from flowdit.train import stage1, stage2
 from flowdit.training import setup
-from flowdit.training.evaluate import Preview
-from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, make_optimizer
-from flowdit.training.stages import label_requests
 from flowdit.training.step import init_state, make_train_step, make_validation_step
-from flowdit.training.trained import load_trained
 
 LATENT, TEXT_DIM, LENGTH = (4, 4, 6), 10, 5
 MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=3)
@@ -83,7 +81,7 @@ def trace(compute: Compute) -> None:
     batch = {"text_features": shape((LENGTH, TEXT_DIM), "float32"), "text_mask": shape((LENGTH,), "bool")}
 
     def velocity(model, x_t, batch):
-        return compute.cast(model)(x_t, jnp.float32(0.5), text_conditioning(None).of_example(batch))
+        return compute.cast(model)(x_t, jnp.float32(0.5), Text().condition(batch))
 
     jax.eval_shape(compute.on(None, velocity), model, shape(LATENT, "float32"), batch)
 
@@ -200,46 +198,41 @@ def test_a_function_that_was_traced_with_other_kernels_is_traced_again(calls):
 def test_steps_of_training_and_validation_take_the_objectives_kernels(calls):
     config = ModelConfig(depth=1, hidden_dim=24, num_heads=3)
     optimizer = make_optimizer(OptimConfig(), 10)
-    objective = Objective(class_conditioning(3), 0.1, (0.0,) * 4, (1.0,) * 4, compute=BFLOAT16_SELF)
+    objective = FlowMatching(Labels(("a", "b", "c")), 0.1, (0.0,) * 4, (1.0,) * 4)
     state = jax.eval_shape(lambda: init_state(build_ccdit(config, LATENT, 3, key=jax.random.key(0)), optimizer))
     batch = {"latent": jnp.zeros((2, *LATENT)), "label": jnp.zeros(2, jnp.int32)}
     with jax.numpy_dtype_promotion("standard"):
-        jax.eval_shape(make_train_step(optimizer, objective, 0), state, batch)
+        jax.eval_shape(make_train_step(optimizer, objective, 0, compute=BFLOAT16_SELF), state, batch)
     trained = list(calls)
-    step = make_validation_step(objective, 0)
+    step = make_validation_step(objective, 0, BFLOAT16_SELF)
     jax.eval_shape(step, state.model, batch | {"weight": jnp.ones(2)}, jnp.asarray(0))
     validated = calls[len(trained) :]
     assert set(trained) == set(validated) == {(SELF, "cudnn")}
 
 
-def test_previews_take_the_objectives_kernels(tiny_data, tmp_path, calls):
-    manifest, conditioning, patches = Manifest.read(tiny_data), class_conditioning(3), AttentionShape(8, 16)
-    objective = Objective(
-        conditioning, 0.1, (0.0,) * 16, (1.0,) * 16, compute=Compute("bfloat16", frozenset({patches}))
-    )
-    requests = label_requests([0, 1], manifest.class_names, conditioning)
-    mesh = make_mesh(MeshConfig())
-    preview = Preview(tmp_path, mesh, manifest, objective, SamplerConfig(steps=1), requests, 0)
-    config = ModelConfig(depth=1, hidden_dim=24, num_heads=3)
-    model = jax.eval_shape(lambda: build_ccdit(config, manifest.latent_shape, 3, key=jax.random.key(0)))
-    jax.eval_shape(preview._draw, model, requests.condition, requests.null)
-    assert set(calls) == {(patches, "cudnn")}
+def test_draws_take_the_kernels_they_are_given(calls):
+    config, mesh = ModelConfig(depth=1, hidden_dim=24, num_heads=3), make_mesh(MeshConfig())
+    model = jax.eval_shape(lambda: build_ccdit(config, LATENT, 3, key=jax.random.key(0)))
+    draw = make_draw(LATENT, SamplerConfig(steps=1), "velocity", BFLOAT16_SELF, mesh)
+    numbers = np.arange(4, dtype=np.int32)
+    jax.eval_shape(draw, model, np.uint32(0), numbers, numbers, numbers)
+    assert set(calls) == {(SELF, "cudnn")}
 
 
 def test_a_model_read_back_takes_cudnn_once_it_is_bfloat16(whole_run, monkeypatch, calls):
-    trained = load_trained(Path(whole_run) / "6")
-    shapes = trained.config.model.attention_shapes(trained.manifest.latent_shape)
     asked = []
 
     def choose(*arguments):
-        asked.append(arguments)
+        asked.append(arguments[1:])
         return Compute("bfloat16", frozenset(arguments[2]))
 
-    monkeypatch.setattr(sample, "choose_compute", choose)
-    requests = label_requests([0, 1], trained.manifest.class_names, trained.conditioning)
-    latents, _ = sample.draw(trained, SamplerConfig(steps=1), requests, seed=0, batch_size=2)
-    assert np.isfinite(latents).all()
-    assert asked == [(None, "float32", shapes)]
+    monkeypatch.setattr(sampler, "choose_compute", choose)
+    drawing = flowdit.load(str(whole_run / "6"))
+    (images,) = drawing.draw(labels=[0, 1], steps=1)
+    assert len(images) == 2
+    trained = drawing.trained
+    shapes = trained.config.model.attention_shapes(trained.manifest.latent_shape)
+    assert asked == [("float32", shapes)]
     assert set(calls) == {(shapes[0], "cudnn")}
 
 

@@ -11,9 +11,9 @@ import pytest
 from damage import flip_bit
 from runs import assert_same_checkpoint, error_line, steps_of, stored_arrays, train_here
 
+from flowdit import load
 from flowdit.training import loop
 from flowdit.training.checkpoint_files import DamagedCheckpoint, verify_files
-from flowdit.training.trained import load_trained
 
 
 @pytest.fixture
@@ -128,12 +128,12 @@ def test_checkpoint_holds_no_pickle_and_is_read_without_one(whole_run, monkeypat
     assert [path for path in files if is_pickle(path.read_bytes())] == []
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
-    assert load_trained(whole_run / "6").step == 6
+    assert load(str(whole_run / "6")).trained.step == 6
 
 
 def test_sampling_reads_the_moving_average(whole_run):
     stored = stored_arrays(whole_run / "6")
-    loaded = load_trained(whole_run / "6").model.patch_embed.weight
+    loaded = load(str(whole_run / "6")).trained.model.patch_embed.weight
     np.testing.assert_array_equal(loaded, stored["model_ema.patch_embed.weight"])
     assert not np.array_equal(loaded, stored["state.model.patch_embed.weight"])
 

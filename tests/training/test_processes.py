@@ -33,7 +33,7 @@ for stage, *arguments in tasks:
     sys.argv = [stage, *arguments, *cluster]
     getattr(train, stage)()
 for run in sorted(Path(folder).iterdir()):
-    restored = restore_newest(run, layout, lambda meta: None, lambda line: None)
+    restored = restore_newest(run, layout, lambda meta: None, lambda line: None, lambda names: {})
     print("restored", run.name, int(restored.state.step), flush=True)
 """
 
@@ -78,8 +78,8 @@ def pair(tiny_data, damaged_runs, whole_run, tmp_path_factory) -> tuple[Path, li
     shutil.copytree(whole_run, folder / "resumed")
     flip_bit(folder / "resumed" / "6" / "meta" / "metadata")
     finished = run_pair(
-        settings(1, tiny_data, folder / "1", "mesh.fsdp=4"),
-        settings(2, tiny_data, folder / "2"),
+        settings(1, tiny_data, folder / "1", "mesh.fsdp=4", "train.sample_every=6", "train.validate_every=6"),
+        settings(2, tiny_data, folder / "2", "train.sample_every=6"),
         settings(1, tiny_data, folder / "resumed", "train.is_restore=true"),
         restore=damaged_runs,
     )
@@ -95,6 +95,7 @@ def test_two_processes_have_the_losses_of_one(whole_run, whole_text_run, pair, s
     )
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+    assert (pair[0] / str(stage) / "samples" / "00000006.png").is_file()
 
 
 def test_console_and_log_are_the_first_process_s(pair):

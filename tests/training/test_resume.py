@@ -23,7 +23,7 @@ from runs import (
 
 from flowdit.data.loader import Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import stage1_schema
+from flowdit.data.records import LabelField, record_schema
 from flowdit.training.tracking import Progress
 
 LONG = ("train.num_steps=60", "train.save_every=10")
@@ -59,7 +59,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal
 
 def tiny_source(data: Path) -> Source:
     manifest = Manifest.read(data)
-    return open_source(data, manifest, schema=stage1_schema(manifest.latent_shape, manifest.num_classes))
+    return open_source(
+        data, manifest, schema=record_schema(manifest.latent_shape, {"label": LabelField(manifest.num_classes)})
+    )
 
 
 def next_batch(data: Path, run: Path) -> dict[str, np.ndarray]:
@@ -85,6 +87,7 @@ def test_resume_is_exact(tiny_data, whole_run, tmp_path, stops, number):
     assert_same_checkpoint(run / str(NUM_STEPS), whole_run / str(NUM_STEPS))
     assert metrics(run, "train/loss") == metrics(whole_run, "train/loss")
     assert metrics(run, "train/learning_rate") == metrics(whole_run, "train/learning_rate")
+    assert metrics(run, "train/total_flops") == metrics(whole_run, "train/total_flops")
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(tiny_data, whole_run, tmp_path):

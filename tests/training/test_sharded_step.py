@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from models.text_folders import ENCODER
 
-from flowdit.diffusion.conditioning import class_conditioning, text_conditioning
+from flowdit.conditioning.labels import Labels
+from flowdit.conditioning.text import Text, make_encode_step
+from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.ccdit import build_ccdit
 from flowdit.models.compute import Compute
 from flowdit.models.mmdit import build_mmdit
@@ -23,9 +25,7 @@ from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, make_mesh, parameter_shardings, shard_batch
-from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, make_optimizer
-from flowdit.training.stages import make_encode_step
 from flowdit.training.step import init_state, make_train_step, make_validation_step
 
 DEPTH, CLASSES, LATENT, TEXT = 3, 5, (4, 2, 14), (11, 18)
@@ -96,9 +96,9 @@ def build_model(stage: int, remat: str):
     return build_mmdit(ModelConfig("mmdit", **shape), LATENT, TEXT[1], key=jax.random.key(0))
 
 
-def objective_of(stage: int, dtype: str = "float32") -> Objective:
-    conditioning = class_conditioning(CLASSES) if stage == 1 else text_conditioning(None)
-    return Objective(conditioning, 0.1, (0.0,) * 4, (1.0,) * 4, compute=Compute(dtype))
+def objective_of(stage: int) -> FlowMatching:
+    conditioning = Labels(tuple(map(str, range(CLASSES)))) if stage == 1 else Text()
+    return FlowMatching(conditioning, 0.1, (0.0,) * 4, (1.0,) * 4)
 
 
 def batch_of(stage: int) -> dict[str, np.ndarray]:
@@ -118,7 +118,7 @@ def on(mesh, shapes):
 
 def lower_step(stage: int, mesh, *, remat: str, accum: int, dtype: str = "float32"):
     state = on(mesh, jax.eval_shape(lambda: init_state(build_model(stage, remat), OPTIMIZER)))
-    step = make_train_step(OPTIMIZER, objective_of(stage, dtype), 0, accum, mesh=mesh)
+    step = make_train_step(OPTIMIZER, objective_of(stage), 0, accum, compute=Compute(dtype), mesh=mesh)
     return step.lower(state, shard_batch(mesh, batch_of(stage)))
 
 
@@ -172,7 +172,7 @@ def test_validation_sums_losses_alone():
     mesh = make_mesh(MeshConfig(fsdp=4))
     batch = shard_batch(mesh, batch_of(1) | {"weight": np.ones(BATCH, np.float32)})
     model = on(mesh, jax.eval_shape(lambda: build_model(1, "none")))
-    step = make_validation_step(objective_of(1), 0, mesh)
+    step = make_validation_step(objective_of(1), 0, mesh=mesh)
     found = collectives(step.lower(model, batch, jnp.asarray(0)).compile().as_text())
     assert gathers(found)
     assert reduced_bytes(found) < 1000

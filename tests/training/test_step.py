@@ -1,25 +1,24 @@
 """The training step: what it computes, and that devices, accumulation and bad numbers do not change it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from flowdit.diffusion.conditioning import class_conditioning
+from flowdit.conditioning.labels import Labels
+from flowdit.diffusion.objective import FlowMatching, Parameters
 from flowdit.models.ccdit import build_ccdit
-from flowdit.models.compute import Compute
+from flowdit.models.compute import FLOAT32, Compute
+from flowdit.models.flops import matmul_flops
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
-from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, decay_mask, learning_rate_schedule, make_optimizer
-from flowdit.training.step import init_state, make_train_step
+from flowdit.training.step import image_flops, init_state, make_train_step
 
 LATENT, CLASSES = (4, 8, 8), 5
 MODEL = ModelConfig(depth=2, hidden_dim=32, num_heads=2)
-OBJECTIVE = Objective(class_conditioning(CLASSES), 0.1, (0.1,) * 4, (0.9,) * 4)
+OBJECTIVE = FlowMatching(Labels(tuple(map(str, range(CLASSES)))), 0.1, (0.1,) * 4, (0.9,) * 4)
 
 
 def batch_of(size: int, step: int = 0) -> dict[str, np.ndarray]:
@@ -31,13 +30,24 @@ def batch_of(size: int, step: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def run(mesh_config=None, *, steps=3, batch=8, accum=1, objective=OBJECTIVE, optim=None, batches=batch_of, decay=0.9):
+def run(
+    mesh_config=None,
+    *,
+    steps=3,
+    batch=8,
+    accum=1,
+    objective=OBJECTIVE,
+    optim=None,
+    batches=batch_of,
+    decay=0.9,
+    compute=FLOAT32,
+):
     """Losses and final state of a few steps."""
     mesh = make_mesh(mesh_config or MeshConfig(data=4))
     optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 100)
     build = lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
     state = init_sharded(mesh, build)
-    step = make_train_step(optimizer, objective, 0, accum, decay, mesh=mesh)
+    step = make_train_step(optimizer, objective, 0, accum, decay, compute=compute, mesh=mesh)
     history = []
     for i in range(steps):
         state, metrics = step(state, shard_batch(mesh, batches(batch, i)))
@@ -96,7 +106,7 @@ def test_fsdp_parameters_really_are_spread():
     state = init_sharded(
         mesh, lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
     )
-    for tree in (state.model, state.ema, state.opt_state[1][0].mu):
+    for tree in (state.model, state.ema, state.opt_state[1][0].mu.model):
         weight = tree.blocks.attention.qkv.weight
         assert weight.addressable_shards[0].data.size == weight.size // 4
         assert tree.class_table.sharding.is_fully_replicated
@@ -108,9 +118,8 @@ def test_accumulation_equals_the_large_batch(baseline):
 
 
 def test_bfloat16_compute_keeps_float32_masters(baseline):
-    objective = dataclasses.replace(OBJECTIVE, compute=Compute("bfloat16"))
     with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's own attention mixes dtypes
-        history, state = run(objective=objective)
+        history, state = run(compute=Compute("bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves((state.model, state.ema))} == {np.dtype("float32")}
     expected = [m["loss"] for m in baseline[0]]
     np.testing.assert_allclose([m["loss"] for m in history], expected, rtol=0.02)
@@ -146,6 +155,26 @@ def test_a_bad_batch_never_reaches_the_weights(bad):
     assert [int(m["skipped"]) for m in history] == [0, 1, 1]
     assert [int(m["skipped_in_row"]) for m in history] == [0, 1, 0]
     assert int(state.step) == 3 and np.isfinite(history[2]["loss"])
+
+
+def test_reported_learning_rate_is_that_of_the_last_update():
+    """The second batch is skipped: it makes no update, and the schedule counts updates."""
+
+    def poisoned(size, step):
+        batch = batch_of(size, step)
+        return batch | {"latent": batch["latent"] * np.float32(np.nan if step == 1 else 1)}
+
+    history, _ = run(optim=OptimConfig(learning_rate=1e-2, warmup_steps=4), batches=poisoned)
+    np.testing.assert_allclose([m["learning_rate"] for m in history], [0.0025, 0.0025, 0.005], rtol=1e-5)
+
+
+def test_flops_of_an_image_are_those_of_its_loss_and_depend_on_nothing_else():
+    model = build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
+    forward = matmul_flops(lambda model: model(jnp.zeros(LATENT), jnp.zeros(()), jnp.asarray(0)), model)
+    few, many = (jax.tree.map(jnp.asarray, batch_of(size)) for size in (4, 8))
+    few["latent_std"] = jnp.ones_like(few["latent"])
+    assert image_flops(OBJECTIVE, FLOAT32, Parameters(model), many) == 3 * forward
+    assert image_flops(OBJECTIVE, Compute("bfloat16"), Parameters(jax.eval_shape(lambda: model)), few) == 3 * forward
 
 
 def test_every_step_draws_its_own_noise():
@@ -202,9 +231,11 @@ def test_clipping_is_by_global_norm():
     ],
 )
 def test_learning_rate_schedules(settings, expected):
-    schedule = learning_rate_schedule(OptimConfig(learning_rate=1.0, **settings), 100)
+    config = OptimConfig(learning_rate=1.0, **settings)
+    schedule, of_optimizer = learning_rate_schedule(config, 100), jax.jit(make_optimizer(config, 100).learning_rate)
     for step, value in expected.items():
         assert float(schedule(step)) == pytest.approx(value, rel=1e-4), step
+        assert of_optimizer(jnp.asarray(step)) == pytest.approx(value, rel=1e-4), step
 
 
 def test_compile_time_does_not_grow_with_depth():

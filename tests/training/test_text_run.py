@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import time
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +20,22 @@ from runs import (
     train_text_here,
 )
 
+from flowdit.conditioning.text import Text, Training
+from flowdit.data.loader import DataConfig
 from flowdit.data.manifest import Manifest
 from flowdit.data.text_features import write_cache
-from flowdit.diffusion.conditioning import text_conditioning
+from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.mmdit import build_mmdit
 from flowdit.models.text_encoder import TextConfig, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
-from flowdit.training.objective import Objective
 from flowdit.training.optim import OptimConfig, make_optimizer
-from flowdit.training.stages import online_encoding
 from flowdit.training.step import init_state, make_train_step
 from flowdit.training.tracking import Progress
 
 LATENT, WIDTH, LENGTH = (4, 8, 8), 6, 5
 MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=2)
-OBJECTIVE = Objective(text_conditioning(None), 0.3, (0.1,) * 4, (0.9,) * 4)
+OBJECTIVE = FlowMatching(Text(), 0.3, (0.1,) * 4, (0.9,) * 4)
 
 
 def test_resume_is_exact(tiny_data, whole_text_run, tmp_path):
@@ -92,7 +93,9 @@ def test_t5gemma_in_the_loop_is_laid_out_on_the_mesh(tmp_path):
         assert weight.addressable_shards[0].data.size == weight.size // 4
     tokens = alone.tokenize(["red apple", "", "a red pear, ripe and red", "sun"] * 2)
     batch = {"text_ids": tokens.ids, "text_mask": tokens.mask, "label": np.arange(8)}
-    encoded = online_encoding(spread, mesh, 4)(shard_batch(mesh, batch))
+    tokens_on_mesh = shard_batch(mesh, batch)
+    text = Text(training=Training(spread, DataConfig(), Mock(spec=Manifest), mesh, 4))
+    encoded = text.encode(tokens_on_mesh)
     assert encoded.keys() == {"text_features", "text_mask", "label"}
     expected = np.asarray(encode_tokens(alone.network, tokens.ids, tokens.mask))
     features = np.asarray(encoded["text_features"])
@@ -143,10 +146,10 @@ def test_micro_conditioning_reaches_the_model():
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
     velocities = []
     for size in ((64, 64), (64, 128)):
-        objective = dataclasses.replace(OBJECTIVE, conditioning=text_conditioning(size))
+        objective = dataclasses.replace(OBJECTIVE, conditioning=Text(size=size))
         drawn = objective.draw(example, jax.random.key(0))
-        np.testing.assert_array_equal(drawn["condition"].size, size)
-        velocities.append(model(drawn["noise"], drawn["t"], drawn["condition"]))
+        np.testing.assert_array_equal(drawn.condition.size, size)
+        velocities.append(model(drawn.noise, drawn.t, drawn.condition))
     assert not np.allclose(*velocities, atol=1e-4)
 
 
@@ -197,5 +200,5 @@ def test_dropped_captions_train_the_null_caption_alone():
     objective = dataclasses.replace(OBJECTIVE, drop_rate=1.0)
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
     drawn = objective.draw(example, jax.random.key(0))
-    assert bool(drawn["condition"].dropped)
-    np.testing.assert_array_equal(drawn["condition"].mask, example["text_mask"])
+    assert bool(drawn.condition.dropped)
+    np.testing.assert_array_equal(drawn.condition.mask, example["text_mask"])

@@ -25,10 +25,10 @@ Inputs = dict[str, torch.Tensor]
 
 
 class FlowDiTPipeline(DiffusionPipeline):
-    """Class- or text-conditional sampling in the latent space of a VAE.
+    """Class-conditional, text-conditional or unconditional sampling in the latent space of a VAE.
 
-    The transformer decides which: one of PixArt's kind takes prompts, one of DiT's kind class labels. It sees
-    normalised latents, (raw - `latents_mean`) * `latents_scale` by channel, where raw is what the VAE's network makes;
+    The transformer decides which: one of PixArt's kind takes prompts, one of DiT's kind class labels, or nothing where
+    it has no classes (`num_embeds_ada_norm` 0), and its class table the null class alone. It sees normalised latents, (raw - `latents_mean`) * `latents_scale` by channel, where raw is what the VAE's network makes;
     the scaling and shift factors of the VAE's configuration are not used. `null_caption` stands for the text features
     of an absent caption: one row for all tokens, or one row a token. `guidance_low` and `guidance_high` bound the
     sigmas that are guided. `image_size` is (height, width) in pixels, which some transformers are conditioned on.
@@ -85,8 +85,11 @@ class FlowDiTPipeline(DiffusionPipeline):
         prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        num_images: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """One picture for each prompt, row of `prompt_embeds` (n, tokens, width), or class number or name.
+
+        An unconditional model takes `num_images` in their place, 1 by default; there is nothing to guide it from.
 
         An empty `negative_prompt` is the model's own null caption. `latents` is the noise to start from, (n, channels,
         height, width). Output type "latent" gives the normalised latents. Raises `ValueError` for what does not fit the
@@ -96,15 +99,24 @@ class FlowDiTPipeline(DiffusionPipeline):
             raise ValueError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if output_type != "latent":
             self._check_vae()
-        self._check_kind(prompt, class_labels, negative_prompt, prompt_embeds, prompt_attention_mask)
+        self._check_kind(
+            prompt=prompt, negative_prompt=negative_prompt or None, prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask, class_labels=class_labels, num_images=num_images,
+        )  # fmt: skip
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         if self._takes_text:
             condition = self._text_condition(prompt, prompt_embeds, prompt_attention_mask)
             null = None if guidance == 1 else self._text_null(condition, negative_prompt)
-        else:
+        elif self._num_classes:
             condition = {"class_labels": self._class_numbers(class_labels)}
             null = {"class_labels": torch.full_like(condition["class_labels"], self._num_classes)}
+        else:
+            count = 1 if num_images is None else num_images
+            condition, null = (
+                {"class_labels": torch.zeros(count, dtype=torch.long, device=self._execution_device)},
+                None,
+            )
         latents = self._noise(len(next(iter(condition.values()))), generator, latents)
         latents = self._integrate(latents, condition, null, guidance, steps, generator)
         images = latents if output_type == "latent" else self._decode(latents, output_type)
@@ -127,21 +139,27 @@ class FlowDiTPipeline(DiffusionPipeline):
                 f"vae: pictures need one, pass vae=AutoencoderKL.from_pretrained({name!r}), or output_type='latent'"
             )
 
-    def _check_kind(self, prompt: Any, labels: Any, negative: str, embeds: Any, mask: Any) -> None:
-        texts = {"prompt": prompt, "prompt_embeds": embeds, "prompt_attention_mask": mask}
-        if not self._takes_text:
-            texts |= {"negative_prompt": negative or None}
-            if given := [name for name, value in texts.items() if value is not None]:
-                raise ValueError(f"{given[0]}: must not be given, this is a class model: pass class_labels")
-            if labels is None or labels == []:
-                raise ValueError("class_labels: must be given, this is a class model")
-            return
-        if labels is not None:
-            raise ValueError("class_labels: must not be given, this is a text model: pass prompt")
-        if (prompt is None) == (embeds is None) or prompt == []:
-            raise ValueError("prompt: must be given, or else prompt_embeds, but not both")
-        if mask is not None and embeds is None:
-            raise ValueError("prompt_attention_mask: must not be given without prompt_embeds")
+    def _check_kind(self, **asked: Any) -> None:
+        """Raise `ValueError` for the first argument that this kind of model does not take, or for want of one."""
+        given = {name for name, value in asked.items() if value is not None}
+        if self._takes_text:
+            kind, takes = "a text model", ("prompt", "negative_prompt", "prompt_embeds", "prompt_attention_mask")
+        elif self._num_classes:
+            kind, takes = "a class model", ("class_labels",)
+        else:
+            kind, takes = "an unconditional model", ("num_images",)
+        for name in asked:
+            if name in given and name not in takes:
+                raise ValueError(f"{name}: must not be given, this is {kind}: pass {takes[0]}")
+        if self._takes_text:
+            if ("prompt" in given) == ("prompt_embeds" in given) or asked["prompt"] == []:
+                raise ValueError("prompt: must be given, or else prompt_embeds, but not both")
+            if "prompt_attention_mask" in given and "prompt_embeds" not in given:
+                raise ValueError("prompt_attention_mask: must not be given without prompt_embeds")
+        elif self._num_classes and ("class_labels" not in given or asked["class_labels"] == []):
+            raise ValueError("class_labels: must be given, this is a class model")
+        elif "num_images" in given and (type(count := asked["num_images"]) is not int or count < 1):
+            raise ValueError(f"num_images: must be a whole number above 0, got {count!r}")
 
     def _class_numbers(self, labels: int | str | list[int | str]) -> torch.Tensor:
         """(n,) class numbers of numbers or names. Raises `ValueError` for a class that the model has not got."""

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from flowdit.data.manifest import Manifest
 from flowdit.diffusion.flow import denormalise_latents
-from flowdit.models.vae import AutoencoderKL
+from flowdit.models.vae import AutoencoderKL, load_vae
+from flowdit.sharding import batch_sharding, batch_shards, replicated
 
-Decode = Callable[[Float[np.ndarray, "batch c h w"]], UInt8[np.ndarray, "batch height width 3"]]
+Decode = Callable[[Float[np.ndarray, "n c h w"], int], UInt8[np.ndarray, "n height width 3"]]
+DECODED_AT_ONCE = 16
+"""Images a device decodes at a time: the VAE needs far more memory than the network that made the latents."""
 
 
-def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[float], batch_size: int = 16) -> Decode:
-    """Normalised latents -> pictures as bytes, `batch_size` at a time (the VAE needs far more memory than the DiT)."""
+def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[float], mesh: Mesh) -> Decode:
+    """Normalised latents, and the batch size to compile for, to images as bytes; the batch is split over the mesh."""
+    vae = jax.device_put(vae, replicated(mesh))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def decode_batch(vae, latents):
         raw = denormalise_latents(latents, jnp.asarray(mean), jnp.asarray(scale))
         images = jax.vmap(vae.decode)(raw)
         return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
-    def decode(latents):
-        count = len(latents)
-        padded = np.concatenate([latents, np.zeros((-count % batch_size, *latents.shape[1:]), latents.dtype)])
-        parts = [decode_batch(vae, padded[i : i + batch_size]) for i in range(0, len(padded), batch_size)]
-        return np.concatenate([np.asarray(part) for part in parts])[:count].transpose(0, 2, 3, 1)
+    def decode(latents, batch_size):
+        shards = batch_shards(mesh)
+        size = min(-(-batch_size // shards), DECODED_AT_ONCE) * shards
+        padded = np.concatenate([latents, np.zeros((-len(latents) % size, *latents.shape[1:]), latents.dtype)])
+        rows = [jax.device_put(padded[i : i + size], batch_sharding(mesh)) for i in range(0, len(padded), size)]
+        images = np.concatenate([np.asarray(decode_batch(vae, part)) for part in rows])
+        return images[: len(latents)].transpose(0, 2, 3, 1)
 
     return decode
 
@@ -75,3 +84,28 @@ def _shortened(text: str, length: Callable[[str], float], width: int) -> str:
     while text and length(text + "…") > width:
         text = text[:-1]
     return text + "…"
+
+
+def load_matching_vae(name: str, manifest: Manifest) -> AutoencoderKL:
+    """The VAE called `name`. Raises `ValueError` if it is not the one that made the data's latents.
+
+    Of a model that was trained elsewhere the VAE may be unknown, its fingerprint empty: then the layout of the latents
+    has to do.
+    """
+    known, channels = manifest.vae, manifest.latent_shape[0]
+    if not name:
+        raise ValueError(
+            f"vae: must be given, the checkpoint names none (an AutoencoderKL folder or hub id with {channels} channels)"
+        )
+    vae = load_vae(name)
+    wanted = (channels, known.stride, known.shift, known.scale)
+    found = (vae.config.latent_channels, vae.config.stride, vae.config.shift_factor, vae.config.scaling_factor)
+    if found != wanted:
+        needed, made = ("{} channels, stride {}, shift {} and scale {}".format(*layout) for layout in (wanted, found))
+        raise ValueError(f"vae: must make latents of {needed}, {name!r} makes {made}")
+    if known.fingerprint and vae.fingerprint != known.fingerprint:
+        raise ValueError(
+            f"vae: must be the one that made the latents (fingerprint {known.fingerprint}), "
+            f"{name!r} has {vae.fingerprint}"
+        )
+    return vae

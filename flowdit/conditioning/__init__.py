@@ -1,0 +1,63 @@
+"""What a model is conditioned on. One file a kind, and `KINDS` names them; nothing outside of this folder asks which it is.
+
+To add a kind, write a `Conditioning` in a file of its own and give it a line in `KINDS` (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from flowdit.conditioning.base import Batch, Conditioning, Requests
+from flowdit.conditioning.labels import Labels
+from flowdit.conditioning.none import Unconditional
+from flowdit.conditioning.text import Text
+from flowdit.config import Config
+from flowdit.data.manifest import Manifest
+
+__all__ = ["KINDS", "Batch", "Conditioning", "Requests", "check", "for_training", "from_checkpoint", "kind_of"]
+
+KINDS: dict[str, type[Conditioning]] = {"labels": Labels, "text": Text, "none": Unconditional}
+"""By the value of the key `conditioning`. Without the key, the first kind for the model is meant."""
+
+
+def kind_of(config: Config) -> str:
+    """The kind that `config.conditioning` names, or that its model had before there was such a key.
+
+    Raises `ValueError` for a kind that there is not, or whose model is another one.
+    """
+    if config.conditioning is None:
+        found = (kind for kind, conditioning in KINDS.items() if conditioning.model == config.model.name)
+        kind = next(found, None)
+        if kind is None:
+            known = ", ".join(sorted({conditioning.model for conditioning in KINDS.values()}))
+            raise ValueError(f"model.name: must be one of {known}, got {config.model.name!r}")
+        return kind
+    if config.conditioning not in KINDS:
+        raise ValueError(f"conditioning: must be one of {', '.join(KINDS)}, got {config.conditioning!r}")
+    if (needed := KINDS[config.conditioning].model) != config.model.name:
+        raise ValueError(
+            f"model.name: must be {needed} with conditioning={config.conditioning}, got {config.model.name}"
+        )
+    return config.conditioning
+
+
+def check(config: Config) -> None:
+    """Raise `ValueError` for the first setting that the kind of conditioning cannot use; needs no data, no devices."""
+    kind = kind_of(config)
+    for field in {other.preview_field for other in KINDS.values()} - {KINDS[kind].preview_field, None}:
+        if (value := getattr(config.train, str(field))) is not None:
+            raise ValueError(f"train.{field}: must be null with conditioning={kind}, got {value}")
+    KINDS[kind].check(config)
+
+
+def for_training(config: Config, manifest: Manifest, mesh: Mesh) -> Conditioning:
+    """The conditioning of a run on this data. Raises `ValueError` where the data lack what it needs."""
+    return KINDS[kind_of(config)].for_training(config, manifest, mesh)
+
+
+def from_checkpoint(config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Conditioning:
+    """The conditioning of a stored model, from a checkpoint's metadata; nothing is loaded yet."""
+    return KINDS[kind_of(config)].from_checkpoint(config, manifest, meta)

@@ -1,0 +1,66 @@
+"""Nothing: records of a latent alone, and a DiT whose class table holds the null class alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from flowdit.conditioning.base import DEFAULT_PREVIEWS, Conditioning, Example, Exported, Requests
+from flowdit.config import Config, TrainConfig
+from flowdit.data.loader import Source
+from flowdit.data.manifest import Manifest
+from flowdit.data.records import Field
+from flowdit.models.ccdit import CCDiT, build_ccdit
+from flowdit.models.transformer import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconditional(Conditioning):
+    """On nothing. Labels and captions that the records may hold are not read; there is nothing to drop or to guide."""
+
+    model = "ccdit"
+    starts_from = ("ccdit",)
+
+    @classmethod
+    def for_training(cls, config: Config, manifest: Manifest, mesh: Mesh) -> Unconditional:
+        return cls()
+
+    @classmethod
+    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Unconditional:
+        return cls()
+
+    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> CCDiT:
+        return build_ccdit(config, latent_shape, num_classes=0, key=key)
+
+    def fields(self) -> dict[str, Field]:
+        return {}
+
+    def condition(self, example: Example) -> Int[Array, ""]:
+        return jnp.asarray(0, jnp.int32)  # the only row of the class table
+
+    def null(self, condition: Int[Array, ""]) -> Int[Array, ""]:
+        return condition
+
+    def requests(self, count: int = 1) -> Requests:
+        def encode(rows: Sequence[int]) -> tuple[Array, None]:
+            return jnp.zeros(len(rows), jnp.int32), None
+
+        return Requests([""] * count, encode)
+
+    def previews(self, train: TrainConfig, source: Source | None) -> Requests:
+        return self.requests(DEFAULT_PREVIEWS)
+
+    @property
+    def summary(self) -> str:
+        return "without condition"
+
+    def exported(self) -> Exported:
+        return Exported("Unconditional", "pipe(num_images=1)")
+
+    def fresh_parts(self, theirs: Conditioning, their_model: ModelConfig, model: ModelConfig) -> dict[str, str]:
+        return {} if isinstance(theirs, Unconditional) else {"class_table": "this run has no classes"}

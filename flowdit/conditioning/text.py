@@ -1,0 +1,298 @@
+"""Captions: records of latent and captions, PixArt-alpha's transformer, features from a frozen text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from flowdit.conditioning.base import DEFAULT_PREVIEWS, Batch, Conditioning, Example, Exported, Requests, repeated
+from flowdit.config import Config, TrainConfig, as_list
+from flowdit.data.captions import TextReader, TokenizedCaptions
+from flowdit.data.loader import DataConfig, Source
+from flowdit.data.manifest import Manifest
+from flowdit.data.records import CAPTION_FIELDS, Field
+from flowdit.data.text_cache import open_cache
+from flowdit.models.attention import AttentionShape
+from flowdit.models.mmdit import MMDiT, TextCondition, build_mmdit
+from flowdit.models.pretrained import shown
+from flowdit.models.text_encoder import WORDLLAMA, TextConfig, TextEncoder, encode_tokens, load_text_encoder
+from flowdit.models.transformer import ModelConfig
+from flowdit.sharding import batch_sharding, join_micro_batches, micro_batch, on_mesh
+
+MAX_TOKENS = 2**16
+"""The longest text that is taken: no tensor has this size, and it takes memory when a sample is drawn."""
+ENCODER_FIELDS = ("name", "fingerprint", "dtype", "max_length", "width")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What only a run has: how captions are read, and where a batch is encoded, `micro_batch` rows at a time."""
+
+    encoder: TextEncoder
+    data: DataConfig
+    manifest: Manifest
+    mesh: Mesh
+    micro_batch: int
+    readers: dict[str, TextReader] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Conditioning):
+    """On the features of a text; the null caption is the model's own (PixArt-alpha).
+
+    `info` says which encoder made the features (`describe_encoder`); its fingerprint is empty for a model that was
+    trained elsewhere. `size` is (height, width) in pixels, for networks that are micro-conditioned on it. `config` names
+    the encoder that reads prompts.
+    """
+
+    info: Mapping[str, Any] | None = None
+    size: tuple[int, int] | None = None
+    config: TextConfig | None = None
+    training: Training | None = None
+
+    model = "mmdit"
+    starts_from = ("mmdit", "ccdit")
+    wishes = ("prompts", "negative_prompt")
+    preview_field = "sample_prompts"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        config.text.check()
+
+    @classmethod
+    def for_training(cls, config: Config, manifest: Manifest, mesh: Mesh) -> Text:
+        if not manifest.has_captions:
+            raise ValueError(f"data.path: {config.data.path} has no captions, which conditioning=text needs")
+        encoder = load_text_encoder(config.text, mesh)
+        rows = config.train.batch_size // config.train.gradient_accum
+        training = Training(encoder, config.data, manifest, mesh, rows)
+        return cls(describe_encoder(encoder), micro_condition(config.model, manifest), config.text, training)
+
+    @classmethod
+    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Text:
+        info = meta["text"]
+        if not isinstance(info, Mapping) or not info.keys() >= set(ENCODER_FIELDS):
+            raise ValueError(f"text: must hold {', '.join(ENCODER_FIELDS)} of the text encoder, got {shown(info)}")
+        return cls(info, micro_condition(config.model, manifest), config.text)
+
+    def with_encoder(self, name: str) -> Text:
+        assert self.config is not None
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, encoder=name))
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder:
+        """The text encoder, loaded when it is needed first. Raises `ValueError` if it is not that of the features."""
+        if self.training is not None:
+            return self.training.encoder
+        assert self.config is not None and self.info is not None
+        return load_matching_encoder(self.config, self.info)
+
+    # --- the network ---
+
+    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> MMDiT:
+        assert self.info is not None
+        return build_mmdit(config, latent_shape, self.info["width"], key=key)
+
+    def check_model(self, config: ModelConfig) -> None:
+        assert self.info is not None and self.config is not None
+        if (tokens := max(self.info["max_length"], self.config.max_length)) > MAX_TOKENS:
+            raise ValueError(f"text.max_length: must be at most {MAX_TOKENS}, got {tokens}")
+        if config.null_tokens not in (1, length := self.info["max_length"]):
+            raise ValueError(f"model.null_tokens: must be 1 or text.max_length={length}, got {config.null_tokens}")
+
+    def attention_shapes(self, config: ModelConfig, latent_shape: tuple[int, int, int]) -> list[AttentionShape]:
+        assert self.info is not None
+        return config.attention_shapes(latent_shape, self.info["max_length"])
+
+    # --- a batch ---
+
+    def fields(self) -> dict[str, Field]:
+        return dict(CAPTION_FIELDS)
+
+    def reader(self, split: str) -> TextReader:
+        """Tokens for the encoder in the loop, or features from the cache that the same encoder made."""
+        assert self.training is not None
+        data, manifest = self.training.data, self.training.manifest
+        if data.text_cache is None:
+            reader = TokenizedCaptions(self.encoder.tokenize, data.long_caption_prob)
+        else:
+            hashes = {"verify_hashes": data.verify_hashes, "hash_limit": data.hash_limit}
+            reader = open_cache(data.text_cache, manifest, split, self.encoder, data.long_caption_prob, **hashes)
+        self.training.readers[split] = reader
+        return reader
+
+    def encode(self, batch: Batch) -> Batch:
+        """`text_features` in place of `text_ids`; a batch with features from the cache stays as it is."""
+        if "text_ids" not in batch:
+            return batch
+        rest = {name: value for name, value in batch.items() if name != "text_ids"}
+        return rest | {"text_features": self._encode_step(self.encoder.network, batch["text_ids"], batch["text_mask"])}
+
+    @functools.cached_property
+    def _encode_step(self) -> Any:
+        assert self.training is not None
+        return make_encode_step(self.training.mesh, self.training.micro_batch)
+
+    def condition(self, example: Example) -> TextCondition:
+        """Of `text_features` and `text_mask`. An example without a valid token has no caption."""
+        mask = example["text_mask"]
+        pixels = None if self.size is None else jnp.asarray(self.size, jnp.float32)
+        return TextCondition(example["text_features"], mask, ~mask.any(), pixels)
+
+    def null(self, condition: TextCondition) -> TextCondition:
+        return condition._replace(dropped=jnp.ones_like(condition.dropped))
+
+    # --- images that are asked for ---
+
+    def requests(self, count: int = 1, prompts: Any = None, negative_prompt: str = "") -> Requests:
+        """Prompts, one or a list. The null condition is `negative_prompt`; when that is empty, the model's null caption."""
+        texts = [str(prompt) for prompt in as_list(prompts) or []]
+        if not texts:
+            raise ValueError(f"prompts: must hold at least one prompt, got {prompts}")
+        self._warn_of_truncation([*texts, negative_prompt])
+        return self._requests(repeated(texts, count), negative_prompt)
+
+    def previews(self, train: TrainConfig, source: Source | None) -> Requests:
+        """`train.sample_prompts`, or short captions spread over `source`."""
+        prompts = train.sample_prompts
+        if prompts is None and source is not None:
+            count = min(DEFAULT_PREVIEWS, len(source))
+            records = source.read([i * len(source) // count for i in range(count)])
+            prompts = [record["short_caption"] or record["long_caption"] for record in records]
+        if not prompts:
+            raise ValueError(f"train.sample_prompts: must hold at least one prompt, got {prompts}")
+        return self._requests(list(prompts), "")
+
+    def _requests(self, prompts: list[str], negative_prompt: str) -> Requests:
+        negative = self._conditions([negative_prompt]) if negative_prompt.strip() else None
+
+        def encode(rows: Sequence[int]) -> tuple[TextCondition, TextCondition]:
+            condition = self._conditions([prompts[row] for row in rows])
+            if negative is None:
+                return condition, jax.vmap(self.null)(condition)
+            return condition, jax.tree.map(lambda x: jnp.repeat(x, len(rows), axis=0), negative)
+
+        return Requests(prompts, encode)
+
+    def _conditions(self, texts: list[str]) -> TextCondition:
+        """Of any texts in one shape, so that images do not depend on how long the other prompts are."""
+        encoded = self.encoder.encode(texts, self.encoder.max_length)
+        text = {"text_features": jnp.asarray(encoded.features), "text_mask": jnp.asarray(encoded.mask)}
+        return jax.vmap(self.condition)(text)
+
+    def _warn_of_truncation(self, prompts: list[str], chunk: int = 256) -> None:
+        length, distinct = self.encoder.max_length, list(dict.fromkeys(prompts))
+        for start in range(0, len(distinct), chunk):
+            some = distinct[start : start + chunk]
+            for prompt, is_cut in zip(some, self.encoder.tokenize(some).truncated, strict=True):
+                if is_cut:
+                    print(f"warning: longer than {length} tokens, the rest is ignored: {prompt[:60]!r}...", flush=True)
+
+    # --- what is said of it ---
+
+    @property
+    def summary(self) -> str:
+        assert self.training is not None
+        cache = self.training.data.text_cache
+        features = f"{self.encoder.name} features of {self.encoder.width} x {self.encoder.max_length} tokens"
+        return f"captions, {features} {'from ' + cache if cache else 'online'}"
+
+    def describe(self) -> dict[str, Any]:
+        return {"text": self.info}
+
+    def exported(self) -> Exported:
+        assert self.info is not None
+        name, tokens = self.info["name"], self.info["max_length"]
+        call, parts = (
+            'pipe(prompt="...")',
+            (
+                f'tokenizer=AutoTokenizer.from_pretrained("{name}")',
+                f'text_encoder=T5GemmaEncoderModel.from_pretrained("{name}", is_encoder_decoder=False)',
+            ),
+        )
+        if name == WORDLLAMA:  # no encoder of transformers
+            call, parts = "pipe(prompt_embeds=..., prompt_attention_mask=...)", ()
+        return Exported(
+            "Text-conditional (PixArt-alpha)",
+            call,
+            task="text-to-image",
+            values={"max_length": tokens, "text_encoder_name": name},
+            parts=parts,
+            facts={"text encoder": name, "tokens": tokens},
+        )
+
+    def figures(self) -> dict[str, int]:
+        """Captions of the training split that were longer than `text.max_length`."""
+        assert self.training is not None
+        return {"data/truncated_captions": self.training.readers["train"].truncated}
+
+    # --- starting and resuming ---
+
+    def check_resumable(self, stored: Mapping[str, Any]) -> None:
+        # An encoder that was moved is the same one.
+        before, now = ({**(text or {}), "name": None} for text in (stored.get("text"), self.info))
+        if before != now:
+            raise ValueError(
+                f"text.encoder: must be that of the checkpoint to resume, {stored.get('text')}, got {self.info}"
+            )
+
+    def fresh_parts(self, theirs: Conditioning, their_model: ModelConfig, model: ModelConfig) -> dict[str, str]:
+        assert isinstance(theirs, Text) and theirs.info is not None and self.info is not None
+        parts = {}
+        # An imported model's encoder was not seen: its name has to do.
+        same = "fingerprint" if theirs.info["fingerprint"] else "name"
+        if any(theirs.info[field] != self.info[field] for field in (same, "width")):
+            texts = (theirs.info, self.info)
+            encoders = " and ".join(f"{t['name']} ({t['fingerprint']}, width {t['width']})" for t in texts)
+            parts |= dict.fromkeys(("caption_proj", "null_caption"), f"the text encoders differ, {encoders}")
+        elif their_model.null_tokens != model.null_tokens:
+            parts["null_caption"] = f"model.null_tokens was {their_model.null_tokens}, is {model.null_tokens}"
+        if model.micro_conditioning and not their_model.micro_conditioning:
+            parts["size_embed"] = "model.micro_conditioning was false; its output starts at zero"
+        return parts
+
+
+def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
+    """What a checkpoint says of the text encoder: enough to refuse another one."""
+    return {name: getattr(encoder, name) for name in ENCODER_FIELDS}
+
+
+def micro_condition(config: ModelConfig, manifest: Manifest) -> tuple[int, int] | None:
+    """Height and width in pixels for a model that is conditioned on them."""
+    return (manifest.image_size, manifest.image_size) if config.micro_conditioning else None
+
+
+def load_matching_encoder(config: TextConfig, info: Mapping[str, Any]) -> TextEncoder:
+    """The text encoder that `config` names. Raises `ValueError` if it is not the one that `info` describes."""
+    if not config.encoder:
+        raise ValueError(f"text_encoder: must be given, the checkpoint names none (features of width {info['width']})")
+    encoder = load_text_encoder(config)
+    if encoder.width != info["width"]:
+        raise ValueError(
+            f"text_encoder: must make features of width {info['width']}, {encoder.name!r} makes {encoder.width}"
+        )
+    known = info["fingerprint"]  # empty for a model that was trained elsewhere: nothing more is known
+    if known and encoder.fingerprint != known:
+        raise ValueError(
+            f"text_encoder: must be the one of the training run ({info['name']}, fingerprint {known}), "
+            f"{encoder.name!r} has {encoder.fingerprint}"
+        )
+    return encoder
+
+
+def make_encode_step(mesh: Mesh, batch_size: int) -> Any:
+    """Jitted (network, ids, mask) -> features of a batch, `batch_size` rows at a time: more would cost more memory."""
+
+    def encode_step(network, ids, mask):
+        count = len(ids) // batch_size
+        encode_rows = lambda i: encode_tokens(network, *micro_batch((ids, mask), i, count))
+        return join_micro_batches(jax.lax.map(encode_rows, jnp.arange(count)))
+
+    return jax.jit(on_mesh(mesh, encode_step), out_shardings=batch_sharding(mesh))

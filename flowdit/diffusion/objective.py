@@ -1,0 +1,142 @@
+"""What is minimised. The training step averages, differentiates and logs what comes from here, and knows no flow."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from flowdit.diffusion import flow
+from flowdit.diffusion.auxiliary import AuxiliaryLoss, View, batch_losses
+
+Batch = dict[str, Array]
+Example = Mapping[str, Array]
+"""The fields of one record of a batch, without the batch axis."""
+NUM_TIME_BINS = 8
+
+
+class Parameters(NamedTuple):
+    """All that is trained: the network, and the parameters of each auxiliary loss by its name."""
+
+    model: Any
+    auxiliary: dict[str, Any] = {}
+
+
+class Losses(NamedTuple):
+    """Of every example: what is minimised, what it is the sum of (logged, each under its own name), and the flow time.
+
+    `parts` is empty where it would hold nothing but the total.
+    """
+
+    total: Float[Array, " batch"]
+    parts: dict[str, Float[Array, " batch"]]
+    t: Float[Array, " batch"]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss over batches, and the one that validation reports."""
+
+    @property
+    def validation_times(self) -> tuple[float, ...]:
+        """The flow times of the rows of `validation`."""
+        ...
+
+    def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
+        """The losses of a batch at a training step. What is random in an example comes from its own key."""
+        ...
+
+    def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:
+        """The losses of a batch at fixed times, with noise from `key` alone."""
+        ...
+
+
+@runtime_checkable
+class Conditions(Protocol):
+    """What an objective knows of a conditioning; both see one example (`conditioning.Conditioning`)."""
+
+    def condition(self, example: Example) -> Any: ...
+
+    def null(self, condition: Any) -> Any: ...
+
+
+class Drawn(NamedTuple):
+    """One training example: normalised latent, noise, flow time, and its condition or null condition."""
+
+    x_0: Float[Array, "channels height width"]
+    noise: Float[Array, "channels height width"]
+    t: Float[Array, ""]
+    condition: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+    """Flow matching under a condition. `mean` and `scale` normalise raw latents, a value or one a channel."""
+
+    conditioning: Conditions
+    drop_rate: float
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    time_distribution: str = "logit_normal"
+    time_shift: float = 1.0
+    auxiliary: tuple[AuxiliaryLoss, ...] = ()
+
+    @property
+    def validation_times(self) -> tuple[float, ...]:
+        return flow.VALIDATION_TIMES
+
+    def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
+        """The flow-matching error of every example, plus the auxiliary losses by their weights."""
+        drawn = jax.vmap(self.draw)(batch, keys)
+        predict = functools.partial(flow.predict, parameters.model)
+        predicted = jax.vmap(predict)(drawn.x_0, drawn.noise, drawn.t, drawn.condition)
+        total, parts = predicted.error, {}
+        for auxiliary in self.auxiliary:
+            views = View(batch, drawn.x_0, predicted.x_t, drawn.t, predicted.velocity)
+            losses = batch_losses(auxiliary, parameters.auxiliary[auxiliary.name], views, step)
+            total, parts = total + auxiliary.weight * losses, parts | {auxiliary.name: losses}
+        return Losses(total, {"velocity": predicted.error, **parts} if parts else {}, drawn.t)
+
+    def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:
+        """The flow-matching errors at `validation_times`, one time after the other, to spare memory."""
+        x_0 = jax.vmap(lambda example: self.latent(example, None))(batch)
+        condition = jax.vmap(self.conditioning.condition)(batch)
+        predict = jax.vmap(functools.partial(flow.predict, model))
+
+        def errors_at(t, key):
+            noise = jax.random.normal(key, x_0.shape)
+            return predict(x_0, noise, jnp.full(x_0.shape[0], t), condition).error
+
+        times = jnp.asarray(self.validation_times)
+        return jax.lax.map(lambda args: errors_at(*args), (times, jax.random.split(key, len(times))))
+
+    def latent(self, example: Example, key: PRNGKeyArray | None) -> Float[Array, "c h w"]:
+        """The normalised latent; with `latent_std` in the example and a key, a fresh draw from the VAE's posterior."""
+        latent = example["latent"]
+        if key is not None and "latent_std" in example:
+            latent = latent + example["latent_std"] * jax.random.normal(key, latent.shape)
+        return flow.normalise_latents(latent, jnp.asarray(self.mean), jnp.asarray(self.scale))
+
+    def draw(self, example: Example, key: PRNGKeyArray) -> Drawn:
+        """What `flow.predict` takes of one example: latent, noise, time, and the condition unless dropped."""
+        posterior_key, noise_key, time_key, drop_key = jax.random.split(key, 4)
+        x_0 = self.latent(example, posterior_key)
+        condition = self.conditioning.condition(example)
+        return Drawn(
+            x_0=x_0,
+            noise=jax.random.normal(noise_key, x_0.shape),
+            t=flow.sample_time(time_key, self.time_distribution, self.time_shift),
+            condition=flow.drop_condition(drop_key, condition, self.conditioning.null(condition), self.drop_rate),
+        )
+
+
+def time_bins(losses: Float[Array, " batch"], t: Float[Array, " batch"]) -> tuple[Array, Array]:
+    """Sum of losses and count of examples in each of `NUM_TIME_BINS` equal bins of t in [0, 1]."""
+    index = jnp.clip((t * NUM_TIME_BINS).astype(jnp.int32), 0, NUM_TIME_BINS - 1)
+    one_hot = jax.nn.one_hot(index, NUM_TIME_BINS)
+    return losses @ one_hot, one_hot.sum(0)

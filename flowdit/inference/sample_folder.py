@@ -1,0 +1,127 @@
+"""Samples in a folder: single PNGs, a grid, and `samples.json`, without ever mixing with other images."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flowdit.conditioning import Requests
+from flowdit.config import SampleConfig
+from flowdit.data.pictures import SUFFIXES
+from flowdit.diffusion.sampling import SamplerConfig
+from flowdit.inference.images import save_grid
+from flowdit.inference.sampler import Drawn, Sampler
+
+UNFINISHED = "samples.json.unfinished"
+"""The name of `samples.json` until all images are written."""
+LATENTS = "latents.npy"
+GRID_IMAGES = 256
+"""The most images in a grid; there may be many more in the folder."""
+
+
+def write_samples(sampler: Sampler, requests: Requests, solver: SamplerConfig, config: SampleConfig) -> Path:
+    """Draw the `requests` and write `grid.png`, single PNGs and `samples.json` into `config.out`; the grid's path.
+
+    A batch at a time: any number of images takes the memory of one batch. Raises `ValueError` if they cannot be written.
+    """
+    out = Path(config.out)
+    with _naming_the_folder(out):
+        out.mkdir(parents=True, exist_ok=True)
+    batches = sampler.batches(requests, solver, config.seed, config.batch_size)
+    first = next(batches)  # what cannot be drawn leaves the files of an earlier run alone
+    replaced = check_folder(config)
+    settings = dataclasses.asdict(config) | dataclasses.asdict(solver) | {"captions": requests.captions}
+    record = {"settings": settings, "step": sampler.trained.step, "weights": "ema"}
+    with _naming_the_folder(out):
+        for path in replaced:
+            path.unlink()
+        # The list of what is written comes first, so that what an interrupted run leaves can be told, too.
+        (out / UNFINISHED).write_text(json.dumps(record, indent=1) + "\n")
+    names, shown, evaluations = _image_names(requests.captions), [], 0
+    for drawn in itertools.chain([first], batches):
+        with _naming_the_folder(out):
+            _write_batch(out, names, drawn, config.save_latents)
+        shown += [image.copy() for image in drawn.images[: GRID_IMAGES - len(shown)]]
+        evaluations = max(evaluations, int(drawn.evaluations.max()))
+    with _naming_the_folder(out):
+        save_grid(out / "grid.png", np.stack(shown), requests.captions[: len(shown)], config.columns)
+        (out / UNFINISHED).write_text(json.dumps(record | {"evaluations": evaluations}, indent=1) + "\n")
+        os.replace(out / UNFINISHED, out / "samples.json")
+    return out / "grid.png"
+
+
+@contextlib.contextmanager
+def _naming_the_folder(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise ValueError(f"out: {out} cannot be written: {problem.strerror or problem}") from None
+
+
+def _write_batch(out: Path, names: list[str], drawn: Drawn, save_latents: bool) -> None:
+    for number, image in zip(drawn.numbers, drawn.images, strict=True):
+        Image.fromarray(image).save(out / names[number])
+    if save_latents:
+        _append_latents(out / LATENTS, len(names), drawn)
+
+
+def _append_latents(file: Path, count: int, drawn: Drawn) -> None:
+    """Batch after batch into one `.npy` file of `count` latents; a memory map would end the process on a full disk."""
+    latents = drawn.latents
+    with file.open("wb" if drawn.numbers[0] == 0 else "ab") as stream:
+        if drawn.numbers[0] == 0:
+            layout = {"descr": latents.dtype.str, "fortran_order": False, "shape": (count, *latents.shape[1:])}
+            np.lib.format.write_array_header_1_0(stream, layout)
+        stream.write(np.ascontiguousarray(latents).tobytes())
+
+
+def check_folder(config: SampleConfig) -> list[Path]:
+    """The files of an earlier run in `config.out`, which may go. Sub-folders and files of other kinds stay.
+
+    Raises `ValueError` for images that would lie among the new ones: those of an earlier run unless `config.overwrite`
+    is set, and any others. A score of such a folder would be wrong without a word.
+    """
+    out = Path(config.out)
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    earlier = _earlier_files(out) & names
+    images = {name for name in names if Path(name).suffix.lower() in SUFFIXES}
+    if foreign := sorted((images | names & {LATENTS}) - earlier):
+        raise ValueError(
+            f"out: {out} holds {len(foreign)} files that no samples.json in it lists, such as {foreign[0]!r}: "
+            "give another folder"
+        )
+    if earlier and not config.overwrite:
+        raise ValueError(
+            f"out: {out} holds the {len(earlier)} files of an earlier run: give another folder, or overwrite=true"
+        )
+    return [out / name for name in sorted(earlier)]
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    """Names of what an earlier run has written, or was going to, as its `samples.json` says."""
+    files: set[str] = set()
+    for path in (folder / "samples.json", folder / UNFINISHED):
+        if path.is_file():
+            try:
+                settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+                files |= {path.name, "grid.png", *_image_names(settings["captions"])}
+                files |= {LATENTS} if settings["save_latents"] else set()
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"out: {path} is not of an earlier run: give another folder") from None
+    return files
+
+
+def _image_names(captions: list[str]) -> list[str]:
+    return [f"{i:04d}_{_file_name(caption)}.png" if caption else f"{i:04d}.png" for i, caption in enumerate(captions)]
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]

@@ -1,0 +1,173 @@
+"""Images from a model: requests and noise to latents to pixels, batch by batch, compiled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from flowdit.conditioning import KINDS, Requests
+from flowdit.conditioning.base import check_wishes
+from flowdit.diffusion.sampling import SamplerConfig, Samples, check_count, image_noise, sample
+from flowdit.inference.images import Decode, load_matching_vae, make_decoder
+from flowdit.inference.trained import Trained
+from flowdit.models.compute import Compute, choose_compute
+from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, replicated
+
+DrawLatents = Callable[[Any, Any, np.ndarray, Any, Any], Samples]
+
+
+class Drawn(NamedTuple):
+    """A batch of images as bytes (n, height, width, 3), the normalised latents they come from, and their numbers.
+
+    `evaluations` is how often the velocity field was evaluated for each.
+    """
+
+    images: np.ndarray
+    latents: np.ndarray
+    evaluations: np.ndarray
+    numbers: list[int]
+
+
+class Sampler:
+    """A model that draws. Weights, VAE, text encoder and compiled functions are loaded and made once, when needed first.
+
+    ```python
+    sampler = flowdit.load("checkpoints")
+    for images in sampler.draw(labels=["heart"] * 8, seed=0):  # uint8 (n, height, width, 3)
+        ...
+    ```
+
+    `trained` is the model and all that is known of it; `trained.model` is the network on one example, called as
+    `model(x_t, t, condition)`. It lies on `mesh`, by default over all devices of this process, which share each batch.
+    """
+
+    def __init__(self, trained: Trained, mesh: Mesh | None = None, vae: str | None = None):
+        self._mesh = mesh or make_local_mesh()
+        self.trained = trained._replace(model=jax.device_put(trained.model, replicated(self._mesh)))
+        self._vae_name = vae or trained.manifest.vae.name
+        dtype = "float32" if self._mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        shapes = trained.conditioning.attention_shapes(trained.config.model, trained.manifest.latent_shape)
+        self._compute = choose_compute(self._mesh, dtype, shapes)
+        self._compiled: dict[tuple, DrawLatents] = {}
+
+    @functools.cached_property
+    def decode(self) -> Decode:
+        """Normalised latents to images as bytes. Raises `ValueError` if the VAE is missing or another than the data's."""
+        vae = load_matching_vae(self._vae_name, self.trained.manifest)
+        return make_decoder(vae, self.trained.mean, self.trained.scale, self._mesh)
+
+    def draw(
+        self, *, num_images: int = 1, seed: int = 0, batch_size: int = 64, **settings: Any
+    ) -> Iterator[np.ndarray]:
+        """Images as bytes, (n, height, width, 3) a batch, in the order of what is asked for.
+
+        Nothing but one batch is kept, so 50,000 images take no more memory than `batch_size` of them. The noise of an
+        image depends on `seed` and its number alone. Its pixels are the same, bit by bit, for the same batch shape, kind
+        of device and versions, and within 1e-4 otherwise (in float32); the shape is the power of two that holds all
+        images, at most `batch_size`, rounded up to the number of devices.
+
+        Args:
+            num_images: of each label or prompt; of a model without condition, in all.
+            seed: of the noise.
+            batch_size: images at a time.
+            settings: `labels`, or `prompts` and `negative_prompt`, one or a list; without, those of the previews in
+                training. And fields of `SamplerConfig` (`solver`, `steps`, `guidance`, ...), by default those of the
+                previews.
+
+        Raises:
+            ValueError: in one line, naming a setting that cannot be used.
+        """
+        check_settings(num_images, seed, batch_size)
+        names = [field.name for field in dataclasses.fields(SamplerConfig)]
+        known = [*(wish for kind in KINDS.values() for wish in kind.wishes), *names]
+        if unknown := [name for name in settings if name not in known]:
+            every = ", ".join([*known, "num_images", "seed", "batch_size"])
+            raise ValueError(f"{unknown[0]}: no such setting, must be one of {every}")
+        config = self.sampler_config({name: settings.pop(name) for name in names if name in settings})
+        requests = self.requests(num_images, settings)
+        return (drawn.images for drawn in self.batches(requests, config, seed, batch_size))
+
+    def sample(self, **settings: Any) -> list[Image.Image]:
+        """All images that `draw` yields with these settings, as one list."""
+        return [Image.fromarray(image) for images in self.draw(**settings) for image in images]
+
+    def sampler_config(self, changes: Mapping[str, Any]) -> SamplerConfig:
+        """The sampler of the previews in training with `changes`, None being none. Raises `ValueError` for bad ones."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        config = dataclasses.replace(self.trained.config.train.sampler, **given)
+        config.check("")
+        return config
+
+    def requests(self, num_images: int, wishes: Mapping[str, Any]) -> Requests:
+        """`num_images` images of each thing asked for, or of each that was previewed in training."""
+        conditioning = self.trained.conditioning
+        check_wishes(conditioning, wishes)
+        wishes = {name: value for name, value in wishes.items() if value is not None and name in conditioning.wishes}
+        if conditioning.preview_field is not None:
+            previewed = getattr(self.trained.config.train, conditioning.preview_field)
+            wishes = {conditioning.wishes[0]: previewed} | wishes
+        return conditioning.requests(num_images, **wishes)
+
+    def batches(
+        self,
+        requests: Requests,
+        config: SamplerConfig,
+        seed: int = 0,
+        batch_size: int = 64,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[Drawn]:
+        """The images `numbers` (default: all) of the `requests`, batch by batch."""
+        numbers = range(len(requests)) if numbers is None else numbers
+        size = batch_shape(len(numbers), batch_size, batch_shards(self._mesh))
+        draw = self._draw_latents(config)
+        for start in range(0, len(numbers), size):
+            rows = list(numbers[start : start + size])
+            padded = rows + rows[-1:] * (size - len(rows))
+            samples = draw(self.trained.model, np.uint32(seed), np.asarray(padded, np.int32), *requests.encode(padded))
+            latents, evaluations = (np.asarray(part)[: len(rows)] for part in samples)
+            yield Drawn(self.decode(latents, size), latents, evaluations, rows)
+
+    def _draw_latents(self, config: SamplerConfig) -> DrawLatents:
+        key = dataclasses.astuple(config)
+        if key not in self._compiled:
+            trained = self.trained
+            shape, prediction = trained.manifest.latent_shape, trained.prediction
+            self._compiled[key] = make_draw(shape, config, prediction, self._compute, self._mesh)
+        return self._compiled[key]
+
+
+def make_draw(
+    latent_shape: tuple[int, int, int], config: SamplerConfig, prediction: str, compute: Compute, mesh: Mesh
+) -> DrawLatents:
+    """Jitted (model, seed, numbers of images, conditions, null conditions) -> samples, the batch split over the mesh.
+
+    The results are whole on every device, so that each process can read them: latents are small.
+    """
+
+    def draw(model, seed, numbers, condition, null):
+        inputs = (image_noise(seed, numbers, latent_shape), condition, null)
+        noise, condition, null = jax.lax.with_sharding_constraint(inputs, batch_sharding(mesh))
+        return sample(compute.cast(model), noise, condition, null, config, prediction)
+
+    return jax.jit(compute.on(mesh, draw), out_shardings=replicated(mesh))
+
+
+def batch_shape(count: int, batch_size: int, devices: int) -> int:
+    """The number of images that are drawn at a time: few different ones, as each is compiled anew."""
+    size = min(batch_size, 1 << max(0, count - 1).bit_length())
+    return -(-size // devices) * devices
+
+
+def check_settings(num_images: int, seed: int, batch_size: int) -> None:
+    """Raise `ValueError` naming the first that cannot be used."""
+    check_count("num_images", num_images)
+    check_count("batch_size", batch_size)
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed: must be in [0, 2**32), got {seed!r}")

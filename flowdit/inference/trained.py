@@ -1,0 +1,50 @@
+"""Reading a finished model back: from a checkpoint folder alone to a network and all that is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from omegaconf.errors import OmegaConfBaseException
+
+from flowdit.conditioning import Conditioning, from_checkpoint
+from flowdit.config import Config, from_stored
+from flowdit.data.manifest import Manifest
+from flowdit.training.checkpoint_files import CheckpointError
+
+
+class Trained(NamedTuple):
+    """A model read from a checkpoint folder, in float32, and what its metadata says.
+
+    `prediction` says what the network returns: "velocity", or "noise" in a model that came from elsewhere.
+    """
+
+    model: Any
+    config: Config
+    manifest: Manifest
+    conditioning: Conditioning
+    mean: list[float]
+    scale: list[float]
+    step: int
+    prediction: str = "velocity"
+
+
+def describe_trained(meta: Mapping[str, Any]) -> Trained:
+    """What the metadata of a checkpoint says, with the shapes of the model's arrays in place of the model.
+
+    Raises `ValueError` for what no run and no conversion has written.
+    """
+    try:
+        return _describe(meta)
+    except (KeyError, TypeError, AttributeError, OmegaConfBaseException) as problem:
+        reason = " ".join(repr(problem).split())[:120]
+        raise CheckpointError(f"metadata that are not a flowdit checkpoint's ({reason})") from problem
+
+
+def _describe(meta: Mapping[str, Any]) -> Trained:
+    config, manifest = from_stored(meta["config"]), Manifest.parse(meta["manifest"])
+    conditioning = from_checkpoint(config, manifest, meta)
+    template = jax.eval_shape(conditioning.model_builder(config, manifest))
+    mean, scale, prediction = meta["latent_mean"], meta["latent_scale"], meta.get("prediction", "velocity")
+    return Trained(template, config, manifest, conditioning, mean, scale, meta["step"], prediction)

@@ -1,0 +1,60 @@
+"""From a name to a sampler: what `flowdit.load` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from flowdit.inference.sampler import Sampler
+from flowdit.interop.conversion import read_source
+from flowdit.interop.metadata import ForeignConfig
+from flowdit.interop.portable import to_trained
+from flowdit.sharding import make_local_mesh, replicated
+
+
+def load(
+    name: str,
+    weights: str = "ema",
+    *,
+    mesh: Mesh | None = None,
+    report: Callable[[str], None] | None = None,
+    **hints: Any,
+) -> Sampler:
+    """The model called `name`, ready to draw: `load("checkpoints").draw(labels=["heart"] * 8)`.
+
+    Args:
+        name: a checkpoint folder, a run folder (its newest whole checkpoint), an exported diffusers folder, a
+            safetensors file, a file of another project, or a hub id.
+        weights: "ema" or "model", of a checkpoint that has both.
+        mesh: devices that share each batch; by default all of this process.
+        report: is told what is taken for granted, or left out of the files; by default a warning.
+        hints: fields of `ForeignConfig`, for what the files do not say. `vae` and `text_encoder` also tell where these
+            are now, in place of where they were during training.
+
+    Raises:
+        ValueError: in one line, for a source that is missing, damaged or another architecture's.
+    """
+    known = [field.name for field in dataclasses.fields(ForeignConfig)]
+    if unknown := [hint for hint in hints if hint not in known]:
+        raise ValueError(f"{unknown[0]}: no such setting, must be one of {', '.join(known)}")
+    portable = read_source(name, weights, ForeignConfig(**hints))
+    for note in portable.notes:
+        (report or _warn)(f"{name}: {note}")
+    mesh = mesh or make_local_mesh()
+    trained = to_trained(portable, replicated(mesh))
+    if encoder := hints.get("text_encoder"):
+        trained = trained._replace(conditioning=trained.conditioning.with_encoder(encoder))
+    return Sampler(trained, mesh, hints.get("vae"))
+
+
+def _warn(note: str) -> None:
+    warnings.warn(note, stacklevel=3)
+
+
+def from_pretrained(name: str, weights: str = "ema", **hints: Any) -> Sampler:
+    """`load`, under the name that other libraries give it."""
+    return load(name, weights, **hints)

@@ -1,0 +1,71 @@
+"""What is done with the model between training steps: validation loss, previews, a profiler window.
+
+The loop asks each evaluation that is due and knows none of them. To add one, write an `Evaluation` in a file of its own and
+let `make_evaluations` build it (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from flowdit.conditioning import Conditioning
+from flowdit.config import Config
+from flowdit.data.loader import DataSet
+from flowdit.diffusion.objective import FlowMatching
+from flowdit.models.compute import Compute
+from flowdit.training.evaluations.base import Evaluation, Report
+from flowdit.training.evaluations.preview import Preview
+from flowdit.training.evaluations.profile import Profile
+from flowdit.training.evaluations.validation import Validation
+from flowdit.training.tracking import Tracker
+
+__all__ = ["Evaluation", "Preview", "Profile", "Report", "Validation", "closing", "make_evaluations"]
+
+
+@contextlib.contextmanager
+def closing(evaluations: Iterable[Evaluation], tracker: Tracker) -> Iterator[None]:
+    """Closes the evaluations at the end of a run, whatever ends it."""
+    try:
+        yield
+    finally:
+        for evaluation in evaluations:
+            with tracker.warns_only(evaluation.folder):
+                evaluation.close()
+
+
+def make_evaluations(
+    config: Config, data: DataSet, mesh: Mesh, conditioning: Conditioning, objective: FlowMatching, compute: Compute
+) -> list[Evaluation]:
+    """Those that the configuration switches on. Raises `ValueError` for what they cannot work with."""
+    train = config.train
+    evaluations: list[Evaluation] = []
+    if data.validation is not None and train.validate_every:
+        validation = Validation(
+            train=train,
+            source=data.validation,
+            mesh=mesh,
+            encode=conditioning.encode,
+            objective=objective,
+            compute=compute,
+            seed=config.seed,
+        )
+        evaluations.append(validation)
+    if train.sample_every:
+        requests = conditioning.previews(train, data.validation or data.train)
+        preview = Preview(
+            train=train,
+            requests=requests,
+            mesh=mesh,
+            manifest=data.manifest,
+            objective=objective,
+            compute=compute,
+            seed=config.seed,
+        )
+        evaluations.append(preview)
+    if train.profile:
+        evaluations.append(Profile(Path(train.checkpoint_dir), *train.profile))
+    return evaluations

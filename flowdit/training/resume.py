@@ -1,0 +1,134 @@
+"""Going on where a checkpoint left off: whether it is the same run, and what has changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from flowdit.conditioning import Conditioning, kind_of
+from flowdit.config import Config, from_stored
+from flowdit.data.loader import TrainStream
+from flowdit.sharding import init_sharded
+from flowdit.training.checkpoint import named_arrays, restore_newest
+from flowdit.training.checkpoint_files import CheckpointError, list_steps
+from flowdit.training.step import TrainState
+
+# Fields that an exact resume needs unchanged; the rest may change and is reported.
+FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
+# Fields that say how a process was started and nothing of the run.
+STARTING_FIELDS = ("train.is_restore", "train.profile", "mesh.coordinator", "mesh.num_processes", "mesh.process_id")
+
+
+def prepare_folder(folder: Path, is_restore: bool) -> bool:
+    """Make the run folder; True if there is a checkpoint to resume from.
+
+    A folder in use is never written over, and a resume of a run that never was is a mistyped path, not a new run.
+    A run that died before its first checkpoint starts again from step 0.
+    """
+    in_use = folder.is_dir() and any(folder.iterdir())
+    if in_use and not is_restore:
+        raise CheckpointError(
+            f"train.checkpoint_dir: {folder} already holds a run; resume it with train.is_restore=true or choose another"
+        )
+    if is_restore and not in_use:
+        raise CheckpointError(f"train.is_restore: there is no run to resume in train.checkpoint_dir={folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as problem:
+        raise CheckpointError(f"train.checkpoint_dir: {folder} cannot be written: {problem.strerror}") from None
+    return bool(list_steps(folder))
+
+
+def resume(
+    folder: Path,
+    template: TrainState,
+    build_state: Callable[[], TrainState],
+    mesh: Mesh,
+    stream: TrainStream,
+    conditioning: Conditioning,
+    meta: dict[str, Any],
+    notes: list[str],
+) -> TrainState:
+    """State of the newest whole checkpoint; the stream is moved to the batch after it. Appends what to tell the user.
+
+    Parameters of auxiliary losses that the checkpoint lacks come from `build_state`.
+    """
+
+    def check(stored: dict[str, Any]) -> None:
+        conditioning.check_resumable(stored)
+        notes.extend(check_same_run(stored, meta))
+
+    def fresh(names: set[str]) -> dict[str, jax.Array]:
+        build = lambda: {name: array for name, array in named_arrays(build_state()).items() if name in names}
+        return init_sharded(mesh, build)
+
+    restored = restore_newest(folder, template, check, notes.append, fresh)
+    stream.set_state(restored.dataset)
+    meta["run_id"] = restored.meta["run_id"]
+    notes.append(f"resumed from {folder / str(int(restored.state.step))}")
+    return restored.state
+
+
+def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Changed fields as `name: old -> new`, from the metadata of a checkpoint and of this run.
+
+    Raises `ValueError` if a change makes an exact resume impossible.
+    """
+    if stored["manifest_id"] != current["manifest_id"]:
+        raise ValueError(
+            f"data.path: the data set must be the one of the checkpoint (manifest {stored['manifest_id'][:12]}), "
+            f"got {current['manifest_id'][:12]}: the data changed since the checkpoint was written"
+        )
+    before, now = from_stored(stored["config"]), from_stored(current["config"])
+    if (kind := kind_of(before)) != (ours := kind_of(now)):
+        raise ValueError(f"conditioning: must be {kind} as in the checkpoint to resume, got {ours}")
+    notes = auxiliary_notes(before, now)
+    # A run from before there was a key has the kind without naming it; losses that are switched off do nothing.
+    old, new = (
+        _flat(dataclasses.asdict(c) | {"conditioning": kind, "auxiliary": _switched_on(c)}) for c in (before, now)
+    )
+    common = sorted(old.keys() & new.keys())
+    changed = {name: (old[name], new[name]) for name in common if old[name] != new[name]}
+    for name, (stored_value, value) in changed.items():
+        if name in FIXED_FIELDS or (name.startswith("model.") and name != "model.remat"):
+            raise ValueError(f"{name}: must be {stored_value} as in the checkpoint to resume, got {value}")
+    reported = {name: pair for name, pair in changed.items() if name not in STARTING_FIELDS}
+    return notes + [f"changed since the checkpoint: {name}: {a} -> {b}" for name, (a, b) in reported.items()]
+
+
+def auxiliary_notes(before: Config, now: Config) -> list[str]:
+    """Which auxiliary losses came or went since the checkpoint."""
+    old, new = _switched_on(before), _switched_on(now)
+    return [
+        *(
+            f"auxiliary loss {name}: new since the checkpoint, starts from fresh parameters"
+            for name in new
+            if name not in old
+        ),
+        *(
+            f"auxiliary loss {name}: gone since the checkpoint, its parameters are left out"
+            for name in old
+            if name not in new
+        ),
+    ]
+
+
+def _switched_on(config: Config) -> dict[str, Any]:
+    """Settings by name; also of a loss that is not registered here."""
+    settings = config.auxiliary.items()
+    return {name: values for name, values in settings if isinstance(values, dict) and values.get("weight")}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,20 @@
+"""The benchmarks are not run here, but each can be: what they import and name is there."""
+
+import importlib
+
+import jax
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_can_be_imported(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").measure)
+
+
+def test_the_training_step_that_they_measure_is_flowdits():
+    workload = training(EMBEDDED, EMBEDDED_LATENT, batch_size=2)
+    state, metrics = jax.eval_shape(workload.train_step, jax.eval_shape(workload.init), workload.batch)
+    assert metrics["loss"].shape == () and state.step.shape == ()

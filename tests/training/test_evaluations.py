@@ -1,0 +1,99 @@
+"""What happens between steps: the loop asks each evaluation that is due, and knows none of them."""
+
+import dataclasses
+
+import pytest
+from runs import error_line, metrics, train_here
+
+from flowdit.training import setup
+from flowdit.training.evaluations import Evaluation
+from flowdit.training.tracking import Progress, Report
+
+
+@dataclasses.dataclass
+class Norm(Evaluation):
+    """The sum of the squares of the averaged weights."""
+
+    every: int
+    folder = "norms"
+    broken: bool = False
+
+    def __call__(self, step, state):
+        if self.broken:
+            raise OSError("no room")
+        norm = sum(float((leaf**2).sum()) for leaf in state.ema.blocks.mlp.up.weight)
+        return Report({"norm": norm}, line=f"norm {norm:.3f}")
+
+
+@pytest.fixture
+def evaluated(tiny_data, tmp_path, monkeypatch):
+    """A run with one more evaluation."""
+
+    def run(evaluation, *overrides):
+        made = setup.make_evaluations
+        monkeypatch.setattr(setup, "make_evaluations", lambda *arguments: [*made(*arguments), evaluation])
+        finished = train_here(tiny_data, tmp_path / "run", *overrides)
+        assert (finished.status, finished.err) == (0, "")
+        return tmp_path / "run", finished.out
+
+    return run
+
+
+def test_an_evaluation_is_called_when_it_is_due_and_after_the_last_step(evaluated):
+    run, out = evaluated(Norm(every=4))
+    norms = metrics(run, "norm")
+    assert list(norms) == [4, 6] and norms[4] != norms[6]
+    assert f"step 4  norm {norms[4]:.3f}" in out
+
+
+def test_what_it_cannot_write_ends_no_run_and_is_said_once(evaluated):
+    run, out = evaluated(Norm(every=2, broken=True))
+    assert out.count(f"warning: {run / 'norms'} cannot be written (no room): going on without") == 1
+    assert (run / "6").is_dir()
+
+
+def test_profile_of_a_window_of_steps(tiny_data, tmp_path):
+    finished = train_here(tiny_data, tmp_path / "run", "train.profile=[3,4]")
+    assert (finished.status, finished.err) == (0, "")
+    assert f"step 4  profile of steps 3 to 4: {tmp_path / 'run' / 'profile'}" in finished.out
+    (trace,) = traces(tmp_path / "run")
+    assert trace.stat().st_size > 1000
+
+
+def traces(run):
+    return list((run / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_is_written_when_the_run_ends_in_its_window_and_goes_on_with_it(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    seen, add = [], Progress.add
+
+    def add_and_fail(self, values):
+        add(self, values)
+        seen.append(values)
+        if len(seen) == 4:
+            raise ValueError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "add", add_and_fail)
+        assert error_line(train_here(tiny_data, run, "train.profile=[2,6]")) == "error: enough"
+    assert len(traces(run)) == 1
+    finished = train_here(tiny_data, run, "train.profile=[2,6]", "train.is_restore=true")
+    assert f"step 6  profile of steps 6 to 6: {run / 'profile'}" in finished.out
+    assert len(traces(run)) == 2
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "profile").write_text("mine")
+    (run / "metrics.jsonl").write_text("")
+    finished = train_here(tiny_data, run, "train.profile=[2,3]", "train.is_restore=true")
+    assert (finished.status, finished.err) == (0, "")
+    assert finished.out.count(f"warning: {run / 'profile'} cannot be written") == 1
+
+
+@pytest.mark.parametrize("window", ["[1,4]", "[4]", "[5,4]", "[5,7]"])
+def test_a_window_that_cannot_be_traced(tiny_data, tmp_path, window):
+    line = error_line(train_here(tiny_data, tmp_path / "run", f"train.profile={window}"))
+    assert line.startswith("error: train.profile: must be null or two steps in [2, train.num_steps=6]")
