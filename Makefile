@@ -10,7 +10,7 @@ DEMO_TEXT_STEPS ?= 1800
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-text sample test check bench clean
+.PHONY: help setup demo demo-text sample test test-slow check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -58,8 +58,11 @@ sample: setup ## draw a grid from the trained model that comes with the reposito
 	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained overwrite=true num_images=2
 	@echo "the picture: samples/pretrained/grid.png"
 
-test: $(VENV)/ready-test ## the whole test suite (under 10 minutes on two cores)
+test: $(VENV)/ready-test ## the whole test suite (under 12 minutes on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/ready-test ## what takes too long for every change: whole models through every format
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: $(VENV)/ready-test ## format, lint, types and the structure of the code
 	@$(BIN)/ruff format --check .

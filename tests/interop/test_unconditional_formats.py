@@ -29,6 +29,8 @@ from flowdit.interop import load, read_source
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable, to_trained
 
+pytestmark = pytest.mark.slow
+
 SAMPLER = {"solver": "euler", "steps": 8, "guidance": 4.0, "time_shift": 2.0}
 
 

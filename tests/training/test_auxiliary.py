@@ -158,6 +158,7 @@ def test_a_run_from_before_takes_one_up(tiny_data, whole_run, tmp_path):
     finished = train_here(tiny_data, resumed, "train.is_restore=true", "auxiliary.class_head.weight=0.5")
     assert (finished.status, finished.err) == (0, "")
     assert "auxiliary loss class_head: new since the checkpoint" in finished.out
+    assert " (class_head " in finished.out and ", velocity " in finished.out
     head = metrics(resumed, "train/class_head")
     assert head[5] == pytest.approx(math.log(4), rel=0.3)
     np.testing.assert_allclose(metrics(resumed, "train/velocity")[5], metrics(whole_run, "train/loss")[5], rtol=1e-5)
