@@ -29,7 +29,7 @@ $(VENV)/ready-test: $(VENV)/ready-$(EXTRA)
 
 setup: $(VENV)/ready-$(EXTRA) ## create .venv and install (EXTRA=cpu, cuda12, cuda13 or tpu)
 
-demo: setup ## from nothing to a trained model and its picture, in minutes on two CPU cores
+demo: setup ## from nothing to a trained model and its image, in minutes on two CPU cores
 	@echo "1/3 preparing the embedded data"
 	@$(BIN)/python -m flowdit.prepare
 	@echo "2/3 training stage 1 (resumes if it was interrupted)"
@@ -38,10 +38,10 @@ demo: setup ## from nothing to a trained model and its picture, in minutes on tw
 	@echo "3/3 sampling"
 	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo overwrite=true num_images=4 \
 		labels=[country-flag,face-smiling,face-concerned,face-neutral-skeptical,heart,cat-face,geometric,country-flag]
-	@echo "the picture: samples/demo/grid.png"
+	@echo "the image: samples/demo/grid.png"
 
 # The demo's stage 1 runs first where its last checkpoint is missing.
-demo-text: setup ## from the demo's class model to a text model and its pictures, in 10 further minutes
+demo-text: setup ## from the demo's class model to a text model and its images, in 10 further minutes
 	@test -d $(DEMO)/$(DEMO_STEPS) || $(MAKE) --no-print-directory demo
 	@echo "1/3 preparing the embedded data"
 	@$(BIN)/python -m flowdit.prepare
@@ -52,11 +52,11 @@ demo-text: setup ## from the demo's class model to a text model and its pictures
 	@echo "3/3 sampling"
 	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO_TEXT)/$(DEMO_TEXT_STEPS) \
 		out=samples/demo_text overwrite=true num_images=4
-	@echo "the picture: samples/demo_text/grid.png"
+	@echo "the image: samples/demo_text/grid.png"
 
 sample: setup ## draw a grid from the trained model that comes with the repository
 	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained overwrite=true num_images=2
-	@echo "the picture: samples/pretrained/grid.png"
+	@echo "the image: samples/pretrained/grid.png"
 
 test: $(VENV)/ready-test ## the whole test suite (under 12 minutes on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -111,7 +111,7 @@ def row(name: str) -> list[str]:
         source, checkpoint, exported = (f"{folder}/{part}" for part in ("source", "checkpoint", "exported"))
         in_process("build", source, *map(str, SHAPES[name]))
         into = in_process("command", f"source={source}", f"target={checkpoint}")
-        out = in_process("command", f"source={checkpoint}", f"target={exported}", "to=diffusers", "picture=none")
+        out = in_process("command", f"source={checkpoint}", f"target={exported}", "to=diffusers", "image=none")
         error, round_trip = in_process("errors", source, checkpoint), in_process("same", source, exported)
     shown = [cell for run in (into, out) for cell in (f"{run['seconds']:.1f} s", f"{run['bytes'] / 1e9:.1f} GB")]
     accuracy = [f"{error['relative']:.1e}", f"{error['largest']:.1e}", "bit by bit" if round_trip["same"] else "no"]

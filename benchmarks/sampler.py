@@ -8,7 +8,7 @@ from benchmarks.timing import interleave, table
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, NUM_CLASSES
 from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.inference.images import make_decoder
-from flowdit.models.ccdit import build_ccdit
+from flowdit.models.dit import build_dit
 from flowdit.models.vae import load_vae
 from flowdit.sharding import make_local_mesh
 
@@ -17,7 +17,7 @@ SAMPLER = SamplerConfig(solver="heun", steps=20, guidance=3.0)
 
 
 def measure() -> str:
-    model = build_ccdit(EMBEDDED, EMBEDDED_LATENT, NUM_CLASSES, key=jax.random.key(0))
+    model = build_dit(EMBEDDED, EMBEDDED_LATENT, NUM_CLASSES, key=jax.random.key(0))
     noise = jax.random.normal(jax.random.key(1), (BATCH_SIZE, *EMBEDDED_LATENT))
     labels, channels = jnp.arange(BATCH_SIZE), EMBEDDED_LATENT[0]
     null = jnp.full_like(labels, NUM_CLASSES)

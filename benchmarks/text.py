@@ -25,7 +25,7 @@ from flowdit.data.records import CAPTION_FIELDS, record_schema
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 from flowdit.diffusion.objective import FlowMatching
-from flowdit.models.mmdit import build_mmdit
+from flowdit.models.pixart import build_pixart
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
@@ -60,7 +60,7 @@ def training(
     channels = manifest.latent_shape[0]
     objective = FlowMatching(Text(), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
     train_step = make_train_step(optimizer, objective, seed=0)
-    build = lambda: init_state(build_mmdit(DEMO, manifest.latent_shape, width, key=jax.random.key(0)), optimizer)
+    build = lambda: init_state(build_pixart(DEMO, manifest.latent_shape, width, key=jax.random.key(0)), optimizer)
     state = jax.jit(build)()
     source = open_source(folder, manifest, schema=record_schema(manifest.latent_shape, CAPTION_FIELDS), text=text)
 

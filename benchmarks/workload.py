@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from flowdit.conditioning.labels import Labels
 from flowdit.diffusion.objective import FlowMatching
-from flowdit.models.ccdit import build_ccdit
+from flowdit.models.dit import build_dit
 from flowdit.models.transformer import ModelConfig
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import Batch, TrainState, TrainStep, init_state, make_train_step
@@ -37,7 +37,7 @@ def training(config: ModelConfig, latent_shape: tuple[int, int, int], batch_size
     )
 
     def init() -> TrainState:
-        return init_state(build_ccdit(config, latent_shape, NUM_CLASSES, key=jax.random.key(0)), optimizer)
+        return init_state(build_dit(config, latent_shape, NUM_CLASSES, key=jax.random.key(0)), optimizer)
 
     latents = jax.random.normal(jax.random.key(1), (batch_size, *latent_shape))
     batch = {"latent": latents, "label": jnp.arange(batch_size, dtype=jnp.int32)}

@@ -131,7 +131,7 @@ class SampleConfig:
 
     A class model takes `labels` (numbers or class names), a text model `prompts` or `prompts_file` (one a line) and
     `negative_prompt`; each is drawn `num_images` times. One label or prompt may stand for a list of one. Without any,
-    the run's `train.sample_labels` or `train.sample_prompts` are drawn. The folder `out` must not hold pictures;
+    the run's `train.sample_labels` or `train.sample_prompts` are drawn. The folder `out` must not hold images;
     `overwrite` removes those of an earlier run.
     """
 

@@ -1,4 +1,4 @@
-"""`python -m flowdit.prepare [source=... out=...]`: pictures in, ArrayRecord shards of latents and `dataset.json` out.
+"""`python -m flowdit.prepare [source=... out=...]`: images in, ArrayRecord shards of latents and `dataset.json` out.
 
 With `text_encoder=...` a cache of the captions' features as well.
 """

@@ -59,7 +59,7 @@ def report(curves: dict[str, list[Curve]], shown: list[int]) -> str:
 
 
 def plot(curves: dict[str, list[Curve]], file: Path) -> None:
-    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]  # for this one picture, no dependency
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]  # for this one image, no dependency
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for i, (start, runs) in enumerate(curves.items()):

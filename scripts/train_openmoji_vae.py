@@ -1,4 +1,4 @@
-"""Train the AutoencoderKL that ships with the package on the embedded OpenMoji pictures.
+"""Train the AutoencoderKL that ships with the package on the embedded OpenMoji images.
 
     python scripts/train_openmoji_vae.py --seconds 6000 --out flowdit/assets/vae [--resume-from flowdit/assets/vae]
 
@@ -42,8 +42,8 @@ EMA_DECAY = 0.998
 MAX_SHIFT = 6
 
 
-def load_pictures():
-    """Training and held-out pictures as uint8, (n, 3, 64, 64)."""
+def load_images():
+    """Training and held-out images as uint8, (n, 3, 64, 64)."""
     data = openmoji.load()
     tiles = torch.tensor(data.tiles).permute(0, 3, 1, 2).contiguous()
     held_out = torch.tensor(data.held_out)
@@ -103,7 +103,7 @@ def update_average(ema, vae, decay):
 
 @torch.no_grad()
 def evaluate(vae, x):
-    """Mean PSNR over pictures (dB) and root-mean-square chroma error (a channel spans 1)."""
+    """Mean PSNR over images (dB) and root-mean-square chroma error (a channel spans 1)."""
     y = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(32)]).clamp(-1, 1)
     mse = ((y - x) / 2).pow(2).flatten(1).mean(1)
     chroma = torch.einsum("ij,bjhw->bihw", RGB_TO_YCC, y - x)[:, 1:] / 2
@@ -130,7 +130,7 @@ def parse_args():
 def main():
     args = parse_args()
     torch.manual_seed(0)
-    tiles, held_out = load_pictures()
+    tiles, held_out = load_images()
     vae = AutoencoderKL.from_pretrained(args.resume_from) if args.resume_from else AutoencoderKL(**ARCHITECTURE)
     # float() because what was saved is float16, which does not train.
     vae = vae.float().train()

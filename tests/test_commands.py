@@ -39,7 +39,7 @@ def test_training_shows_its_progress(trained):
         assert expected in finished.out
 
 
-def test_training_leaves_checkpoints_figures_and_pictures(trained):
+def test_training_leaves_checkpoints_figures_and_images(trained):
     run, _ = trained
     assert steps_of(run) == [2, 4, 6]
     assert sorted(metrics(run, "train/loss")) == [1, 2, 3, 4, 5, 6]
@@ -58,14 +58,14 @@ def test_offline_run_is_kept_in_the_run_folder(trained):
 def test_sampling_needs_the_checkpoint_folder_alone(trained, tmp_path):
     checkpoint = shutil.copytree(trained[0] / "6", tmp_path / "alone")
     settings = (f"checkpoint={checkpoint}", "labels=[cat,3]", "num_images=2", "solver=heun", "steps=2", "seed=5")
-    finished = finish(start("-m", "flowdit.sample", *settings, "save_latents=true", "out=pictures"))
+    finished = finish(start("-m", "flowdit.sample", *settings, "save_latents=true", "out=images"))
     assert (finished.status, finished.err) == (0, "")
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     assert sorted(path.name for path in out.glob("*.png")) == [
         *("0000_cat.png", "0001_cat.png", "0002_sun.png", "0003_sun.png", "grid.png")
     ]
-    with Image.open(out / "0000_cat.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open(out / "0000_cat.png") as image:
+        assert image.size == (64, 64)
     assert np.load(out / "latents.npy").shape == (4, 16, 8, 8)
     record = json.loads((out / "samples.json").read_text())
     assert (record["step"], record["weights"], record["evaluations"]) == (6, "ema", 4)
@@ -124,14 +124,14 @@ def test_sampling_prompts(text_trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("red apple\n\nflag of Germany\n")
     checkpoint, moved = shutil.copytree(run / "6", tmp_path / "alone"), shutil.copytree(encoder, tmp_path / "moved")
     settings = (f"checkpoint={checkpoint}", f"text_encoder={moved}", "prompts_file=prompts.txt", "num_images=2")
-    finished = finish(start("-m", "flowdit.sample", *settings, "steps=1", "out=pictures"))
+    finished = finish(start("-m", "flowdit.sample", *settings, "steps=1", "out=images"))
     assert (finished.status, finished.err) == (0, "")
-    names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+    names = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
     apples, flags = (f"000{i}_red_apple.png" for i in (0, 1)), (f"000{i}_flag_of_Germany.png" for i in (2, 3))
     assert names == [*apples, *flags, "grid.png"]
 
 
-def test_prompts_negative_prompt_and_guidance_change_the_picture(text_trained):
+def test_prompts_negative_prompt_and_guidance_change_the_image(text_trained):
     checkpoint = text_trained[1] / "6"
     first = sampled_latents(checkpoint, "first", "prompts=[red apple]")
     for i, other in enumerate(["prompts=[sun]", "negative_prompt=sun", "guidance=1"]):

@@ -127,7 +127,7 @@ FILES = {
     "truncated shard that the manifest agrees to": BadData(truncate_and_agree, (SHARD, "not a whole ArrayRecord file")),
     "foreign file": BadData(replace_by_foreign_file, (SHARD, "not a whole ArrayRecord file")),
     "another number of records": BadData(lambda d: agree(d, records=7), (SHARD, "must hold 7 records", "holds 24")),
-    "pictures without a size": BadData(
+    "images without a size": BadData(
         lambda d: change_manifest(d, image_size=-1), ("dataset.json: image_size: must be vae.stride times", "got -1")
     ),
     "latents of another dtype than the records": BadData(

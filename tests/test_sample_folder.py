@@ -1,4 +1,4 @@
-"""Where `flowdit.sample` writes: never among other pictures, and over those of an earlier run only when it is told to."""
+"""Where `flowdit.sample` writes: never among other images, and over those of an earlier run only when it is told to."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ NAMES = ["0000_cat.png", "0001_a_dog_.png", "grid.png", "samples.json"]
 
 
 @pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch) -> None:
+def quick_images(monkeypatch) -> None:
     """Black ones: `test_commands.py` has real ones written."""
 
     def batches(sampler, requests, *_):
@@ -65,11 +65,11 @@ def test_what_an_interrupted_run_leaves_is_known(whole_run, monkeypatch):
 
 @pytest.fixture
 def earlier() -> Path:
-    """A folder as a run of two pictures leaves it."""
+    """A folder as a run of two images leaves it."""
     folder = Path("out")
     folder.mkdir()
     for name in NAMES:
-        (folder / name).write_text("a picture")
+        (folder / name).write_text("an image")
     settings = {"captions": ["cat", "a dog?"], "save_latents": False}
     (folder / "samples.json").write_text(json.dumps({"settings": settings}))
     return folder
@@ -112,7 +112,7 @@ def test_a_list_of_captions_cannot_name_files_elsewhere(earlier):
         check(overwrite=True)
 
 
-def test_folders_without_pictures_are_free(tmp_path):
+def test_folders_without_images_are_free(tmp_path):
     assert check(overwrite=False) == []
     (tmp_path / "out" / "below").mkdir(parents=True)
     (tmp_path / "out" / "below" / "grid.png").write_text("mine")

@@ -1,4 +1,4 @@
-"""VAEs of other families, from pictures to samples by configuration alone: Stable Diffusion 1.x, SDXL, SD3, Flux."""
+"""VAEs of other families, from images to samples by configuration alone: Stable Diffusion 1.x, SDXL, SD3, Flux."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ KINDS = {
     "sd3": (16, False, 1.5305, 0.0609),
     "flux": (16, False, 0.3611, 0.1159),
 }
-NUM_PICTURES = 20
+NUM_IMAGES = 20
 
 
 def build_vae(kind: str) -> diffusers.AutoencoderKL:
@@ -55,9 +55,9 @@ def save_vae(kind: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for i in range(NUM_PICTURES):
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(NUM_IMAGES):
         target = folder / ("cat" if i % 2 else "dog") / f"{i}.png"
         target.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(target)
@@ -65,13 +65,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def prepared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """VAE folder and data set of each kind."""
     root, found = tmp_path_factory.mktemp("kinds"), {}
     for kind in KINDS:
         vae, data = save_vae(kind, root / f"{kind}_vae"), root / f"{kind}_data"
         finished = call(
-            prepare, f"source={pictures}", f"out={data}", f"vae={vae}", "image_size=32", "held_out_fraction=0.2",
+            prepare, f"source={images}", f"out={data}", f"vae={vae}", "image_size=32", "held_out_fraction=0.2",
             "license=CC0", "attribution=none",
         )  # fmt: skip
         assert finished.status == 0, finished.err

@@ -1,4 +1,4 @@
-"""The wheel carries all it needs: configurations, pictures and the VAE, found from any folder."""
+"""The wheel carries all it needs: configurations, images and the VAE, found from any folder."""
 
 import os
 import subprocess

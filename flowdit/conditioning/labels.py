@@ -17,7 +17,7 @@ from flowdit.config import Config, TrainConfig, as_list
 from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
 from flowdit.data.records import Field, LabelField
-from flowdit.models.ccdit import CCDiT, build_ccdit
+from flowdit.models.dit import DiT, build_dit
 from flowdit.models.transformer import ModelConfig
 
 
@@ -53,8 +53,8 @@ class Labels(Conditioning):
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> CCDiT:
-        return build_ccdit(config, latent_shape, self.num_classes, key=key)
+    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> DiT:
+        return build_dit(config, latent_shape, self.num_classes, key=key)
 
     def fields(self) -> dict[str, Field]:
         return {"label": LabelField(self.num_classes)}

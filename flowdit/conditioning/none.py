@@ -15,7 +15,7 @@ from flowdit.config import Config, TrainConfig
 from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
 from flowdit.data.records import Field
-from flowdit.models.ccdit import CCDiT, build_ccdit
+from flowdit.models.dit import DiT, build_dit
 from flowdit.models.transformer import ModelConfig
 
 
@@ -34,8 +34,8 @@ class Unconditional(Conditioning):
     def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Unconditional:
         return cls()
 
-    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> CCDiT:
-        return build_ccdit(config, latent_shape, num_classes=0, key=key)
+    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> DiT:
+        return build_dit(config, latent_shape, num_classes=0, key=key)
 
     def fields(self) -> dict[str, Field]:
         return {}

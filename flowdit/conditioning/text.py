@@ -20,7 +20,7 @@ from flowdit.data.manifest import Manifest
 from flowdit.data.records import CAPTION_FIELDS, Field
 from flowdit.data.text_cache import open_cache
 from flowdit.models.attention import AttentionShape
-from flowdit.models.mmdit import MMDiT, TextCondition, build_mmdit
+from flowdit.models.pixart import PixArt, TextCondition, build_pixart
 from flowdit.models.pretrained import shown
 from flowdit.models.text_encoder import WORDLLAMA, TextConfig, TextEncoder, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
@@ -96,9 +96,9 @@ class Text(Conditioning):
 
     # --- the network ---
 
-    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> MMDiT:
+    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> PixArt:
         assert self.info is not None
-        return build_mmdit(config, latent_shape, self.info["width"], key=key)
+        return build_pixart(config, latent_shape, self.info["width"], key=key)
 
     def check_model(self, config: ModelConfig) -> None:
         assert self.info is not None and self.config is not None

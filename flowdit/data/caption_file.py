@@ -1,7 +1,7 @@
-"""The captions of a folder of pictures: a JSON-lines file with one object a picture.
+"""The captions of a folder of images: a JSON-lines file with one object an image.
 
 `{"file": "beach/001.jpg", "short_caption": "a dog", "long_caption": "a brown dog runs along a beach"}`: `file` is a path
-within the folder of pictures, `long_caption` may be left out, and other fields are ignored.
+within the folder of images, `long_caption` may be left out, and other fields are ignored.
 """
 
 import json
@@ -13,10 +13,10 @@ from flowdit.data.records import CaptionField, RecordError
 
 
 def read_captions(path: Path, folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The (short, long) captions of the pictures called `names` within `folder`, in their order.
+    """The (short, long) captions of the images called `names` within `folder`, in their order.
 
-    Raises `ValueError` naming the line, the field, the rule and the value; and how many pictures have no caption, or
-    captions no picture, with the first of them.
+    Raises `ValueError` naming the line, the field, the rule and the value; and how many images have no caption, or
+    captions no image, with the first of them.
     """
     captions: dict[str, tuple[str, str]] = {}
     lines: dict[str, int] = {}
@@ -62,11 +62,11 @@ def _text(where: str, entry: dict[str, Any], field: str, default: str | None = N
 def _compare(path: Path, folder: Path, lines: dict[str, int], names: Sequence[str]) -> None:
     if bare := [name for name in names if name not in lines]:
         raise ValueError(
-            f"captions: {path} has no caption for {len(bare)} pictures of {folder}, the first is {bare[0]!r}"
+            f"captions: {path} has no caption for {len(bare)} images of {folder}, the first is {bare[0]!r}"
         )
     known = set(names)
     if foreign := [name for name in lines if name not in known]:
         raise ValueError(
-            f"captions: {path} has {len(foreign)} captions without a picture in {folder}, "
+            f"captions: {path} has {len(foreign)} captions without an image in {folder}, "
             f"the first in line {lines[foreign[0]]}: {foreign[0]!r}"
         )

@@ -17,8 +17,8 @@ ATTRIBUTION = (
     "OpenMoji 17.0, the open-source emoji and icon project (openmoji.org); rasterised to 64x64, variants left out"
 )
 TILE, COLUMNS = 64, 49
-MIN_PICTURES = 8
-"""A subgroup with fewer pictures is no class: too few to learn from and to hold one out."""
+MIN_IMAGES = 8
+"""A subgroup with fewer images is no class: too few to learn from and to hold one out."""
 COLOURS = [
     "red",
     "orange",
@@ -40,20 +40,20 @@ LOOKS = {*COLOURS, *MATERIALS, "rainbow", "light", "dark"}
 
 
 class OpenMoji(NamedTuple):
-    """Pictures with their classes and (short, long) captions. About 1 in 20 is held out, as in the training of the embedded VAE."""
+    """Images with their classes and (short, long) captions. About 1 in 20 is held out, as in the training of the embedded VAE."""
 
-    tiles: UInt8[np.ndarray, " pictures 64 64 3"]
-    labels: Int[np.ndarray, " pictures"]
-    held_out: Bool[np.ndarray, " pictures"]
+    tiles: UInt8[np.ndarray, " images 64 64 3"]
+    labels: Int[np.ndarray, " images"]
+    held_out: Bool[np.ndarray, " images"]
     class_names: tuple[str, ...]
     captions: list[tuple[str, str]]
 
 
 def load() -> OpenMoji:
-    """The pictures of all subgroups with at least `MIN_PICTURES`; equally named subgroups of two groups are one class."""
+    """The images of all subgroups with at least `MIN_IMAGES`; equally named subgroups of two groups are one class."""
     table = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
     counts = collections.Counter(row["subgroup"] for row in table)
-    class_names = tuple(sorted(name for name, count in counts.items() if count >= MIN_PICTURES))
+    class_names = tuple(sorted(name for name, count in counts.items() if count >= MIN_IMAGES))
     kept = [i for i, row in enumerate(table) if row["subgroup"] in class_names]
     return OpenMoji(
         tiles=_tiles()[kept],
@@ -65,7 +65,7 @@ def load() -> OpenMoji:
 
 
 def captions(row: dict[str, Any]) -> tuple[str, str]:
-    """A short caption, which names the picture, and a long one.
+    """A short caption, which names the image, and a long one.
 
     The long one goes on with the kind of thing and the tags, colours and materials first, as far as they add a word:
     "pear", "pear, food fruit, green".
@@ -87,12 +87,12 @@ def _words(text: str) -> set[str]:
 
 
 def is_held_out(row: dict[str, Any]) -> bool:
-    """Whole picture families are held out, so that no near-copy of a held-out picture is trained on."""
-    return zlib.crc32(picture_family(row["hexcode"]).encode()) % 20 == 0
+    """Whole image families are held out, so that no near-copy of a held-out image is trained on."""
+    return zlib.crc32(image_family(row["hexcode"]).encode()) % 20 == 0
 
 
-def picture_family(hexcode: str) -> str:
-    """Variants of one picture share their first code point; each flag stands for itself."""
+def image_family(hexcode: str) -> str:
+    """Variants of one image share their first code point; each flag stands for itself."""
     return hexcode if hexcode.startswith("1F1") else hexcode.split("-")[0]
 
 

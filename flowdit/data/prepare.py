@@ -1,4 +1,4 @@
-"""Pictures to a folder of latent shards and their manifest, in steps that can be interrupted and run again.
+"""Images to a folder of latent shards and their manifest, in steps that can be interrupted and run again.
 
 Shards are the unit of work: each is encoded by itself, and a later run skips the finished ones; `dataset.json` is
 written when all are. Nothing depends on where a run was interrupted, so the manifest's id is that of a run in one go
@@ -18,9 +18,9 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from flowdit.data import manifest as manifests
-from flowdit.data.latents import encoded_records, latent_encoder
+from flowdit.data.encode_images import encoded_records, latent_encoder
+from flowdit.data.images import ImageSet, load_images
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
-from flowdit.data.pictures import Pictures, load_pictures
 from flowdit.data.shards import (
     channel_statistics,
     claim_folder,
@@ -38,18 +38,18 @@ from flowdit.models.vae import AutoencoderKL, load_vae
 class PrepareConfig:
     """What `python -m flowdit.prepare` is told.
 
-    source: "openmoji", or a folder of pictures with one sub-folder a class. Without sub-folders there are no labels: such
+    source: "openmoji", or a folder of images with one sub-folder a class. Without sub-folders there are no labels: such
         a data set trains stage 2 if there are captions, and without a condition (`conditioning=none`) if there are none.
-    captions: JSON-lines file with `file` (path of a picture within `source`), `short_caption` and perhaps `long_caption`;
+    captions: JSON-lines file with `file` (path of an image within `source`), `short_caption` and perhaps `long_caption`;
         empty for none (OpenMoji has its own).
     out: folder of the data set; empty for `data/<name of the source>`.
     vae: "openmoji" (embedded), or a diffusers AutoencoderKL by folder or hub id.
-    image_size: side in pixels to which pictures are resized and cropped.
-    batch_size: pictures encoded at a time.
+    image_size: side in pixels to which images are resized and cropped.
+    batch_size: images encoded at a time.
     records_per_shard: null for about 128 shards of 512 to 16,384 records.
-    held_out_fraction: share of a folder's pictures that make the validation split (OpenMoji's is fixed).
+    held_out_fraction: share of a folder's images that make the validation split (OpenMoji's is fixed).
     posterior_std: also store the posterior deviation, so that training can draw a fresh latent at each visit.
-    hflip: add a mirrored copy of each training picture.
+    hflip: add a mirrored copy of each training image.
     dtype: of the latents on disk.
     license, attribution: carried in the manifest; empty for the source's own.
     text_encoder: encoder whose features of the captions are written as well, as `text.encoder` in training; empty for none.
@@ -87,7 +87,7 @@ class PrepareConfig:
 
 
 class Job(NamedTuple):
-    """One shard to write; its items are rows of (number of the picture, whether mirrored)."""
+    """One shard to write; its items are rows of (number of the image, whether mirrored)."""
 
     file: str
     split: Split
@@ -95,24 +95,24 @@ class Job(NamedTuple):
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Encode the pictures of `config.source` and write the data set and its text features, or finish what was begun.
+    """Encode the images of `config.source` and write the data set and its text features, or finish what was begun.
 
-    Raises `ValueError` in one line for settings that do not fit, an unreadable picture (named), a folder that holds a
-    data set of other pictures or settings (left as it is), and a folder that cannot be written.
+    Raises `ValueError` in one line for settings that do not fit, an unreadable image (named), a folder that holds a
+    data set of other images or settings (left as it is), and a folder that cannot be written.
     """
     config.check()
-    pictures = load_pictures(config.source, config.held_out_fraction, config.captions)
-    if config.text_encoder and not pictures.captions:
+    image_set = load_images(config.source, config.held_out_fraction, config.captions)
+    if config.text_encoder and not image_set.captions:
         raise ValueError(f"text_encoder: {config.source} has no captions to encode, got {config.text_encoder!r}")
-    jobs = list(_jobs(config, pictures))
+    jobs = list(_jobs(config, image_set))
     vae = load_vae(config.vae)
     if config.image_size % (stride := vae.config.stride):
         raise ValueError(f"image_size: must be a multiple of the VAE's stride {stride}, got {config.image_size}")
     # Before the hours that latents may take, so that a fault shows first. It keeps its memory (5 GB of T5Gemma) meanwhile.
     encoder = _load_text_encoder(config) if config.text_encoder else None
-    out = Path(config.out or Path("data") / pictures.name)
+    out = Path(config.out or Path("data") / image_set.name)
     try:
-        manifest = _prepare_latents(jobs, out, config, pictures, vae)
+        manifest = _prepare_latents(jobs, out, config, image_set, vae)
     except OSError as error:
         raise ValueError(f"out: cannot write to {out}: {error.strerror or error}") from None
     if encoder is not None:
@@ -137,20 +137,20 @@ def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
 
 
 def _prepare_latents(
-    jobs: list[Job], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL
+    jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
 ) -> Manifest:
-    claim_folder("out", out, _plan(config, pictures, vae), manifests.FILE_NAME)
+    claim_folder("out", out, _plan(config, image_set, vae), manifests.FILE_NAME)
     if (out / manifests.FILE_NAME).exists():
         return _finished(out)
-    _write_shards(jobs, out, config, pictures, vae)
-    return _finish(jobs, out, config, pictures, vae)
+    _write_shards(jobs, out, config, image_set, vae)
+    return _finish(jobs, out, config, image_set, vae)
 
 
-def _jobs(config: PrepareConfig, pictures: Pictures) -> Iterator[Job]:
+def _jobs(config: PrepareConfig, image_set: ImageSet) -> Iterator[Job]:
     """The shards: training records in one fixed random order over all of them, held-out ones as they come."""
-    train, held_out = np.flatnonzero(~pictures.held_out), np.flatnonzero(pictures.held_out)
+    train, held_out = np.flatnonzero(~image_set.held_out), np.flatnonzero(image_set.held_out)
     if not len(train):
-        raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no picture to train on")
+        raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no image to train on")
     items = np.array([(i, mirrored) for i in train for mirrored in range(1 + config.hflip)])
     yield from _split_jobs("train", np.random.default_rng(0).permutation(items), config.records_per_shard)
     yield from _split_jobs("validation", np.array([(i, 0) for i in held_out]), config.records_per_shard)
@@ -163,11 +163,12 @@ def _split_jobs(split: Split, items: np.ndarray, records_per_shard: int | None) 
         yield Job(f"{split}-{i:05d}-of-{count:05d}.array_record", split, np.array_split(items, count)[i])
 
 
-def _plan(config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL) -> dict[str, Any]:
+def _plan(config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> dict[str, Any]:
     """Everything that the data set depends on: two runs into one folder must have it in common."""
     text = {"text_encoder", "text_dtype", "text_max_length", "text_cache"}
     settings = {n: v for n, v in dataclasses.asdict(config).items() if n not in {"source", "captions", "out", *text}}
-    identity = {"pictures": pictures.key, "captions": pictures.captions_key(), "vae_fingerprint": vae.fingerprint}
+    # "pictures" and not "images": folders that were begun before the word changed are finished, too.
+    identity = {"pictures": image_set.key, "captions": image_set.captions_key(), "vae_fingerprint": vae.fingerprint}
     return settings | identity
 
 
@@ -175,17 +176,17 @@ def _finished(out: Path) -> Manifest:
     manifest = Manifest.read(out)
     manifests.verify(out, manifest)
     _remove_sidecars(manifest, out)
-    print(f"{out} is already prepared from these pictures with these settings: nothing to do")
+    print(f"{out} is already prepared from these images with these settings: nothing to do")
     return manifest
 
 
-def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL) -> None:
+def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> None:
     encode_batch = latent_encoder(vae, config.batch_size)
     todo = [job for job in jobs if read_sidecar(out / job.file) is None]
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
     with tqdm(total=total, initial=total - left, unit=" images", desc="encoding", dynamic_ncols=True) as progress:
         for job in todo:
-            records = encoded_records(job.items, pictures, encode_batch, config.image_size, config.batch_size,
+            records = encoded_records(job.items, image_set, encode_batch, config.image_size, config.batch_size,
                                       config.dtype, config.posterior_std)  # fmt: skip
             write_shard(out / job.file, _counted(records, progress))
 
@@ -196,7 +197,7 @@ def _counted(records: Iterator[dict[str, Any]], progress: tqdm) -> Iterator[dict
         progress.update()
 
 
-def _finish(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Pictures, vae: AutoencoderKL) -> Manifest:
+def _finish(jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> Manifest:
     sidecars = [finished_sidecar(out / job.file) for job in jobs]
     mean, std = channel_statistics(s for s, job in zip(sidecars, jobs, strict=True) if job.split == "train")
     side = config.image_size // vae.config.stride
@@ -214,13 +215,13 @@ def _finish(jobs: list[Job], out: Path, config: PrepareConfig, pictures: Picture
         image_size=config.image_size,
         channel_mean=tuple(mean.tolist()),
         channel_std=tuple(std.tolist()),
-        class_names=pictures.class_names,
-        has_captions=pictures.captions is not None,
+        class_names=image_set.class_names,
+        has_captions=image_set.captions is not None,
         shards=tuple(
             Shard(job.file, job.split, s.records, s.bytes, s.sha256) for job, s in zip(jobs, sidecars, strict=True)
         ),
-        license=config.license or pictures.license,
-        attribution=config.attribution or pictures.attribution,
+        license=config.license or image_set.license,
+        attribution=config.attribution or image_set.attribution,
     )
     manifest.write(out)
     _remove_sidecars(manifest, out)

@@ -47,7 +47,7 @@ def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[floa
 def save_grid(
     path: Path, images: UInt8[np.ndarray, "n height width 3"], captions: Sequence[str], columns: int, gap: int = 4
 ) -> None:
-    """A grid in row-major order, each picture with its caption below. Small pictures are enlarged to be seen."""
+    """A grid in row-major order, each image with its caption below. Small images are enlarged to be seen."""
     zoom = max(1, 128 // images.shape[2])
     height, width = images.shape[1] * zoom, images.shape[2] * zoom
     font = ImageFont.load_default(11)

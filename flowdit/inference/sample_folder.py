@@ -15,7 +15,7 @@ from PIL import Image
 
 from flowdit.conditioning import Requests
 from flowdit.config import SampleConfig
-from flowdit.data.pictures import SUFFIXES
+from flowdit.data.images import SUFFIXES
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.inference.images import save_grid
 from flowdit.inference.sampler import Drawn, Sampler

@@ -19,7 +19,7 @@ from flowdit.interop.diffusers_in import META_FILE, read_diffusers
 from flowdit.interop.diffusers_out import check_representable, export_diffusers
 from flowdit.interop.hub import find_source, push
 from flowdit.interop.metadata import ForeignConfig
-from flowdit.interop.model_card import PICTURE, write_card
+from flowdit.interop.model_card import IMAGE, write_card
 from flowdit.interop.originals import read_original
 from flowdit.interop.portable import (
     DTYPES,
@@ -48,7 +48,8 @@ class ConvertConfig(ForeignConfig):
     weights: "ema", or "model" for the raw weights.
     dtype: of the weights written; float16 halves a slim checkpoint.
     own_class: let a diffusers folder carry flowdit's transformer class where the stock one lacks something.
-    picture: a picture for the model card; "draw" samples one, "none" leaves it out.
+    image: an image for the model card; "draw" samples one, "none" leaves it out.
+    picture: the former name of `image`, still accepted.
     prompts: what to draw of a text model, one or a list; without them the run's `train.sample_prompts`.
     push_to_hub: repository to upload the target to.
     """
@@ -59,13 +60,16 @@ class ConvertConfig(ForeignConfig):
     weights: str = "ema"
     dtype: str = "float32"
     own_class: bool = False
-    picture: str = "draw"
+    image: str = "draw"
+    picture: str | None = None
     prompts: Any = None
     push_to_hub: str | None = None
     private: bool = True
 
     def __post_init__(self) -> None:
         self.prompts = as_list(self.prompts)
+        if self.picture is not None:
+            self.image, self.picture = self.picture, None
 
     def check(self) -> None:
         """Raise `ValueError` naming the first field that breaks a rule."""
@@ -76,8 +80,8 @@ class ConvertConfig(ForeignConfig):
             raise ValueError(f"target: {self.target} exists already, and nothing is written over")
         if self.to == "safetensors" and Path(self.target).suffix != ".safetensors":
             raise ValueError(f"target: must end in .safetensors with to=safetensors, got {self.target}")
-        if self.to == "diffusers" and self.picture not in ("draw", "none") and not Path(self.picture).is_file():
-            raise ValueError(f"picture: must be draw, none or a picture file, got {self.picture!r}")
+        if self.to == "diffusers" and self.image not in ("draw", "none") and not Path(self.image).is_file():
+            raise ValueError(f"image: must be draw, none or an image file, got {self.image!r}")
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -153,15 +157,15 @@ def _remove(path: Path) -> None:
 
 def _write_diffusers(portable: Portable, folder: Path, config: ConvertConfig) -> None:
     export_diffusers(portable, folder, config.dtype, own_class=config.own_class, vae=config.vae)
-    picture = folder / PICTURE
-    if config.picture == "draw":
+    image = folder / IMAGE
+    if config.image == "draw":
         try:
-            draw_grid(Sampler(to_trained(portable), vae=config.vae), picture, config.prompts)
+            draw_grid(Sampler(to_trained(portable), vae=config.vae), image, config.prompts)
         except ValueError as problem:  # a VAE or text encoder that is not here is no reason to withhold the model
-            print(f"no sample picture: {problem}", flush=True)
-    elif config.picture != "none":
-        shutil.copyfile(config.picture, picture)
-    write_card(portable, folder, Path(config.target).name, config.weights, picture.is_file())
+            print(f"no sample image: {problem}", flush=True)
+    elif config.image != "none":
+        shutil.copyfile(config.image, image)
+    write_card(portable, folder, Path(config.target).name, config.weights, image.is_file())
 
 
 def draw_grid(sampler: Sampler, path: Path, prompts: list[str] | None) -> None:

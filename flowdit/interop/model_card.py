@@ -11,12 +11,12 @@ from flowdit.conditioning.base import Exported
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.portable import Portable
 
-PICTURE = "sample.png"
+IMAGE = "sample.png"
 HUB_LICENCES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}
 RECIPE = ("num_steps", "batch_size", "ema_decay", "compute_dtype", "drop_rate", "time_distribution", "time_shift")
 
 
-def write_card(portable: Portable, target: Path, name: str, weights: str, picture: bool) -> None:
+def write_card(portable: Portable, target: Path, name: str, weights: str, image: bool) -> None:
     """`README.md` in the exported folder, as the hub shows it."""
     described = describe_trained(portable.meta)
     exported = described.conditioning.exported()
@@ -25,7 +25,7 @@ def write_card(portable: Portable, target: Path, name: str, weights: str, pictur
         _front_matter(described, exported),
         f"# {name}",
         _summary(portable, described, exported, weights),
-        f"![samples]({PICTURE})" if picture else "",
+        f"![samples]({IMAGE})" if image else "",
         _usage(described, exported, (target / "vae").is_dir()),
         _table("Data", _data(described) | dict(exported.facts)),
         _table("Recipe", _recipe(portable, described)),
@@ -72,7 +72,7 @@ def _usage(described: Trained, exported: Exported, has_vae: bool) -> str:
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("<folder>", trust_remote_code=True)
-picture = {exported.call}.images[0]
+image = {exported.call}.images[0]
 ```
 
 `trust_remote_code` lets diffusers run the folder's `pipeline.py`. Or `flowdit.load("<folder>").draw(...)`.{needed}"""
@@ -84,7 +84,7 @@ def _data(described: Trained) -> dict[str, Any]:
         {split: manifest.num_records(split) for split in ("train", "validation")} if manifest.shards else "not known"
     )
     facts = {"records": records, "licence": manifest.license or "not stated", "attribution": manifest.attribution}
-    facts |= {"picture size": manifest.image_size, "VAE": manifest.vae.name or "not named"}
+    facts |= {"image size": manifest.image_size, "VAE": manifest.vae.name or "not named"}
     return facts | {"latent mean": described.mean, "latent scale": described.scale}
 
 

@@ -23,7 +23,7 @@ from flowdit.training.checkpoint import from_named, named_arrays, read_meta, res
 
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")
-# No tensor has these sizes, which take memory when a sample is drawn. 1,024 are pictures of 8,192 pixels.
+# No tensor has these sizes, which take memory when a sample is drawn. 1,024 are images of 8,192 pixels.
 MAX_SAMPLED_SIDE = 1024
 
 

@@ -156,7 +156,7 @@ def mlp(dim: int, hidden_dim: int, *, key: PRNGKeyArray) -> MLP:
 class TimeEmbedding(eqx.Module):
     """Flow time in [0, 1] -> (dim,): sinusoidal features of 1000 t through Linear, SiLU, Linear.
 
-    With `scale` 1 it embeds other numbers, such as the height of a picture in pixels.
+    With `scale` 1 it embeds other numbers, such as the height of an image in pixels.
     """
 
     up: Linear

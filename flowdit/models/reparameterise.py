@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowdit.models.ccdit import CCDiT
+from flowdit.models.dit import DiT
 from flowdit.models.layers import Linear
-from flowdit.models.mmdit import MMDiT, TextCondition
+from flowdit.models.pixart import PixArt, TextCondition
 from flowdit.models.transformer import ModelConfig
 
 SHARED_MAPS = ("block0", "mean")
@@ -54,13 +54,13 @@ def check_compatible(
 
 
 def reparameterise(
-    class_model: CCDiT,
-    text_model: MMDiT,
+    class_model: DiT,
+    text_model: PixArt,
     *,
     time: float = 0.5,
     shared_map: str = "block0",
     class_condition: str = "dropped",
-) -> MMDiT:
+) -> PixArt:
     """`text_model` with the weights of `class_model`, equal to it without its class at flow time `time`.
 
     With S_i(t) = W_i SiLU(t_emb(t) + c) + b_i the modulation of class-model block i and f the shared map, `"block0"`'s
@@ -81,19 +81,19 @@ def reparameterise(
     return model if model.size_embed is None else without_sizes(model)
 
 
-def without_sizes(model: MMDiT) -> MMDiT:
+def without_sizes(model: PixArt) -> PixArt:
     """`model` with zero outputs of its size embedding: the size has no say until it is trained."""
     outputs = lambda m: jax.tree.leaves((m.size_embed.side.down, m.size_embed.aspect.down))
     return eqx.tree_at(outputs, model, replace_fn=jnp.zeros_like)
 
 
-def _copied_arrays(model: CCDiT | MMDiT) -> list:
+def _copied_arrays(model: DiT | PixArt) -> list:
     blocks = model.blocks
     return jax.tree.leaves((model.patch_embed, model.time_embed, blocks.attention, blocks.mlp, model.final_linear))
 
 
 def _adaln_single(
-    class_model: CCDiT, time: float, shared_map: str, class_condition: str
+    class_model: DiT, time: float, shared_map: str, class_condition: str
 ) -> tuple[Linear, Float[Array, "depth 6 dim"], Float[Array, "2 dim"]]:
     """The shared map, the tables of the blocks and the table of the final layer."""
     embedding = class_model.time_embed(jnp.asarray(time, jnp.float32))
@@ -106,14 +106,14 @@ def _adaln_single(
     return shared, tables.reshape(len(tables), 6, -1), final_table
 
 
-def _class_vector(class_model: CCDiT, class_condition: str) -> Float[Array, " dim"]:
+def _class_vector(class_model: DiT, class_condition: str) -> Float[Array, " dim"]:
     null_class = class_model.class_table[class_model.null_label]
     return null_class if class_condition == "null_class" else jnp.zeros_like(null_class)
 
 
 def drift(
-    class_model: CCDiT,
-    text_model: MMDiT,
+    class_model: DiT,
+    text_model: PixArt,
     times: Float[Array, " times"],
     x_t: Float[Array, "times batch channels height width"],
     class_condition: str = "dropped",

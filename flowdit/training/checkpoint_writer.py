@@ -19,7 +19,7 @@ from flowdit.training.checkpoint_files import CheckpointError, list_steps, write
 from flowdit.training.step import TrainState
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
-# Indices, checksums, whole blocks of the file system for small files, the log and the pictures written meanwhile.
+# Indices, checksums, whole blocks of the file system for small files, the log and the images written meanwhile.
 SPARE_BYTES = 8 << 20
 
 

@@ -113,7 +113,7 @@ class Tracker:
         finishing.join(timeout=None if error is None else 5)
 
     def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
-        """Log figures, and pictures by their paths."""
+        """Log figures, and images by their paths."""
         if self._wandb is None:
             return
         try:

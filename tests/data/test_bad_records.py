@@ -212,7 +212,7 @@ def cached(captions):
     return opened
 
 
-def test_a_damaged_record_of_the_cache_passes_over_picture_and_text(captions, cached):
+def test_a_damaged_record_of_the_cache_passes_over_image_and_text(captions, cached):
     source = cached(1)
     batch, expected = (source.read_batch(rows, DRAWS) for rows in ([2, 2, 3, 3], [2, 2, 3, 4]))
     for name in ("latent", "text_features", "text_mask"):

@@ -1,4 +1,4 @@
-"""The captions of a folder of pictures: what the file may hold, and what is said about a bad one."""
+"""The captions of a folder of images: what the file may hold, and what is said about a bad one."""
 
 import json
 
@@ -17,7 +17,7 @@ def write(path, *lines):
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
 
 
-def test_captions_come_in_the_order_of_the_pictures(path, tmp_path):
+def test_captions_come_in_the_order_of_the_images(path, tmp_path):
     write(
         path,
         {"file": "b/2.png", "short_caption": "two", "long_caption": "the second", "score": 3},
@@ -58,11 +58,11 @@ def test_a_bad_line_is_named(path, tmp_path, line, message):
     assert "\n" not in str(error.value)
 
 
-def test_pictures_without_captions_and_captions_without_pictures_are_counted(path, tmp_path):
+def test_images_without_captions_and_captions_without_images_are_counted(path, tmp_path):
     write(path, *({"file": f"{i}.png", "short_caption": "a"} for i in range(4)))
-    with pytest.raises(ValueError, match=r"captions.jsonl has no caption for 2 pictures of .*, the first is 'x.png'"):
+    with pytest.raises(ValueError, match=r"captions.jsonl has no caption for 2 images of .*, the first is 'x.png'"):
         read_captions(path, tmp_path, [*(f"{i}.png" for i in range(4)), "x.png", "y.png"])
-    with pytest.raises(ValueError, match=r"has 3 captions without a picture in .*, the first in line 2: '1.png'"):
+    with pytest.raises(ValueError, match=r"has 3 captions without an image in .*, the first in line 2: '1.png'"):
         read_captions(path, tmp_path, ["0.png"])
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 import flowdit.data.prepare as prepare_module
 from flowdit.data import openmoji
+from flowdit.data.images import center_crop
 from flowdit.data.manifest import Manifest, ManifestError, verify
-from flowdit.data.pictures import center_crop
 from flowdit.data.prepare import PrepareConfig, prepare
 from flowdit.data.text_cache import open_cache
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
@@ -29,7 +29,7 @@ from flowdit.models.vae import load_vae
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """12 red and 12 blue noisy pictures of 20x16 pixels."""
+    """12 red and 12 blue noisy images of 20x16 pixels."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(("blue", "red")):
         folder = tmp_path / "source" / name
@@ -54,7 +54,7 @@ def replaced(config, **changes):
     return PrepareConfig(**(vars(config) | changes))
 
 
-def test_records_are_the_posterior_means_of_the_pictures(config, source):
+def test_records_are_the_posterior_means_of_the_images(config, source):
     manifest = prepare(config)
     verify(config.out, manifest)
     assert Manifest.read(config.out) == manifest
@@ -178,7 +178,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_lose_nothing(config, 
     verify(config.out, manifest)
 
 
-def test_other_pictures_in_the_same_folder_are_refused(config, source):
+def test_other_images_in_the_same_folder_are_refused(config, source):
     prepare(config)
     Image.new("RGB", (16, 16)).save(source / "red" / "new.png")
     with pytest.raises(ValueError, match="out: .* was begun with pictures="):
@@ -198,13 +198,13 @@ def test_a_folder_of_foreign_shards_is_refused(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "nowhere"}, "source: must be 'openmoji' or a folder of pictures, there is no folder 'nowhere'"),
+        ({"source": "nowhere"}, "source: must be 'openmoji' or a folder of images, there is no folder 'nowhere'"),
         ({"image_size": 12}, "image_size: must be a multiple of the VAE's stride 8, got 12"),
         ({"image_size": 0}, "image_size: must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: must be at least 1, got 0"),
         ({"records_per_shard": 0}, "records_per_shard: must be at least 1, got 0"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction: must be in \[0, 1\), got 1.0"),
-        ({"held_out_fraction": 0.9999}, "held_out_fraction: 0.9999 leaves no picture to train on"),
+        ({"held_out_fraction": 0.9999}, "held_out_fraction: 0.9999 leaves no image to train on"),
         ({"dtype": "int8"}, "dtype: must be float16 or float32, got 'int8'"),
         ({"text_dtype": "float16"}, "text_dtype: must be bfloat16 or float32, got 'float16'"),
         ({"text_max_length": 0}, "text_max_length: must be at least 1, got 0"),
@@ -222,22 +222,22 @@ def test_bad_settings_are_named_and_nothing_is_written(config, changes, message)
     assert not Path(config.out).exists()
 
 
-def test_a_folder_without_classes_or_pictures_is_named(config, source):
+def test_a_folder_without_classes_or_images_is_named(config, source):
     (source / "green").mkdir()
-    (source / "green" / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="source: class folder .*green has no pictures"):
+    (source / "green" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="source: class folder .*green has no images"):
         prepare(config)
-    for picture in (source / "red").glob("*.png"):
-        picture.unlink()
-    with pytest.raises(ValueError, match="source: .*red must have pictures or one sub-folder of them for each class"):
+    for image in (source / "red").glob("*.png"):
+        image.unlink()
+    with pytest.raises(ValueError, match="source: .*red must have images or one sub-folder of them for each class"):
         prepare(replaced(config, source=str(source / "red")))
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"not a picture", lambda data: data[: len(data) // 2]])
-def test_an_unreadable_picture_is_named(config, source, damage):
+@pytest.mark.parametrize("damage", [lambda data: b"not an image", lambda data: data[: len(data) // 2]])
+def test_an_unreadable_image_is_named(config, source, damage):
     path = source / "red" / "03.png"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path}: cannot be read as a picture: ") as error:
+    with pytest.raises(ValueError, match=f"{path}: cannot be read as an image: ") as error:
         prepare(config)
     assert "\n" not in str(error.value)
 
@@ -263,7 +263,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_shard(config):
     assert os.listdir(config.out) == ["prepare.json"]
 
 
-def test_transparent_and_rotated_pictures_are_seen_as_people_see_them(config, source):
+def test_transparent_and_rotated_images_are_seen_as_people_see_them(config, source):
     folder = source / "red"
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "a.png")
     half = np.zeros((16, 16, 3), np.uint8)
@@ -271,8 +271,8 @@ def test_transparent_and_rotated_pictures_are_seen_as_people_see_them(config, so
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(half).save(folder / "b.png", exif=exif)
-    pictures = prepare_module.load_pictures(str(source), 0.0)
-    clear, turned = (np.asarray(pictures.open(i)) for i in (24, 25))
+    images = prepare_module.load_images(str(source), 0.0)
+    clear, turned = (np.asarray(images.open(i)) for i in (24, 25))
     assert (clear == 255).all()
     np.testing.assert_array_equal(turned, half[::-1])
 
@@ -286,14 +286,14 @@ def test_center_crop_takes_the_middle_without_distortion():
 
 
 def write_captions(source, path, **changes):
-    """A line for each picture, in another order than the pictures'; `changes` are short captions by picture."""
+    """A line for each image, in another order than the images'; `changes` are short captions by image."""
     names = sorted((file.relative_to(source).as_posix() for file in source.rglob("*.png")), reverse=True)
     lines = [{"file": name, "short_caption": changes.get(name, name), "long_caption": f"long {name}"} for name in names]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
 
-def test_captions_go_with_their_pictures_beside_the_classes(config, source, tmp_path):
+def test_captions_go_with_their_images_beside_the_classes(config, source, tmp_path):
     captions = write_captions(source, tmp_path / "captions.jsonl")
     plain, captioned = prepare(config), prepare(replaced(config, captions=captions, out=config.out + "-text"))
     assert (plain.has_captions, captioned.has_captions) == (False, True)
@@ -308,7 +308,7 @@ def test_captions_go_with_their_pictures_beside_the_classes(config, source, tmp_
     assert len({texts["short_caption"] for texts in open_captioned(config.out + "-text", None).read(indices)}) > 12
 
 
-def test_captioned_pictures_need_no_class_folders(config, source, tmp_path):
+def test_captioned_images_need_no_class_folders(config, source, tmp_path):
     captions = write_captions(source / "red", source / "red" / "captions.jsonl")
     manifest = prepare(replaced(config, source=str(source / "red"), captions=captions))
     assert (manifest.class_names, manifest.has_captions) == ((), True)
@@ -326,10 +326,10 @@ def test_other_captions_in_the_same_folder_are_refused(config, source, tmp_path)
         prepare(replaced(config, captions=moved))
 
 
-def test_captions_that_are_not_those_of_the_pictures_leave_nothing_behind(config, source, tmp_path):
+def test_captions_that_are_not_those_of_the_images_leave_nothing_behind(config, source, tmp_path):
     captions = write_captions(source, tmp_path / "captions.jsonl")
     (source / "red" / "00.png").unlink()
-    with pytest.raises(ValueError, match=r"captions.jsonl has 1 captions without a picture in .*: 'red/00.png'"):
+    with pytest.raises(ValueError, match=r"captions.jsonl has 1 captions without an image in .*: 'red/00.png'"):
         prepare(replaced(config, captions=captions))
     assert not Path(config.out).exists()
 
@@ -396,7 +396,7 @@ def test_openmoji_has_classes_of_eight_and_holds_whole_families_out():
     trained = set(data.labels[~data.held_out].tolist())
     assert trained == set(range(87))
     table = json.loads((openmoji.FOLDER / "table.json").read_text())
-    families = [(openmoji.picture_family(row["hexcode"]), openmoji.is_held_out(row)) for row in table]
+    families = [(openmoji.image_family(row["hexcode"]), openmoji.is_held_out(row)) for row in table]
     assert len(set(families)) == len({family for family, _ in families})
 
 
@@ -412,7 +412,7 @@ def test_openmoji_tiles_match_their_names():
     assert (classes["flag: Japan"], classes["blue heart"]) == ("country-flag", "heart")
 
 
-def test_openmoji_captions_name_picture_kind_and_looks():
+def test_openmoji_captions_name_image_kind_and_looks():
     data = openmoji.load()
     captions = dict(data.captions)
     assert len(data.captions) == 2216 and all(short.strip() for short in captions)

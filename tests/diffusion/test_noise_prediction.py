@@ -10,8 +10,8 @@ import torch
 from flowdit.diffusion.flow import guided_velocity
 from flowdit.diffusion.noise_prediction import FIRST_TIME, LAST_TIME, ddpm_step, start_at_last_time, velocity_from_noise
 from flowdit.diffusion.sampling import SamplerConfig, image_noise, sample
-from flowdit.models.ccdit import build_ccdit
 from flowdit.models.compute import Compute
+from flowdit.models.dit import build_dit
 from flowdit.models.transformer import ModelConfig
 
 # `set_alpha_to_one`: the last step goes to data, as a flow does at t = 0. Without it DDIM stops at the noise of step 0.
@@ -152,7 +152,7 @@ def test_network_is_asked_for_times_of_the_schedule_only(settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_is_finite_from_the_last_time_to_data(dtype):
-    model = build_ccdit(ModelConfig(depth=1, hidden_dim=16, num_heads=2), (2, 4, 4), 2, key=jax.random.key(0))
+    model = build_dit(ModelConfig(depth=1, hidden_dim=16, num_heads=2), (2, 4, 4), 2, key=jax.random.key(0))
     model = Compute(dtype).cast(jax.tree.map(lambda leaf: leaf + 0.1, model))
 
     @jax.jit

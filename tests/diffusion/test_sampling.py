@@ -79,7 +79,7 @@ def test_guidance_through_the_solver():
     )
 
 
-def test_a_picture_does_not_depend_on_how_many_are_drawn():
+def test_an_image_does_not_depend_on_how_many_are_drawn():
     np.testing.assert_array_equal(
         image_noise(3, jnp.arange(2), (1, 2, 2)), image_noise(3, jnp.arange(5), (1, 2, 2))[:2]
     )

@@ -14,7 +14,7 @@ from flowdit.conditioning.labels import Labels
 from flowdit.inference.trained import describe_trained
 from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import Portable, to_trained, write_checkpoint, write_single
-from flowdit.models.mmdit import TextCondition
+from flowdit.models.pixart import TextCondition
 from flowdit.training.checkpoint import named_arrays
 
 # Threads that wait for each other at every layer cost more than layers of this size, above all beside other processes.
@@ -113,8 +113,8 @@ def output_error(transformer: torch.nn.Module, portable: Portable) -> float:
 
 
 def converted(source: str | Path, target: Path, **fields: Any) -> Path:
-    """What `flowdit.convert` writes, without a picture unless one is asked for."""
-    convert(ConvertConfig(source=str(source), target=str(target), **({"picture": "none"} | fields)))
+    """What `flowdit.convert` writes, without an image unless one is asked for."""
+    convert(ConvertConfig(source=str(source), target=str(target), **({"image": "none"} | fields)))
     return target
 
 

@@ -181,7 +181,7 @@ def test_vae_of_another_layout(stock, tmp_path):
 def test_damaged_flowdit_files(whole_run, tmp_path):
     exported = tmp_path / "exported"
     assert call(convert, f"source={whole_run / '6'}", f"target={exported}", "to=diffusers", "own_class=true",
-                "picture=none").status == 0  # fmt: skip
+                "image=none").status == 0  # fmt: skip
     with_json(exported / "flowdit.json", config={"model": {"depth": "x"}})
     assert "metadata" in refused(exported) or "depth" in refused(exported)
     (exported / "flowdit.json").write_text("{")
@@ -195,7 +195,7 @@ def test_damaged_exports(meta, tmp_path):
     """Of flowdit's own folders too the copies of an embedder are compared, and the null caption must be there."""
     for name, model in (("class", STOCK_CLASS), ("text", STOCK_TEXT)):
         source = saved(random_model(meta, model), tmp_path / f"{name}.safetensors")
-        convert_model(ConvertConfig(source=source, target=str(tmp_path / name), to="diffusers", picture="none"))
+        convert_model(ConvertConfig(source=source, target=str(tmp_path / name), to="diffusers", image="none"))
 
     def change(tensors):
         tensors[TIME_WEIGHT.format(1)] += 1

@@ -16,7 +16,7 @@ from runs import call, train_here
 from flowdit import load
 from flowdit.convert import main as convert
 from flowdit.inference.trained import Trained
-from flowdit.models.mmdit import TextCondition
+from flowdit.models.pixart import TextCondition
 from flowdit.sample import main as sample
 
 TIMES = np.asarray([0.0, 0.5, 0.875], np.float32)  # eighths are exact, and so are 1000 t and 1 - t

@@ -53,7 +53,7 @@ def listing(folder: Path) -> list[Path]:
 def test_stock_classes_load_without_a_warning_and_agree(meta, tmp_path, diffusers_log, model):
     portable = random_model(meta, model)
     finished = call(
-        main, f"source={saved(portable, tmp_path / 'slim')}", f"target={tmp_path / 'out'}", "to=diffusers", "picture=none"
+        main, f"source={saved(portable, tmp_path / 'slim')}", f"target={tmp_path / 'out'}", "to=diffusers", "image=none"
     )  # fmt: skip
     assert finished.status == 0, finished.err
     assert re.search(r"out: 0\.\d M parameters, diffusers, float32$", finished.out.strip())
@@ -149,7 +149,7 @@ def test_overflow_is_refused(meta, tmp_path, to):
     before = listing(tmp_path)
     out = tmp_path / "out.safetensors"
     finished = call(
-        main, f"source={source}", f"target={out}", f"to={to}", "dtype=float16", "picture=none"
+        main, f"source={source}", f"target={out}", f"to={to}", "dtype=float16", "image=none"
     )  # fmt: skip
     assert error_line(finished) == (
         "error: dtype: blocks.mlp.up.weight has values beyond the range of float16; take bfloat16 or float32"
@@ -244,9 +244,9 @@ def test_fields_are_checked_before_the_source_is_looked_for(field, message):
     assert listing(Path()) == []
 
 
-def test_picture_must_be_a_file(meta, tmp_path):
-    finished = call(main, "source=nowhere", "target=out", "to=diffusers", "picture=nothing.png")
-    assert error_line(finished) == "error: picture: must be draw, none or a picture file, got 'nothing.png'"
+def test_image_must_be_a_file(meta, tmp_path):
+    finished = call(main, "source=nowhere", "target=out", "to=diffusers", "image=nothing.png")
+    assert error_line(finished) == "error: image: must be draw, none or an image file, got 'nothing.png'"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What an exported diffusers folder holds beside weights: configuration, scheduler, VAE, pictures and the model card."""
+"""What an exported diffusers folder holds beside weights: configuration, scheduler, VAE, images and the model card."""
 
 import json
 import re
@@ -27,9 +27,9 @@ from flowdit.models.transformer import ModelConfig
 
 @pytest.fixture(scope="module")
 def drawn_folder(whole_run, tmp_path_factory) -> Path:
-    """The run's checkpoint with a picture of its own."""
+    """The run's checkpoint with an image of its own."""
     target = tmp_path_factory.mktemp("exported") / "openmoji"
-    return converted(whole_run / "6", target, to="diffusers", own_class=True, picture="draw")
+    return converted(whole_run / "6", target, to="diffusers", own_class=True, image="draw")
 
 
 def read_json(file: Path):
@@ -77,7 +77,7 @@ def test_card_tells_of_data_licence_recipe_and_sampler(drawn_folder, meta):
     assert "Class-conditional (4)" in body and "predicts the velocity" in body
     rows = dict(re.findall(r"^\| (\S[^|]*) \| ([^|]*) \|$", body, re.MULTILINE))
     wanted = {
-        "records": "{'train': 48, 'validation': 8}", "licence": "CC0", "VAE": "openmoji", "picture size": "64",
+        "records": "{'train': 48, 'validation': 8}", "licence": "CC0", "VAE": "openmoji", "image size": "64",
         "batch_size": "8", "num_steps": "6", "ema_decay": "0.9", "optim.learning_rate": "0.001", "seed": "0",
         "solver": "euler", "steps": "2", "guidance": "2.0", "time_shift": "1.0", "depth": "2", "qk_norm": "True",
     }  # fmt: skip
@@ -93,28 +93,29 @@ def test_licence_that_the_hub_knows_has_its_identifier(meta, tmp_path):
     assert "\nlicense: cc-by-sa-4.0\n---\n" in card and "| licence | CC BY-SA 4.0 |" in card
 
 
-def test_sample_picture_opens_and_is_linked(drawn_folder):
+def test_sample_image_opens_and_is_linked(drawn_folder):
     assert "![samples](sample.png)" in (drawn_folder / "README.md").read_text()
-    with Image.open(drawn_folder / "sample.png") as picture:
-        assert picture.width > 2 * 64 and picture.height > 64  # two previews and their captions
-        assert np.ptp(np.asarray(picture.convert("L"))) > 50
+    with Image.open(drawn_folder / "sample.png") as image:
+        assert image.width > 2 * 64 and image.height > 64  # two previews and their captions
+        assert np.ptp(np.asarray(image.convert("L"))) > 50
 
 
-def test_picture_of_the_user_or_none(meta, tmp_path):
+def test_image_of_the_user_or_none(meta, tmp_path):
     source = saved(random_model(meta, STOCK_CLASS), tmp_path / "source.safetensors")
     Image.new("RGB", (8, 4), "red").save(mine := tmp_path / "mine.png")
-    given = converted(source, tmp_path / "given", to="diffusers", picture=str(mine))
+    given = converted(source, tmp_path / "given", to="diffusers", image=str(mine))
     assert (given / "sample.png").read_bytes() == mine.read_bytes()
-    none = converted(source, tmp_path / "none", to="diffusers")
+    # The former name of the key is still accepted.
+    none = converted(source, tmp_path / "none", to="diffusers", image="draw", picture="none")
     assert not (none / "sample.png").exists() and "![" not in (none / "README.md").read_text()
 
 
-def test_picture_that_cannot_be_drawn_withholds_nothing(meta, tmp_path):
+def test_image_that_cannot_be_drawn_withholds_nothing(meta, tmp_path):
     """The text model of this run has no prompts to preview."""
     source = saved(random_model(meta, STOCK_TEXT), tmp_path / "source.safetensors")
     finished = call(main, f"source={source}", f"target={tmp_path / 'out'}", "to=diffusers")
     assert finished.status == 0, finished.err
-    assert re.search("^no sample picture: train.sample_prompts: must hold", finished.out, re.MULTILINE)
+    assert re.search("^no sample image: train.sample_prompts: must hold", finished.out, re.MULTILINE)
     assert not (tmp_path / "out" / "sample.png").exists()
     assert (tmp_path / "out" / "transformer" / "config.json").is_file()
 

@@ -1,4 +1,4 @@
-"""Models by their name: up to and down from a hub that is a folder here, and two lines of Python to pictures."""
+"""Models by their name: up to and down from a hub that is a folder here, and two lines of Python to images."""
 
 import shutil
 from pathlib import Path
@@ -23,17 +23,17 @@ SETTINGS = {"labels": ["heart", 1], "steps": 2, "seed": 3}
 
 @pytest.fixture(scope="module")
 def checkpoint(meta, tmp_path_factory) -> str:
-    """A class model whose pictures depend on its weights, which those of six steps hardly do."""
+    """A class model whose images depend on its weights, which those of six steps hardly do."""
     return saved(random_model(meta, STOCK_CLASS), tmp_path_factory.mktemp("source") / "slim")
 
 
 @pytest.fixture(scope="module")
-def pictures(checkpoint) -> list[np.ndarray]:
+def images(checkpoint) -> list[np.ndarray]:
     return drawn(checkpoint)
 
 
 def drawn(name: str) -> list[np.ndarray]:
-    return [np.asarray(picture) for picture in from_pretrained(name).sample(**SETTINGS)]
+    return [np.asarray(image) for image in from_pretrained(name).sample(**SETTINGS)]
 
 
 @pytest.fixture
@@ -71,17 +71,17 @@ def hub(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("target", "fields"),
     [
-        ("diffusers", {"to": "diffusers", "picture": "none"}),
+        ("diffusers", {"to": "diffusers", "image": "none"}),
         ("slim", {"to": "checkpoint", "private": False}),
         ("model.safetensors", {"to": "safetensors"}),
     ],
 )
-def test_pushed_model_draws_the_same_pictures(hub, checkpoint, pictures, tmp_path, capsys, target, fields):
+def test_pushed_model_draws_the_same_images(hub, checkpoint, images, tmp_path, capsys, target, fields):
     convert(ConvertConfig(source=checkpoint, target=str(tmp_path / target), push_to_hub=REPOSITORY, **fields))
     assert capsys.readouterr().out.strip() == f"uploaded: {huggingface_hub.HfApi().endpoint}/{REPOSITORY}"
     assert (hub / REPOSITORY / ".gitattributes").read_text() == f"private={fields.get('private', True)}"
     shutil.rmtree(tmp_path / target) if (tmp_path / target).is_dir() else (tmp_path / target).unlink()
-    np.testing.assert_array_equal(drawn(REPOSITORY), pictures)
+    np.testing.assert_array_equal(drawn(REPOSITORY), images)
     fetched = find_source(REPOSITORY)
     assert fetched == hub / ".cache" / REPOSITORY
     assert read_source(REPOSITORY).meta == read_meta(Path(checkpoint))
@@ -155,23 +155,23 @@ def test_unreachable_hub_leaves_the_target(hub, checkpoint, tmp_path, monkeypatc
         np.testing.assert_array_equal(arrays[name], array)
 
 
-# --- pictures in Python ---
+# --- images in Python ---
 
 
-def test_pictures_are_those_of_the_command(checkpoint, pictures, tmp_path):
+def test_images_are_those_of_the_command(checkpoint, images, tmp_path):
     finished = call(
         sample_command.main, f"checkpoint={checkpoint}", "labels=[heart,1]", "steps=2", "seed=3", f"out={tmp_path}/out"
     )
     assert finished.status == 0, finished.err
-    for file, picture in zip(["0000_heart.png", "0001_dog.png"], pictures, strict=True):
-        np.testing.assert_array_equal(Image.open(tmp_path / "out" / file), picture)
-    assert np.ptp(pictures[0]) > 50 and not np.array_equal(*pictures)
+    for file, image in zip(["0000_heart.png", "0001_dog.png"], images, strict=True):
+        np.testing.assert_array_equal(Image.open(tmp_path / "out" / file), image)
+    assert np.ptp(images[0]) > 50 and not np.array_equal(*images)
 
 
-def test_sample_returns_pictures_and_refuses_what_it_does_not_know(checkpoint):
+def test_sample_returns_images_and_refuses_what_it_does_not_know(checkpoint):
     model = from_pretrained(checkpoint)
-    (picture,) = model.sample(labels=["cat"], steps=1)
-    assert isinstance(picture, Image.Image) and picture.size == (64, 64) and picture.mode == "RGB"
+    (image,) = model.sample(labels=["cat"], steps=1)
+    assert isinstance(image, Image.Image) and image.size == (64, 64) and image.mode == "RGB"
     with pytest.raises(ValueError, match="^labels: must be .*cow"):
         model.sample(labels=["cow"])
     with pytest.raises(ValueError, match="^steps: must be at least 1, got 0"):

@@ -38,7 +38,7 @@ def exported(request, meta, tmp_path_factory):
     folder = tmp_path_factory.mktemp("numbers")
     portable = random_model(meta, request.param, sampler={"time_shift": SHIFT})
     source, target = saved(portable, folder / "slim"), folder / "out"
-    convert(ConvertConfig(source=source, target=str(target), to="diffusers", picture="none"))
+    convert(ConvertConfig(source=source, target=str(target), to="diffusers", image="none"))
     return portable, target
 
 

@@ -18,8 +18,8 @@ from flowdit.conditioning.labels import Labels
 from flowdit.conditioning.text import Text
 from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.interop import layouts
-from flowdit.models.ccdit import build_ccdit
-from flowdit.models.mmdit import TextCondition, build_mmdit
+from flowdit.models.dit import build_dit
+from flowdit.models.pixart import TextCondition, build_pixart
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import dotted_name
@@ -74,7 +74,7 @@ def ours(model, config):
     if is_text:
         null = null_caption(config.null_tokens)
         arrays["null_caption"] = null[0] if config.null_tokens == 1 else null
-    build = functools.partial(build_mmdit if is_text else build_ccdit, config, LATENT, TEXT_DIM if is_text else CLASSES)
+    build = functools.partial(build_pixart if is_text else build_dit, config, LATENT, TEXT_DIM if is_text else CLASSES)
     shapes = jax.eval_shape(lambda: build(key=jax.random.key(0)))
     return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(arrays[dotted_name(path)]), shapes)
 
@@ -230,7 +230,7 @@ def test_text_latents_equal_flowdit(text_pipeline, rows):
 
 
 def test_noise_prediction_equals_diffusers_own_pipeline():
-    """A stock DiT with DDIM, learned variance and the VAE's scaling factor: the pictures of `DiTPipeline`."""
+    """A stock DiT with DDIM, learned variance and the VAE's scaling factor: the images of `DiTPipeline`."""
     transformer = randomise(
         diffusers.DiTTransformer2DModel(2, 8, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=1000)
     )
@@ -238,14 +238,14 @@ def test_noise_prediction_equals_diffusers_own_pipeline():
     # Sampling multiplies latents by the inverse of the factor.
     own = FlowDiTPipeline(**parts, latents_scale=[parts["vae"].config.scaling_factor] * 4)
     stock = diffusers.DiTPipeline(**parts)
-    pictures = []
+    images = []
     for pipeline in (own, stock):
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(5)
         settings = dict(num_inference_steps=5, guidance_scale=3.0, generator=generator, output_type="np")
-        pictures.append(pipeline(class_labels=[1, 2], **settings).images)
-    np.testing.assert_allclose(*pictures, atol=1e-5)
-    assert np.ptp(pictures[0]) > 0.1
+        images.append(pipeline(class_labels=[1, 2], **settings).images)
+    np.testing.assert_allclose(*images, atol=1e-5)
+    assert np.ptp(images[0]) > 0.1
 
 
 def test_size_reaches_a_micro_conditioned_transformer():
@@ -299,7 +299,7 @@ def test_prompts_are_encoded_as_by_flowdit(whole_pipeline, encoder_folder):
     assert error < 1e-5
 
 
-def test_prompts_give_pictures_and_survive_saving(whole_pipeline, tmp_path):
+def test_prompts_give_images_and_survive_saving(whole_pipeline, tmp_path):
     whole_pipeline.set_progress_bar_config(disable=True)
     again = reload(whole_pipeline, tmp_path / "again")
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
@@ -312,13 +312,13 @@ def test_prompts_give_pictures_and_survive_saving(whole_pipeline, tmp_path):
             ["red", ""], negative_prompt="blue", num_inference_steps=3, generator=generator, output_type=output_type
         ).images  # fmt: skip
 
-    pictures = draw(whole_pipeline, "pil")
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    images = draw(whole_pipeline, "pil")
+    assert [image.size for image in images] == [(16, 16)] * 2
     latents = draw(again, "latent")
     raw = latents / torch.tensor(SCALE).reshape(-1, 1, 1) + torch.tensor(MEAN).reshape(-1, 1, 1)
     with torch.no_grad():
         expected = ((again.vae.decode(raw).sample + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(np.stack([np.asarray(p, np.float32) for p in pictures]), expected, atol=1.01)
+    np.testing.assert_allclose(np.stack([np.asarray(p, np.float32) for p in images]), expected, atol=1.01)
 
 
 def test_negative_and_blank_prompts(whole_pipeline):
@@ -358,7 +358,7 @@ EMBEDS = torch.zeros(1, TOKENS, TEXT_DIM)
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("class", {"class_labels": 1}, r"vae: pictures need one, pass vae=AutoencoderKL.from_pretrained\('a/vae'\)"),
+        ("class", {"class_labels": 1}, r"vae: images need one, pass vae=AutoencoderKL.from_pretrained\('a/vae'\)"),
         ("class", {"class_labels": 1, "output_type": "png"}, "output_type: must be one of pil, np, pt, latent, got"),
         ("class", {}, "class_labels: must be given, this is a class model"),
         ("class", {"class_labels": []}, "class_labels: must be given, this is a class model"),

@@ -88,9 +88,9 @@ def test_one_prompt_is_one_prompt(sources, monkeypatch):
     assert SampleConfig(prompts=[2024]).prompts == SampleConfig(prompts=2024).prompts == ["2024"]
 
 
-def test_one_prompt_for_the_picture_of_the_card(sources, tmp_path, monkeypatch):
+def test_one_prompt_for_the_image_of_the_card(sources, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(conversion, "draw_grid", lambda sampler, path, prompts: asked.append(prompts))
-    options = {"own_class": True, "picture": "draw", "prompts": "red apple"}
+    options = {"own_class": True, "image": "draw", "prompts": "red apple"}
     converted(sources["text"], tmp_path / "out", to="diffusers", **options)
     assert asked == [["red apple"]]

@@ -108,7 +108,7 @@ def test_text_model_comes_back_into_the_exported_folder(meta, tmp_path, model):
         np.testing.assert_array_equal(back.arrays["null_caption"], portable.arrays["null_caption"])
 
 
-def test_from_a_run_through_torch_to_a_run_and_pictures(whole_run, tiny_data, tmp_path):
+def test_from_a_run_through_torch_to_a_run_and_images(whole_run, tiny_data, tmp_path):
     converted(whole_run / "6", Path("exported"), to="diffusers", own_class=True)
     train_as_documented(is_stock=False)
     checkpoint = converted("tuned", tmp_path / "checkpoint")
@@ -116,8 +116,8 @@ def test_from_a_run_through_torch_to_a_run_and_pictures(whole_run, tiny_data, tm
     finished = train_here(tiny_data, tmp_path / "run", *options)
     assert finished.status == 0, finished.err
     assert "of another mean and scale" not in finished.out
-    pictures = from_pretrained(str(checkpoint)).sample()  # those of the previews, which other tests draw too
-    assert {picture.size for picture in pictures} == {(64, 64)} and np.ptp(np.asarray(pictures[0])) > 50
+    images = from_pretrained(str(checkpoint)).sample()  # those of the previews, which other tests draw too
+    assert {image.size for image in images} == {(64, 64)} and np.ptp(np.asarray(images[0])) > 50
 
 
 # --- one embedder for all blocks ---

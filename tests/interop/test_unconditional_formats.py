@@ -49,7 +49,7 @@ def exported(portable: Portable, folder: Path, **options) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(portable, tmp_path_factory) -> Path:
-    return exported(portable, tmp_path_factory.mktemp("stock"), picture="draw")
+    return exported(portable, tmp_path_factory.mktemp("stock"), image="draw")
 
 
 def pipeline_of(folder: Path):
@@ -63,7 +63,7 @@ def pipeline(folder):
     return pipeline_of(folder)
 
 
-def test_every_form_comes_back_and_draws_the_same_pictures(portable, folder, tmp_path):
+def test_every_form_comes_back_and_draws_the_same_images(portable, folder, tmp_path):
     single = converted(folder, tmp_path / "single.safetensors", to="safetensors")
     source, slim = saved(portable, tmp_path / "source"), converted(single, tmp_path / "slim")
     for name in (source, folder, single, slim):
@@ -91,7 +91,7 @@ def test_diffusers_gives_the_same_latents(meta, tmp_path, own_class):
 
 def test_pipeline_draws_as_many_as_asked_for(pipeline):
     assert len(pipeline(num_inference_steps=1).images) == 1
-    assert [picture.size for picture in pipeline(num_images=3, num_inference_steps=1).images] == [(64, 64)] * 3
+    assert [image.size for image in pipeline(num_images=3, num_inference_steps=1).images] == [(64, 64)] * 3
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from flowdit.inference import sampler
 from flowdit.inference.sampler import make_draw
 from flowdit.models import attention
 from flowdit.models.attention import AttentionShape, attend, choose_kernels, use_kernels
-from flowdit.models.ccdit import build_ccdit
 from flowdit.models.compute import Compute, choose_compute
-from flowdit.models.mmdit import build_mmdit
+from flowdit.models.dit import build_dit
+from flowdit.models.pixart import build_pixart
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import AXES, MeshConfig, make_mesh
 from flowdit.train import stage1, stage2
@@ -77,7 +77,7 @@ def fake_mesh(platform: str) -> jax.sharding.Mesh:
 def trace(compute: Compute) -> None:
     """The text model's velocity, traced as it is about to be compiled."""
     shape = jax.ShapeDtypeStruct
-    model = jax.eval_shape(lambda: build_mmdit(MODEL, LATENT, TEXT_DIM, key=jax.random.key(0)))
+    model = jax.eval_shape(lambda: build_pixart(MODEL, LATENT, TEXT_DIM, key=jax.random.key(0)))
     batch = {"text_features": shape((LENGTH, TEXT_DIM), "float32"), "text_mask": shape((LENGTH,), "bool")}
 
     def velocity(model, x_t, batch):
@@ -199,7 +199,7 @@ def test_steps_of_training_and_validation_take_the_objectives_kernels(calls):
     config = ModelConfig(depth=1, hidden_dim=24, num_heads=3)
     optimizer = make_optimizer(OptimConfig(), 10)
     objective = FlowMatching(Labels(("a", "b", "c")), 0.1, (0.0,) * 4, (1.0,) * 4)
-    state = jax.eval_shape(lambda: init_state(build_ccdit(config, LATENT, 3, key=jax.random.key(0)), optimizer))
+    state = jax.eval_shape(lambda: init_state(build_dit(config, LATENT, 3, key=jax.random.key(0)), optimizer))
     batch = {"latent": jnp.zeros((2, *LATENT)), "label": jnp.zeros(2, jnp.int32)}
     with jax.numpy_dtype_promotion("standard"):
         jax.eval_shape(make_train_step(optimizer, objective, 0, compute=BFLOAT16_SELF), state, batch)
@@ -212,7 +212,7 @@ def test_steps_of_training_and_validation_take_the_objectives_kernels(calls):
 
 def test_draws_take_the_kernels_they_are_given(calls):
     config, mesh = ModelConfig(depth=1, hidden_dim=24, num_heads=3), make_mesh(MeshConfig())
-    model = jax.eval_shape(lambda: build_ccdit(config, LATENT, 3, key=jax.random.key(0)))
+    model = jax.eval_shape(lambda: build_dit(config, LATENT, 3, key=jax.random.key(0)))
     draw = make_draw(LATENT, SamplerConfig(steps=1), "velocity", BFLOAT16_SELF, mesh)
     numbers = np.arange(4, dtype=np.int32)
     jax.eval_shape(draw, model, np.uint32(0), numbers, numbers, numbers)

@@ -9,10 +9,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from flowdit.models.attention import AttentionShape, attend
-from flowdit.models.ccdit import build_ccdit
 from flowdit.models.compute import Compute
+from flowdit.models.dit import build_dit
 from flowdit.models.flops import matmul_flops, training_flops
-from flowdit.models.mmdit import TextCondition, build_mmdit
+from flowdit.models.pixart import TextCondition, build_pixart
 from flowdit.models.transformer import ModelConfig
 
 MODEL = ModelConfig(depth=3, hidden_dim=48, num_heads=2, patch_size=2, mlp_ratio=3.0)
@@ -98,7 +98,7 @@ def test_attention_counts_the_same_with_any_kernel(implementation, monkeypatch):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_class_model(remat):
-    build = lambda: build_ccdit(dataclasses.replace(MODEL, remat=remat), LATENT, 5, key=jax.random.key(0))
+    build = lambda: build_dit(dataclasses.replace(MODEL, remat=remat), LATENT, 5, key=jax.random.key(0))
     model = eqx.filter_eval_shape(build)
     expected = (
         linear(TOKENS, PATCH, DIM)
@@ -116,7 +116,7 @@ def test_class_model(remat):
 @pytest.mark.parametrize("micro_conditioning", [False, True])
 def test_text_model(micro_conditioning):
     config = dataclasses.replace(MODEL, name="mmdit", micro_conditioning=micro_conditioning)
-    model = eqx.filter_eval_shape(lambda: build_mmdit(config, LATENT, TEXT_DIM, key=jax.random.key(0)))
+    model = eqx.filter_eval_shape(lambda: build_pixart(config, LATENT, TEXT_DIM, key=jax.random.key(0)))
     cross = (
         2 * linear(TOKENS, DIM, DIM)
         + linear(TEXT_TOKENS, DIM, 2 * DIM)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from random_weights import randomised
 
-from flowdit.models.ccdit import CCDiT, build_ccdit
-from flowdit.models.mmdit import MMDiT, TextCondition, build_mmdit
+from flowdit.models.dit import DiT, build_dit
+from flowdit.models.pixart import PixArt, TextCondition, build_pixart
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS, check_compatible, drift, reparameterise
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh
@@ -22,15 +22,15 @@ TEXT = dataclasses.replace(CLASS, name="mmdit")
 
 
 @pytest.fixture(scope="module")
-def class_model() -> CCDiT:
-    return randomised(functools.partial(build_ccdit, CLASS, LATENT, 10), 1)
+def class_model() -> DiT:
+    return randomised(functools.partial(build_dit, CLASS, LATENT, 10), 1)
 
 
 @pytest.fixture(scope="module")
-def text_model() -> MMDiT:
+def text_model() -> PixArt:
     """With random cross-attention outputs and size MLPs: that the text has no say at first is up to the recipe."""
     config = dataclasses.replace(TEXT, micro_conditioning=True)
-    return randomised(functools.partial(build_mmdit, config, LATENT, TEXT_DIM), 2)
+    return randomised(functools.partial(build_pixart, config, LATENT, TEXT_DIM), 2)
 
 
 start = jax.jit(reparameterise, static_argnames=("time", "shared_map", "class_condition"))
@@ -38,8 +38,8 @@ jitted_drift = jax.jit(drift, static_argnums=4)
 
 
 @jax.jit
-def relative_error(class_model: CCDiT, text_model: MMDiT, class_vector: jax.Array, t: float) -> jax.Array:
-    """The largest over two captions and none, each with another picture size."""
+def relative_error(class_model: DiT, text_model: PixArt, class_vector: jax.Array, t: float) -> jax.Array:
+    """The largest over two captions and none, each with another image size."""
     class_model = dataclasses.replace(class_model, class_table=class_vector[None])
     texts = TextCondition(
         features=3 * jax.random.normal(jax.random.key(5), (3, 5, TEXT_DIM)),
@@ -53,7 +53,7 @@ def relative_error(class_model: CCDiT, text_model: MMDiT, class_vector: jax.Arra
     return jnp.linalg.norm((got - expected[None]).reshape(3, -1), axis=1).max() / jnp.linalg.norm(expected.ravel())
 
 
-def class_vector(class_model: CCDiT, class_condition: str) -> jax.Array:
+def class_vector(class_model: DiT, class_condition: str) -> jax.Array:
     return {"dropped": jnp.zeros(CLASS.hidden_dim), "null_class": class_model.class_table[-1]}[class_condition]
 
 

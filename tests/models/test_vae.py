@@ -65,7 +65,7 @@ decode = jax.jit(AutoencoderKL.decode)
 
 
 def assert_parity(vae, reference, image):
-    """Encode and decode one (3, height, width) image with both and compare mean, deviation and picture."""
+    """Encode and decode one (3, height, width) image with both and compare mean, deviation and image."""
     with torch.no_grad():
         posterior = reference.encode(torch.tensor(np.asarray(image))[None]).latent_dist
         decoded = reference.decode(posterior.mean).sample[0].numpy()
@@ -292,13 +292,13 @@ def reconstruct(vae, images):
 
 @pytest.fixture(scope="module")
 def held_out():
-    """Held-out pictures and what the embedded network makes of them, (n, 3, 64, 64) in [0, 1]."""
+    """Held-out images and what the embedded network makes of them, (n, 3, 64, 64) in [0, 1]."""
     data = openmoji.load()
     images = data.tiles[data.held_out].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     return (images + 1) / 2, (np.asarray(reconstruct(load_vae("openmoji"), images)) + 1) / 2
 
 
-def test_embedded_network_reaches_25_db_on_held_out_pictures(held_out):
+def test_embedded_network_reaches_25_db_on_held_out_images(held_out):
     images, reconstructions = held_out
     assert len(images) > 80
     errors = np.square(reconstructions - images).mean((1, 2, 3))
@@ -323,7 +323,7 @@ def square_of(colour):
 
 @pytest.mark.parametrize("channel", [0, 1, 2], ids=["red", "green", "blue"])
 def test_embedded_network_keeps_pure_hues(channel):
-    # No picture has fully saturated colours, so they come back paler, but the hue must hold.
+    # No image has fully saturated colours, so they come back paler, but the hue must hold.
     back = square_of(np.eye(3)[channel])
     others = np.delete(back, channel)
     assert back[channel] > others.max() + 0.5
@@ -331,6 +331,6 @@ def test_embedded_network_keeps_pure_hues(channel):
 
 
 @pytest.mark.parametrize("code", ["ea5a47", "5c9e31", "1e50a0"], ids=["red", "green", "blue"])
-def test_embedded_network_brings_the_colours_of_the_pictures_back(code):
+def test_embedded_network_brings_the_colours_of_the_images_back(code):
     colour = np.array(list(bytes.fromhex(code))) / 255
     np.testing.assert_allclose(square_of(colour), colour, atol=0.1)

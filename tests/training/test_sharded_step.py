@@ -18,9 +18,9 @@ from models.text_folders import ENCODER
 from flowdit.conditioning.labels import Labels
 from flowdit.conditioning.text import Text, make_encode_step
 from flowdit.diffusion.objective import FlowMatching
-from flowdit.models.ccdit import build_ccdit
 from flowdit.models.compute import Compute
-from flowdit.models.mmdit import build_mmdit
+from flowdit.models.dit import build_dit
+from flowdit.models.pixart import build_pixart
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
 from flowdit.models.transformer import ModelConfig
@@ -92,8 +92,8 @@ def gathers(found: list[Collective]) -> dict[tuple[int, ...], int]:
 def build_model(stage: int, remat: str):
     shape = dict(depth=DEPTH, hidden_dim=24, num_heads=2, remat=remat)
     if stage == 1:
-        return build_ccdit(ModelConfig("ccdit", **shape), LATENT, CLASSES, key=jax.random.key(0))
-    return build_mmdit(ModelConfig("mmdit", **shape), LATENT, TEXT[1], key=jax.random.key(0))
+        return build_dit(ModelConfig("ccdit", **shape), LATENT, CLASSES, key=jax.random.key(0))
+    return build_pixart(ModelConfig("mmdit", **shape), LATENT, TEXT[1], key=jax.random.key(0))
 
 
 def objective_of(stage: int) -> FlowMatching:

@@ -8,8 +8,8 @@ import pytest
 
 from flowdit.conditioning.labels import Labels
 from flowdit.diffusion.objective import FlowMatching, Parameters
-from flowdit.models.ccdit import build_ccdit
 from flowdit.models.compute import FLOAT32, Compute
+from flowdit.models.dit import build_dit
 from flowdit.models.flops import matmul_flops
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
@@ -45,7 +45,7 @@ def run(
     """Losses and final state of a few steps."""
     mesh = make_mesh(mesh_config or MeshConfig(data=4))
     optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 100)
-    build = lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
+    build = lambda: init_state(build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
     state = init_sharded(mesh, build)
     step = make_train_step(optimizer, objective, 0, accum, decay, compute=compute, mesh=mesh)
     history = []
@@ -103,9 +103,7 @@ def test_one_device_gives_the_same_run_as_four(monkeypatch, baseline):
 def test_fsdp_parameters_really_are_spread():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
     optimizer = make_optimizer(OptimConfig(), 10)
-    state = init_sharded(
-        mesh, lambda: init_state(build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
-    )
+    state = init_sharded(mesh, lambda: init_state(build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer))
     for tree in (state.model, state.ema, state.opt_state[1][0].mu.model):
         weight = tree.blocks.attention.qkv.weight
         assert weight.addressable_shards[0].data.size == weight.size // 4
@@ -169,7 +167,7 @@ def test_reported_learning_rate_is_that_of_the_last_update():
 
 
 def test_flops_of_an_image_are_those_of_its_loss_and_depend_on_nothing_else():
-    model = build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
+    model = build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
     forward = matmul_flops(lambda model: model(jnp.zeros(LATENT), jnp.zeros(()), jnp.asarray(0)), model)
     few, many = (jax.tree.map(jnp.asarray, batch_of(size)) for size in (4, 8))
     few["latent_std"] = jnp.ones_like(few["latent"])
@@ -196,7 +194,7 @@ def test_posterior_deviation_draws_a_fresh_latent_at_each_visit():
 
 
 def test_decay_only_on_matrices_of_linear_layers():
-    model = build_ccdit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
+    model = build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
     mask = decay_mask(model)
     assert mask.blocks.attention.qkv.weight and mask.final_linear.weight
     assert not (mask.blocks.attention.qkv.bias or mask.class_table or mask.blocks.attention.query_norm.scale)
@@ -244,7 +242,7 @@ def test_compile_time_does_not_grow_with_depth():
     def operations(depth: int) -> int:
         optimizer = make_optimizer(OptimConfig(), 10)
         config = ModelConfig(depth=depth, hidden_dim=32, num_heads=2)
-        build = lambda: init_state(build_ccdit(config, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
+        build = lambda: init_state(build_dit(config, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
         state = jax.eval_shape(build)
         batch = jax.tree.map(jnp.asarray, batch_of(4))
         return make_train_step(optimizer, OBJECTIVE, 0).lower(state, batch).as_text().count("\n")

@@ -25,7 +25,7 @@ from flowdit.data.loader import DataConfig
 from flowdit.data.manifest import Manifest
 from flowdit.data.text_features import write_cache
 from flowdit.diffusion.objective import FlowMatching
-from flowdit.models.mmdit import build_mmdit
+from flowdit.models.pixart import build_pixart
 from flowdit.models.text_encoder import TextConfig, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
@@ -141,7 +141,7 @@ def test_a_checkpoint_tells_its_text_encoder(whole_text_run):
 def test_micro_conditioning_reaches_the_model():
     """The size that the loss shows the model is the data's, and the velocity depends on it."""
     config = dataclasses.replace(MODEL, micro_conditioning=True, depth=1)
-    model = build_mmdit(config, LATENT, WIDTH, key=jax.random.key(0))
+    model = build_pixart(config, LATENT, WIDTH, key=jax.random.key(0))
     model = jax.tree.map(lambda x: x + 0.1, model)  # the final layer starts at zero, and hides everything
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
     velocities = []
@@ -163,7 +163,7 @@ def batch_of(size: int) -> dict[str, np.ndarray]:
 
 
 def build(optimizer):
-    return init_state(build_mmdit(MODEL, LATENT, WIDTH, key=jax.random.key(0)), optimizer)
+    return init_state(build_pixart(MODEL, LATENT, WIDTH, key=jax.random.key(0)), optimizer)
 
 
 def test_golden_losses():

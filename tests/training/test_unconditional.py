@@ -16,13 +16,13 @@ NONE = ("conditioning=none", "train.sample_labels=null")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Records of latents alone, of pictures in one folder."""
+    """Records of latents alone, of images in one folder."""
     root = tmp_path_factory.mktemp("plain")
-    (root / "pictures").mkdir()
+    (root / "images").mkdir()
     colours = np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3)).astype(np.uint8)
     for i, colour in enumerate(colours):
-        Image.fromarray(colour).resize((64, 64), Image.Resampling.NEAREST).save(root / "pictures" / f"{i:02d}.png")
-    done = call(prepare, f"source={root / 'pictures'}", f"out={root / 'data'}", "held_out_fraction=0.3")
+        Image.fromarray(colour).resize((64, 64), Image.Resampling.NEAREST).save(root / "images" / f"{i:02d}.png")
+    done = call(prepare, f"source={root / 'images'}", f"out={root / 'data'}", "held_out_fraction=0.3")
     assert (done.status, "no classes, no captions" in done.out) == (0, True), done.err
     return root / "data"
 

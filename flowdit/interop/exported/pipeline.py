@@ -1,4 +1,4 @@
-"""Pictures from an exported flowdit model with diffusers.
+"""Images from an exported flowdit model with diffusers.
 
 This file stands alone (torch, diffusers, transformers): it is copied into the folder of an exported model. Load it with
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
@@ -87,7 +87,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         num_images: int | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """One picture for each prompt, row of `prompt_embeds` (n, tokens, width), or class number or name.
+        """One image for each prompt, row of `prompt_embeds` (n, tokens, width), or class number or name.
 
         An unconditional model takes `num_images` in their place, 1 by default; there is nothing to guide it from.
 
@@ -136,7 +136,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         if self.vae is None:
             name = self.config.vae_name or "<folder or hub id>"
             raise ValueError(
-                f"vae: pictures need one, pass vae=AutoencoderKL.from_pretrained({name!r}), or output_type='latent'"
+                f"vae: images need one, pass vae=AutoencoderKL.from_pretrained({name!r}), or output_type='latent'"
             )
 
     def _check_kind(self, **asked: Any) -> None:
@@ -314,8 +314,8 @@ class FlowDiTPipeline(DiffusionPipeline):
             return torch.tensor(values or [default], dtype=torch.float32, device=latents.device).reshape(1, -1, 1, 1)
 
         raw = latents / per_channel(self.config.latents_scale, 1.0) + per_channel(self.config.latents_mean, 0.0)
-        pictures = self.vae.decode(raw.to(self.vae.dtype)).sample
-        return VaeImageProcessor().postprocess(pictures.float(), output_type=output_type)
+        images = self.vae.decode(raw.to(self.vae.dtype)).sample
+        return VaeImageProcessor().postprocess(images.float(), output_type=output_type)
 
     # --- saving ---
 

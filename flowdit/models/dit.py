@@ -39,7 +39,7 @@ class Block(eqx.Module):
         return x + gate_m[None] * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift_m, scale_m))
 
 
-class CCDiT(eqx.Module):
+class DiT(eqx.Module):
     """DiT over one latent, conditioned on the flow time and a class.
 
     The class table has `num_classes + 1` rows; the last is the null class of classifier-free guidance.
@@ -72,9 +72,7 @@ class CCDiT(eqx.Module):
         return project_velocity(x, shift, scale, self.final_linear, self.patch_size, self.latent_shape)
 
 
-def build_ccdit(
-    config: ModelConfig, latent_shape: tuple[int, int, int], num_classes: int, *, key: PRNGKeyArray
-) -> CCDiT:
+def build_dit(config: ModelConfig, latent_shape: tuple[int, int, int], num_classes: int, *, key: PRNGKeyArray) -> DiT:
     """A freshly initialised float32 model (Xavier linears, normal(0.02) tables, zero adaLN outputs and final layer)."""
     dim, patch_dim = config.hidden_dim, config.patch_size**2 * latent_shape[0]
     patch_key, time_key, class_key, block_key = jax.random.split(key, 4)
@@ -85,7 +83,7 @@ def build_ccdit(
         feed_forward = mlp(dim, int(dim * config.mlp_ratio), key=mlp_key)
         return Block(attention, feed_forward, zero_linear(dim, 6 * dim), config.mlp_norm_eps)
 
-    return CCDiT(
+    return DiT(
         patch_embed=xavier_linear(patch_dim, dim, key=patch_key),
         time_embed=time_embedding(dim, freq_shift=config.time_freq_shift, scale=config.time_scale, key=time_key),
         class_table=0.02 * jax.random.normal(class_key, (num_classes + 1, dim)),

@@ -14,7 +14,7 @@ import torch
 from random_weights import randomised
 
 from flowdit.models.layers import MLP, CrossAttention, Linear, SelfAttention, TimeEmbedding
-from flowdit.models.mmdit import Block, MMDiT, SizeEmbedding, TextCondition, build_mmdit
+from flowdit.models.pixart import Block, PixArt, SizeEmbedding, TextCondition, build_pixart
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, dotted_name, make_mesh, parameter_shardings
 
@@ -42,7 +42,7 @@ def reference(config: ModelConfig) -> diffusers.PixArtTransformer2DModel:
 
 def from_diffusers(
     state: Mapping[str, np.ndarray], config: ModelConfig, latent_shape: tuple[int, int, int], null_caption: jax.Array
-) -> MMDiT:
+) -> PixArt:
     """Our model out of the tensors of diffusers' `PixArtTransformer2DModel`, by their names; it holds no null caption."""
 
     def linear(*names: str) -> Linear:
@@ -69,7 +69,7 @@ def from_diffusers(
 
     conv = state["pos_embed.proj.weight"]  # (out, in, row, column)
     blocks = [block(f"transformer_blocks.{i}") for i in range(config.depth)]
-    return MMDiT(
+    return PixArt(
         patch_embed=Linear(
             jnp.asarray(conv.transpose(2, 3, 1, 0).reshape(-1, len(conv))), jnp.asarray(state["pos_embed.proj.bias"])
         ),
@@ -147,12 +147,12 @@ def test_equals_diffusers_pixart_on_latents_that_are_not_square():
 # --- conditions ---
 
 
-def build(config: ModelConfig) -> Callable[..., MMDiT]:
-    return functools.partial(build_mmdit, config, LATENT, TEXT_DIM)
+def build(config: ModelConfig) -> Callable[..., PixArt]:
+    return functools.partial(build_pixart, config, LATENT, TEXT_DIM)
 
 
 @pytest.fixture(scope="module")
-def model() -> MMDiT:
+def model() -> PixArt:
     return randomised(build(SMALL))
 
 
@@ -162,12 +162,12 @@ def condition(key: int = 0, valid: int = 3, dropped: bool = False, tokens: int =
 
 
 @eqx.filter_jit
-def velocity(model: MMDiT, text: TextCondition, t: float = 0.5) -> jax.Array:
+def velocity(model: PixArt, text: TextCondition, t: float = 0.5) -> jax.Array:
     return model(jax.random.normal(jax.random.key(1), LATENT), jnp.asarray(t, jnp.float32), text)
 
 
 @jax.jit
-def gradient(model: MMDiT, *texts: TextCondition) -> MMDiT:
+def gradient(model: PixArt, *texts: TextCondition) -> PixArt:
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)
     return jax.grad(lambda m: jnp.square(jax.vmap(lambda text: velocity(m, text))(batch)).sum())(model)
 
@@ -219,7 +219,7 @@ def test_features_of_any_float_dtype_are_taken(model, dtype):
 
 
 @pytest.fixture(scope="module")
-def fresh() -> MMDiT:
+def fresh() -> PixArt:
     return build(SMALL)(key=jax.random.key(0))
 
 
@@ -271,7 +271,7 @@ def test_bfloat16_parameters_give_float32_velocity_close_to_float32(model):
 
 def test_every_matrix_that_grows_with_the_model_is_sharded():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
-    shapes = jax.eval_shape(lambda: build_mmdit(SMALL, LATENT, TEXT_DIM, key=jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: build_pixart(SMALL, LATENT, TEXT_DIM, key=jax.random.key(0)))
     specs = {dotted_name(path): s.spec for path, s in jax.tree.leaves_with_path(parameter_shardings(mesh, shapes))}
     large = {n for n in specs if n.endswith(".weight") and n.startswith(("blocks.", "time_block."))}
     assert {n for n, spec in specs.items() if "fsdp" in spec} == large
@@ -296,5 +296,5 @@ def test_impossible_settings_are_refused_by_name(settings, field):
 def test_xl_2_has_the_parameters_of_the_paper():
     """PixArt-alpha XL/2: 611 M with T5-XXL's 4096 channels and learned sigma on 4 channels; here without sigma."""
     config = ModelConfig(name="mmdit", qk_norm=False)
-    shapes = jax.eval_shape(lambda: build_mmdit(config, (4, 32, 32), 4096, key=jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: build_pixart(config, (4, 32, 32), 4096, key=jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(611e6, rel=0.002)

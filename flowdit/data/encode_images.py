@@ -1,4 +1,4 @@
-"""Pictures to records: read and cropped by threads, encoded by the VAE in batches on all local devices."""
+"""Images to records: read and cropped by threads, encoded by the VAE in batches on all local devices."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt8
 
-from flowdit.data.pictures import Pictures, center_crop
+from flowdit.data.images import ImageSet, center_crop
 from flowdit.models.vae import AutoencoderKL, Posterior
 
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-"""Threads that read pictures, and batches read ahead of the encoder."""
+"""Threads that read images, and batches read ahead of the encoder."""
 
 EncodeBatch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -42,18 +42,18 @@ def _posterior(vae: AutoencoderKL, images: UInt8[Array, "batch height width 3"])
 
 def encoded_records(
     items: Int[np.ndarray, "records 2"],
-    pictures: Pictures,
+    image_set: ImageSet,
     encode_batch: EncodeBatch,
     image_size: int,
     batch_size: int,
     dtype: str,
     posterior_std: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The records of one shard, whose items are rows of (number of the picture, whether mirrored).
+    """The records of one shard, whose items are rows of (number of the image, whether mirrored).
 
     Latents are the posterior means, raw: before the VAE's shift and scale.
     """
-    images = grain.MapDataset.range(len(items)).map(lambda i: _image(pictures, items[i], image_size))
+    images = grain.MapDataset.range(len(items)).map(lambda i: _image(image_set, items[i], image_size))
     batches = images.batch(batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
     numbers = iter(items[:, 0].tolist())
     for batch in batches:
@@ -61,11 +61,11 @@ def encoded_records(
         if not (np.isfinite(mean).all() and np.isfinite(std).all()):
             raise ValueError(f"dtype: the VAE's latents are not finite in {dtype}: is it the right VAE?")
         for i in range(len(batch)):
-            record = {"latent": mean[i]} | pictures.condition(next(numbers))
+            record = {"latent": mean[i]} | image_set.condition(next(numbers))
             yield record | ({"latent_std": std[i]} if posterior_std else {})
 
 
-def _image(pictures: Pictures, item: np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def _image(image_set: ImageSet, item: np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
     index, mirrored = item
-    image = np.asarray(center_crop(pictures.open(index), size))
+    image = np.asarray(center_crop(image_set.open(index), size))
     return image[:, ::-1] if mirrored else image

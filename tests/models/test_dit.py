@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from flowdit.models.ccdit import Block, CCDiT, build_ccdit
+from flowdit.models.dit import Block, DiT, build_dit
 from flowdit.models.layers import (
     MLP,
     Linear,
@@ -61,7 +61,7 @@ def linear(*modules: torch.nn.Linear) -> Linear:
     return Linear(jnp.concatenate(weights, axis=1), jnp.concatenate([array(m.bias) for m in modules]))
 
 
-def from_diffusers(model: diffusers.DiTTransformer2DModel) -> CCDiT:
+def from_diffusers(model: diffusers.DiTTransformer2DModel) -> DiT:
     def block(b):
         a = b.attn1
         attention = SelfAttention(linear(a.to_q, a.to_k, a.to_v), linear(a.to_out[0]), None, None, a.heads)
@@ -71,7 +71,7 @@ def from_diffusers(model: diffusers.DiTTransformer2DModel) -> CCDiT:
     conv = model.pos_embed.proj
     embedder = model.transformer_blocks[0].norm1.emb
     blocks = [block(b) for b in model.transformer_blocks]
-    return CCDiT(
+    return DiT(
         patch_embed=Linear(array(conv.weight).transpose(2, 3, 1, 0).reshape(-1, conv.out_channels), array(conv.bias)),
         time_embed=TimeEmbedding(
             linear(embedder.timestep_embedder.linear_1), linear(embedder.timestep_embedder.linear_2), freq_shift=1.0
@@ -99,16 +99,16 @@ def test_equals_diffusers_dit(heads, head_dim, patch_size):
 
 
 def test_starts_as_no_velocity_and_learns_from_there():
-    model = build_ccdit(SMALL, LATENT, 10, key=jax.random.key(0))
+    model = build_dit(SMALL, LATENT, 10, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), LATENT)
     assert not model(x, jnp.asarray(0.3), jnp.asarray(2)).any()
     grads = jax.grad(lambda m: jnp.square(m(x, jnp.asarray(0.3), jnp.asarray(2)) - 1).mean())(model)
     assert jnp.abs(grads.final_linear.weight).max() > 0 or jnp.abs(grads.final_linear.bias).max() > 0
 
 
-def randomised(config: ModelConfig) -> CCDiT:
+def randomised(config: ModelConfig) -> DiT:
     """A model whose zero-initialised layers are not zero, so that every part matters."""
-    model = build_ccdit(config, LATENT, 10, key=jax.random.key(0))
+    model = build_dit(config, LATENT, 10, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     return jax.tree.unflatten(
@@ -116,7 +116,7 @@ def randomised(config: ModelConfig) -> CCDiT:
     )
 
 
-def loss(model: CCDiT) -> jax.Array:
+def loss(model: DiT) -> jax.Array:
     x = jax.random.normal(jax.random.key(3), (2, *LATENT))
     velocity = jax.vmap(model)(x, jnp.asarray([0.2, 0.9]), jnp.asarray([1, 10]))
     return jnp.square(velocity - x).mean()
@@ -189,6 +189,6 @@ def test_impossible_shapes_are_refused_by_name(settings, field):
 
 def test_xl_2_has_the_parameters_of_the_paper():
     """DiT-XL/2: 675 M with 1000 classes and learned sigma on 4 channels; here without sigma."""
-    build = lambda: build_ccdit(ModelConfig(qk_norm=False), (4, 32, 32), 1000, key=jax.random.key(0))
+    build = lambda: build_dit(ModelConfig(qk_norm=False), (4, 32, 32), 1000, key=jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(build)))
     assert count == pytest.approx(675e6, rel=0.005)

@@ -1,4 +1,4 @@
-"""An exported text model, its encoder and VAE in diffusers: from prompts to the pictures that flowdit draws."""
+"""An exported text model, its encoder and VAE in diffusers: from prompts to the images that flowdit draws."""
 
 import diffusers
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def encoder_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("model", "own_class"), [(STOCK_TEXT, False), (DEFAULT_TEXT, True)], ids=["stock", "own"])
-def test_prompts_give_the_same_pictures_in_diffusers(whole_run, encoder_folder, tmp_path, model, own_class):
+def test_prompts_give_the_same_images_in_diffusers(whole_run, encoder_folder, tmp_path, model, own_class):
     settings = TextConfig(str(encoder_folder), max_length=16, dtype="float32")
     meta = read_meta(whole_run / "6")
     meta["config"]["text"] = {"encoder": settings.encoder, "max_length": 16, "dtype": "float32"}

@@ -30,7 +30,7 @@ from flowdit.sharding import gather
 
 
 class TextCondition(NamedTuple):
-    """What one picture is to show.
+    """What one image is to show.
 
     `features` are the text encoder's, of any float dtype; `mask` is True at real tokens. Where `dropped`, or where the
     mask is False everywhere, there is no caption: the null condition of classifier-free guidance.
@@ -80,7 +80,7 @@ class Block(eqx.Module):
         return x + gate_m[None] * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift_m, scale_m))
 
 
-class MMDiT(eqx.Module):
+class PixArt(eqx.Module):
     """DiT over one latent, conditioned on the flow time and a text.
 
     `null_caption` stands for the features of a dropped caption: one vector for every token, or one for each token (the
@@ -136,7 +136,9 @@ class MMDiT(eqx.Module):
         return jnp.where(is_null, null, condition.features.astype(null.dtype))
 
 
-def build_mmdit(config: ModelConfig, latent_shape: tuple[int, int, int], text_dim: int, *, key: PRNGKeyArray) -> MMDiT:
+def build_pixart(
+    config: ModelConfig, latent_shape: tuple[int, int, int], text_dim: int, *, key: PRNGKeyArray
+) -> PixArt:
     """A freshly initialised float32 model, as PixArt-alpha does it.
 
     Xavier linears; normal(0.02) time, size and caption MLPs and t block; tables and null caption normal over the root
@@ -145,7 +147,7 @@ def build_mmdit(config: ModelConfig, latent_shape: tuple[int, int, int], text_di
     dim, patch_dim = config.hidden_dim, config.patch_size**2 * latent_shape[0]
     keys = iter(jax.random.split(key, 9))
     build_block = lambda key: _block(config, key=key)
-    return MMDiT(
+    return PixArt(
         patch_embed=xavier_linear(patch_dim, dim, key=next(keys)),
         time_embed=time_embedding(dim, freq_shift=config.time_freq_shift, scale=config.time_scale, key=next(keys)),
         size_embed=_size_embedding(dim, key=next(keys)) if config.micro_conditioning else None,

@@ -1,4 +1,4 @@
-"""Pictures with their classes and captions, before any VAE: the embedded OpenMoji set, or a folder.
+"""Images with their classes and captions, before any VAE: the embedded OpenMoji set, or a folder.
 
 A folder has one sub-folder a class, or a file of captions, or both, or neither.
 """
@@ -23,24 +23,24 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A set of pictures that are opened one at a time; `key` changes whenever the pictures do.
+class ImageSet:
+    """A set of images that are opened one at a time; `key` changes whenever the images do.
 
     They have labels, (short, long) captions, both, or nothing that says what they show.
     """
 
     name: str
     class_names: tuple[str, ...]
-    labels: Int[np.ndarray, " pictures"] | None
+    labels: Int[np.ndarray, " images"] | None
     captions: list[tuple[str, str]] | None
-    held_out: Bool[np.ndarray, " pictures"]
+    held_out: Bool[np.ndarray, " images"]
     open: Callable[[int], Image.Image]
     key: str
     license: str = ""
     attribution: str = ""
 
     def condition(self, index: int) -> dict[str, Any]:
-        """The fields of a record that say what picture `index` shows."""
+        """The fields of a record that say what image `index` shows."""
         label = {} if self.labels is None else {"label": int(self.labels[index])}
         if self.captions is None:
             return label
@@ -54,13 +54,13 @@ class Pictures:
         return hashlib.sha256(b"".join(caption_key(*pair) for pair in self.captions)).hexdigest()
 
 
-def load_pictures(source: str, held_out_fraction: float, captions: str = "") -> Pictures:
-    """The pictures of `source`: "openmoji" (whose captions and held-out pictures are fixed) or a folder.
+def load_images(source: str, held_out_fraction: float, captions: str = "") -> ImageSet:
+    """The images of `source`: "openmoji" (whose captions and held-out images are fixed) or a folder.
 
-    `captions` is a file as `caption_file` describes it. Pictures without class sub-folders have no labels.
+    `captions` is a file as `caption_file` describes it. Images without class sub-folders have no labels.
 
-    Raises `ValueError` if there is no such folder, it has neither pictures nor class sub-folders, one of these has no
-    picture, or the captions are not those of the pictures.
+    Raises `ValueError` if there is no such folder, it has neither images nor class sub-folders, one of these has no
+    image, or the captions are not those of the images.
     """
     if source == "openmoji":
         if captions:
@@ -71,9 +71,9 @@ def load_pictures(source: str, held_out_fraction: float, captions: str = "") -> 
     return _load_folder(Path(source), held_out_fraction, Path(captions) if captions else None)
 
 
-def _load_openmoji() -> Pictures:
+def _load_openmoji() -> ImageSet:
     data = openmoji.load()
-    return Pictures(
+    return ImageSet(
         name="openmoji",
         class_names=data.class_names,
         labels=data.labels,
@@ -86,15 +86,15 @@ def _load_openmoji() -> Pictures:
     )
 
 
-def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) -> Pictures:
+def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) -> ImageSet:
     if not folder.is_dir():
-        raise ValueError(f"source: must be 'openmoji' or a folder of pictures, there is no folder {str(folder)!r}")
+        raise ValueError(f"source: must be 'openmoji' or a folder of images, there is no folder {str(folder)!r}")
     entries = list(folder.iterdir())
     has_images = any(path.suffix.lower() in SUFFIXES for path in entries)
     direct = has_images and (captions is not None or not any(_is_class(path) for path in entries))
-    class_names, files, labels = ((), list(_picture_files(folder)), None) if direct else _class_files(folder)
+    class_names, files, labels = ((), list(_image_files(folder)), None) if direct else _class_files(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
-    return Pictures(
+    return ImageSet(
         name=folder.resolve().name,
         class_names=class_names,
         labels=labels,
@@ -106,16 +106,14 @@ def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) 
 
 
 def _class_files(folder: Path) -> tuple[tuple[str, ...], list[Path], np.ndarray]:
-    """Names of the classes, pictures, and the class number of each."""
+    """Names of the classes, images, and the class number of each."""
     classes = [path for path in sorted(folder.iterdir()) if _is_class(path)]
     if not classes:
-        raise ValueError(
-            f"source: {folder} must have pictures or one sub-folder of them for each class, it has neither"
-        )
-    found = [list(_picture_files(class_folder)) for class_folder in classes]
+        raise ValueError(f"source: {folder} must have images or one sub-folder of them for each class, it has neither")
+    found = [list(_image_files(class_folder)) for class_folder in classes]
     for class_folder, files in zip(classes, found, strict=True):
         if not files:
-            raise ValueError(f"source: class folder {class_folder} has no pictures ({' '.join(SUFFIXES)})")
+            raise ValueError(f"source: class folder {class_folder} has no images ({' '.join(SUFFIXES)})")
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
     return tuple(path.name for path in classes), [file for files in found for file in files], labels
 
@@ -124,7 +122,7 @@ def _is_class(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".")
 
 
-def _picture_files(folder: Path) -> Iterator[Path]:
+def _image_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
             yield path
@@ -139,7 +137,7 @@ def _listing_hash(files: list[Path], names: list[str]) -> str:
 
 
 def _open(file: Path) -> Image.Image:
-    """The picture in `file`, upright and on white where it is transparent."""
+    """The image in `file`, upright and on white where it is transparent."""
     try:
         with Image.open(file) as image:
             image = _in_eight_bits(ImageOps.exif_transpose(image))
@@ -148,11 +146,11 @@ def _open(file: Path) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except Exception as error:  # Pillow's decoders raise many types on damaged files, and one on too many pixels
-        raise ValueError(f"{file}: cannot be read as a picture: {error}") from error
+        raise ValueError(f"{file}: cannot be read as an image: {error}") from error
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Pictures of more bits by their upper eight, as Pillow itself reads those of 16 bits in colour.
+    """Images of more bits by their upper eight, as Pillow itself reads those of 16 bits in colour.
 
     What it reads as integers or floats (modes I;16, I and F) it would clip at 255 instead.
     """
@@ -171,13 +169,13 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 
 MAX_ASPECT = 8
-"""Up to this ratio of the sides a picture is resized whole and then cropped, as ADM does."""
+"""Up to this ratio of the sides an image is resized whole and then cropped, as ADM does."""
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The largest central square of `image` at `size` pixels, as ADM crops ImageNet (openai/guided-diffusion).
 
-    Halving by box averages comes first, because a bicubic resize by more than two would alias. Of a much longer picture
+    Halving by box averages comes first, because a bicubic resize by more than two would alias. Of a much longer image
     only the square is resized, as the whole might not fit the memory; columns and rows may take turns in another order.
     """
     while min(image.size) >= 2 * size:

@@ -1,4 +1,4 @@
-"""Pictures as they are opened and cropped: depth, transparency, size, and what is too large."""
+"""Images as they are opened and cropped: depth, transparency, size, and what is too large."""
 
 import shutil
 import struct
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowdit.data import pictures
-from flowdit.data.pictures import center_crop, load_pictures
+from flowdit.data import images
+from flowdit.data.images import center_crop, load_images
 
 GREY, COLOUR, GREY_ALPHA = 0, 2, 4
 """Colour types of PNG."""
@@ -38,17 +38,17 @@ def png(values: np.ndarray, colour: int, transparent: bytes = b"", size: tuple[i
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens a file of these bytes, or what Pillow saves of a picture, as `prepare` does."""
+    """Opens a file of these bytes, or what Pillow saves of an image, as `prepare` does."""
 
     def open_as(content: bytes | Image.Image, suffix: str = ".png", **options) -> np.ndarray:
         shutil.rmtree(tmp_path / "source", ignore_errors=True)
-        path = tmp_path / "source" / "class" / f"picture{suffix}"
+        path = tmp_path / "source" / "class" / f"image{suffix}"
         path.parent.mkdir(parents=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             content.save(path, **options)
-        return np.asarray(load_pictures(str(tmp_path / "source"), 0.0).open(0))
+        return np.asarray(load_images(str(tmp_path / "source"), 0.0).open(0))
 
     return open_as
 
@@ -70,7 +70,7 @@ def test_sixteen_bits_become_their_upper_eight(opened):
         np.testing.assert_array_equal(opened(image, ".tif"), grey(EXPECTED))
 
 
-def test_a_turned_picture_of_sixteen_bits_is_upright(opened):
+def test_a_turned_image_of_sixteen_bits_is_upright(opened):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image = Image.frombytes("I;16", (16, 16), RAMP.astype("<u2").tobytes())
@@ -106,14 +106,14 @@ def test_other_modes_keep_their_colours(opened):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_pixels_whose_range_is_not_known_are_refused(opened, mode):
     with pytest.raises(
-        ValueError, match=rf"picture.tif: cannot be read as a picture: has pixels of 32 bits \(mode {mode}\)"
+        ValueError, match=rf"image.tif: cannot be read as an image: has pixels of 32 bits \(mode {mode}\)"
     ):
         opened(Image.new(mode, (8, 8)), ".tif")
 
 
-def test_a_picture_that_declares_too_many_pixels_is_named(opened):
+def test_an_image_that_declares_too_many_pixels_is_named(opened):
     with pytest.raises(
-        ValueError, match="picture.png: cannot be read as a picture: Image size .900000000 pixels. ex"
+        ValueError, match="image.png: cannot be read as an image: Image size .900000000 pixels. ex"
     ) as error:
         opened(png(RAMP, GREY, size=(30_000, 30_000)))
     assert "\n" not in str(error.value)
@@ -135,30 +135,30 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(("width", "height"), [(16, 16), (20, 16), (37, 91), (256, 33), (7, 50), (301, 300), (640, 80)])
-def test_pictures_are_cropped_as_adm_does(width, height):
+def test_images_are_cropped_as_adm_does(width, height):
     image = noise(width, height)
     np.testing.assert_array_equal(np.asarray(center_crop(image, 16)), np.asarray(adm_crop(image, 16)))
 
 
 @pytest.mark.parametrize(("width", "height"), [(401, 7), (2, 99), (3000, 37), (1, 500)])
-def test_the_square_of_a_very_long_picture_is_nearly_the_same(width, height):
+def test_the_square_of_a_very_long_image_is_nearly_the_same(width, height):
     """On noise, where another order of the passes over columns and rows shows most. A shift would make tens a pixel."""
     image = noise(width, height)
     ours, theirs = (np.asarray(crop(image, 16), int) for crop in (center_crop, adm_crop))
     assert ours.shape == (16, 16, 3) and np.abs(ours - theirs).mean() < 1 and np.abs(ours - theirs).max() < 16
 
 
-def test_a_very_long_picture_takes_no_more_memory_than_it_has():
+def test_a_very_long_image_takes_no_more_memory_than_it_has():
     script = """
         import resource
         from PIL import Image
-        from flowdit.data.pictures import center_crop
+        from flowdit.data.images import center_crop
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for size in ((20_000, 2), (2, 20_000)):
             assert center_crop(Image.new("RGB", size), 256).size == (256, 256)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
-    root = Path(pictures.__file__).parents[2]
+    root = Path(images.__file__).parents[2]
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=root, check=True
     )
