@@ -96,15 +96,28 @@ def test_every_group_option_composes(option):
 
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)
-def test_every_value_of_an_option_arrives(option):
-    config = composed(command_of(option), "data.path=somewhere", f"{option.parent.as_posix()}={option.name}")
+def test_every_value_of_an_option_arrives_and_is_no_default(option):
     own = OmegaConf.load(FOLDER / option.with_suffix(".yaml"))
-    package = {"experiment": "", "model/size": "model."}.get(option.parent.as_posix(), f"{option.parent}.")
-    names = [name for name in leaves(OmegaConf.to_container(own)) if name not in ("defaults", "path")]
-    assert names
-    for name in names:
-        if package + name != "data.path":
-            assert OmegaConf.select(config, package + name) == OmegaConf.select(own, name), name
+    group = option.parent.as_posix()
+    package = {"experiment": "", "model/size": "model."}.get(group, f"{group}.")
+    chosen = composed(command_of(option), f"{group}={option.name}")
+    without = composed(command_of(option), *choices(own)) if group == "experiment" else composed("base")
+    for name in leaves(OmegaConf.to_container(own)):
+        if name.split(".")[0] != "defaults":
+            assert OmegaConf.select(chosen, package + name) == OmegaConf.select(own, name), name
+            is_default = OmegaConf.select(without, package + name) == OmegaConf.select(own, name)
+            assert not is_default or group == "model/size", name  # a size is the whole shape, whatever the defaults are
+
+
+def choices(experiment) -> list[str]:
+    """The overrides that stand for an experiment's list of defaults: other groups, or the experiment that it extends."""
+    overrides = []
+    for entry in OmegaConf.to_container(experiment)["defaults"]:
+        if isinstance(entry, dict):
+            overrides += [f"{name.removeprefix('override /')}={choice}" for name, choice in entry.items()]
+        elif entry != "_self_":
+            overrides.append(f"experiment={entry}")
+    return overrides
 
 
 def leaves(tree, prefix: str = "") -> list[str]:
@@ -122,6 +135,13 @@ def test_every_experiment_composes_with_every_size_and_says_its_command(experime
     assert f"python {COMMANDS[name]} experiment={experiment}" in text
     for size in ("s", "b", "l", "xl"):
         training(f"experiment={experiment}", f"model/size={size}", name=name)
+
+
+@pytest.mark.parametrize("experiment", ["imagenet256_xl2", "pixart_alpha_256"])
+def test_a_size_on_the_command_line_wins_over_the_experiment(experiment):
+    name = command_of(Path("experiment") / experiment)
+    assert training(f"experiment={experiment}", name=name).model.depth == 28
+    assert training(f"experiment={experiment}", "model/size=s", name=name).model.hidden_dim == 384
 
 
 def command_of(option: Path) -> str:
@@ -153,6 +173,17 @@ def test_stage_2_defaults():
     assert (config.model.name, config.train.gradient_accum, config.optim.clip_norm) == ("mmdit", 8, 0.01)
     assert (config.text.encoder, config.text.max_length) == ("google/t5gemma-2b-2b-ul2", 120)
     assert (config.wandb.project, config.train.drop_rate) == ("flowdit-stage2", 0.1)
+
+
+def test_stage_1_is_the_defaults_of_the_dataclasses():
+    config, defaults = training(), Config()
+    assert (config.train, config.model, config.text, config.optim, config.mesh) == (
+        defaults.train,
+        defaults.model,
+        defaults.text,
+        defaults.optim,
+        defaults.mesh,
+    )
 
 
 def test_default_checkpoint_folder():

@@ -43,7 +43,7 @@ class SamplerConfig:
     """How samples are drawn. `rtol` switches to adaptive steps (at most `steps` of them)."""
 
     solver: str = "heun"
-    steps: int = 50
+    steps: int = 25
     guidance: float = 4.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
