@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from flowdit.errors import first_line
+
 # Where a Hydra message goes on to advice that does not hold here: internal paths, types, and appending with +.
 _HYDRA_NOISE = re.compile(r"\n\s*(Config search path|See http|To append|reference_type|object_type).*", re.DOTALL)
 
@@ -80,7 +82,7 @@ def _wants_traceback() -> bool:
 def _one_line(problem: BaseException) -> str:
     """The first line of an error; of Hydra's, which spread key, value and reason over lines and causes, all that helps."""
     if not isinstance(problem, HydraException | OmegaConfBaseException):
-        return next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        return first_line(problem)
     parts = [problem, problem.__cause__] if isinstance(problem.__cause__, OmegaConfBaseException) else [problem]
     texts = [" ".join(_HYDRA_NOISE.sub("", str(part)).split()).rstrip(".") for part in parts]
     override = getattr(problem, "override", None)  # what could not be parsed; the message may show a part of it only

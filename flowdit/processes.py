@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from flowdit.errors import first_line
 from flowdit.sharding import MeshConfig
 
 
@@ -51,7 +52,7 @@ def join_processes(config: MeshConfig) -> None:
     try:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     except (ValueError, RuntimeError) as problem:
-        reason = str(problem).strip().partition("\n")[0]
+        reason = first_line(problem)
         if config.coordinator is not None:
             raise ValueError(f"mesh.coordinator: {config.coordinator} cannot be joined: {reason}") from problem
         raise ValueError(

@@ -3,7 +3,6 @@
 A folder has one sub-folder a class, or a file of captions, or both, or neither.
 """
 
-import hashlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from PIL import Image, ImageOps
 from flowdit.data import openmoji
 from flowdit.data.caption_file import read_captions
 from flowdit.data.captions import caption_key
-from flowdit.data.manifest import file_sha256
+from flowdit.hashing import file_sha256, sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -51,7 +50,7 @@ class ImageSet:
         """SHA-256 (hex) that changes whenever a caption does."""
         if self.captions is None:
             return None
-        return hashlib.sha256(b"".join(caption_key(*pair) for pair in self.captions)).hexdigest()
+        return sha256(caption_key(*pair) for pair in self.captions)
 
 
 def load_images(source: str, held_out_fraction: float, captions: str = "") -> ImageSet:
@@ -129,11 +128,12 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
 
 def _listing_hash(files: list[Path], names: list[str]) -> str:
-    digest = hashlib.sha256()
-    for file, name in zip(files, names, strict=True):
-        stat = file.stat()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    return sha256(_listed(file, name) for file, name in zip(files, names, strict=True))
+
+
+def _listed(file: Path, name: str) -> bytes:
+    stat = file.stat()
+    return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
 
 
 def _open(file: Path) -> Image.Image:

@@ -1,7 +1,6 @@
 """`dataset.json`: what a folder of shards holds, how it was made, and the hashes that prove it unchanged."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -11,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flowdit.hashing import file_sha256, sha256
 
 FILE_NAME = "dataset.json"
 SCHEMA_VERSION = 1
@@ -78,7 +79,7 @@ class Manifest:
         if not self.has_captions:  # ids from before this field was there stay as they are
             del fields["has_captions"]
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return sha256(canonical)
 
     @property
     def num_classes(self) -> int:
@@ -160,11 +161,6 @@ def verify_shards(folder: str | Path, shards: Sequence[Shard], *, hashes: bool, 
             raise _changed(path, f"must have {shard.bytes} bytes, has {size}")
         if hashes and (digest := file_sha256(path)) != shard.sha256:
             raise _changed(path, f"must have sha256 {shard.sha256}, has {digest}")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changed(path: Path, problem: str) -> ManifestError:

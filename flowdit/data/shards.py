@@ -16,8 +16,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float64
 
-from flowdit.data.manifest import file_sha256, write_json
+from flowdit.data.manifest import write_json
 from flowdit.data.records import encode
+from flowdit.hashing import file_sha256
 
 PLAN_NAME = "prepare.json"
 

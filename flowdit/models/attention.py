@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from flowdit.errors import first_line
+
 
 class AttentionShape(NamedTuple):
     """What a kernel is chosen by. Without `key_tokens` unmasked self-attention, else masked attention to so many keys."""
@@ -91,7 +93,7 @@ def _cudnn_computes(shape: AttentionShape) -> bool:
         with jax.default_device(device):
             error = _relative_error(kernels, shape)
     except Exception as problem:  # the kernel, the driver or the library may refuse in many ways, all mean "no"
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        reason = first_line(problem)
     else:
         if error < 0.05:  # bfloat16 keeps 8 bits; NaN compares false
             return True

@@ -4,7 +4,6 @@ A network is built as shapes alone and then filled from the files by key: a para
 key. Every file read here is untrusted: JSON and safetensors hold data only, and an index cannot lead out of its folder.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -174,37 +173,6 @@ def _is_finite(tensor: np.ndarray, step: int = 1 << 24) -> bool:
     # In pieces: the answer for each number takes memory too.
     flat = tensor.reshape(-1)
     return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
-
-
-def fingerprint(*files: Path) -> str:
-    """16 hex digits of a SHA-256 over names and contents of `files`: which network made a set of latents, say."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {_file_digest(file)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _file_digest(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{file}: not a readable file ({error})") from error
-
-
-def tensors_fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
-    """16 hex digits over the name, dtype, shape and about a thousand evenly spread values of every tensor.
-
-    For networks of several GB, where hashing every byte takes longer than reading it. Networks of one shape that were
-    trained apart differ nearly everywhere, so a sample tells them apart; it is no check against damage.
-    """
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        values = tensors[key].reshape(-1)
-        # An odd stride, or a sample of a matrix could stay within one column.
-        sample = values[:: max(1, values.size // 1024) | 1]
-        digest.update(f"{key} {values.dtype} {tensors[key].shape}\n".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def fill(

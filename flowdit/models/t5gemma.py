@@ -8,7 +8,6 @@ Source: Zhang et al., "Encoder-Decoder Gemma" (arXiv:2504.06225), Gemma 2 (arXiv
 transformers' `models/t5gemma/modeling_t5gemma.py`, which the tests hold it to.
 """
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from flowdit import sharding
+from flowdit import hashing, sharding
 from flowdit.models import pretrained
 from flowdit.models.t5gemma_config import T5GemmaConfig
 
@@ -220,8 +219,7 @@ def load_t5gemma(folder: Path, dtype: DTypeLike, mesh: Mesh | None = None) -> T5
     stored = pretrained.read_tensors(files, _is_encoder_key)
     tensors = {ENCODER_KEY.sub(r"\1", key): tensor for key, tensor in stored.items()}
     del stored  # else the layers would stay in memory while they are stacked
-    identity = f"{config} {pretrained.tensors_fingerprint(tensors)}"
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    fingerprint = hashing.fingerprint(f"{config} {hashing.tensors_fingerprint(tensors)}")
     shapes = eqx.filter_eval_shape(T5GemmaEncoder, config, fingerprint)
     pretrained.check_tensors(_with_single_layers(shapes), tensors, source=folder)
     _stack_layers(tensors, config.num_hidden_layers)

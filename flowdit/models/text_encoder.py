@@ -5,7 +5,6 @@ that name carries in its wheel, for runs that must do without a download.
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
-from flowdit import sharding
+from flowdit import hashing, sharding
 from flowdit.models import pretrained
 from flowdit.models.t5gemma import WEIGHTS_STEM, load_t5gemma
 
@@ -183,10 +182,10 @@ def _load_t5gemma(config: TextConfig, folder: Path, mesh: Mesh | None) -> TextEn
         raise ValueError(
             f"{folder}: {TOKENIZER_FILE} must have ids below vocab_size={network.config.vocab_size}, not {largest}"
         )
-    identity = f"{network.fingerprint} {pretrained.fingerprint(folder / TOKENIZER_FILE)}"
+    identity = f"{network.fingerprint} {hashing.files_fingerprint(folder / TOKENIZER_FILE)}"
     return TextEncoder(
         name=config.encoder,
-        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        fingerprint=hashing.fingerprint(identity),
         dtype=config.dtype,
         max_length=config.max_length,
         width=network.config.hidden_size,
@@ -213,7 +212,7 @@ def _load_wordllama(config: TextConfig, mesh: Mesh | None) -> TextEncoder:
     network = pretrained.fill(shapes, tensors, config.dtype, source=weights, shardings=shardings)
     return TextEncoder(
         name=WORDLLAMA,
-        fingerprint=pretrained.fingerprint(weights, tokenizer_file),
+        fingerprint=hashing.files_fingerprint(weights, tokenizer_file),
         dtype=config.dtype,
         max_length=config.max_length,
         width=network.weight.shape[1],

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from flowdit import hashing
 from flowdit.models import pretrained
 from flowdit.models.vae_blocks import DownBlock, MidBlock, UpBlock, chain, conv, norm
 
@@ -260,7 +261,7 @@ def load_vae(name: str | Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
     folder = pretrained.find_folder("vae", name, embedded=EMBEDDED, subfolder="vae", stem=WEIGHTS_STEM)
     config_file = folder / "config.json"
     weight_files = pretrained.find_weights(folder, WEIGHTS_STEM)
-    fingerprint = pretrained.fingerprint(config_file, *weight_files)
+    fingerprint = hashing.files_fingerprint(config_file, *weight_files)
     config = _read_config(config_file, pretrained.read_shapes(weight_files))
     shapes = eqx.filter_eval_shape(AutoencoderKL, config, fingerprint)
     tensors = {_current_name(key): tensor for key, tensor in pretrained.read_tensors(weight_files).items()}

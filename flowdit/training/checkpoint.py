@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from flowdit.diffusion.objective import Parameters
+from flowdit.errors import first_line
 from flowdit.processes import from_first, wait_for_all
 from flowdit.sharding import dotted_name, parameter_shardings
 from flowdit.training.checkpoint_files import (
@@ -252,9 +253,3 @@ def abstract_state(mesh: jax.sharding.Mesh, build: Callable[[], TrainState]) -> 
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
     )
-
-
-def first_line(problem: Exception) -> str:
-    """What to say of an error whose text may be empty or many lines."""
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else type(problem).__name__

@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from flowdit.data.manifest import file_sha256
+from flowdit.hashing import file_sha256
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("state", "model_ema", "dataset", "meta")

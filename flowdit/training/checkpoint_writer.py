@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from flowdit.errors import first_line
 from flowdit.processes import any_process
-from flowdit.training.checkpoint import FORMAT, first_line, split_state
+from flowdit.training.checkpoint import FORMAT, split_state
 from flowdit.training.checkpoint_files import CheckpointError, list_steps, write_checksums
 from flowdit.training.step import TrainState
 

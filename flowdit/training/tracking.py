@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from flowdit.errors import first_line
 from flowdit.hardware import peak_flops
 
 MODES = ("online", "offline", "disabled")
@@ -169,17 +170,13 @@ def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], r
     try:
         return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
     except Exception as problem:
-        print(f"wandb: {mode} start failed ({_reason(problem)}): logging offline", flush=True)
+        print(f"wandb: {mode} start failed ({first_line(problem)}): logging offline", flush=True)
     try:
         wandb.teardown()
         return wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
     except Exception as problem:
-        print(f"wandb: offline start failed ({_reason(problem)}): going on with metrics.jsonl alone", flush=True)
+        print(f"wandb: offline start failed ({first_line(problem)}): going on with metrics.jsonl alone", flush=True)
         return None
-
-
-def _reason(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 def _has_login() -> bool:

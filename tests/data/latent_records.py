@@ -8,8 +8,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flowdit.data.loader import Source, open_source
-from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo, file_sha256
+from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
 from flowdit.data.records import CAPTION_FIELDS, LabelField, encode, record_schema
+from flowdit.hashing import file_sha256
 from flowdit.models.text_encoder import TextEncoder, TokenTable
 
 LATENT_SHAPE = (4, 2, 2)
