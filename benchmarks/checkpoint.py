@@ -7,7 +7,7 @@ import jax
 
 from benchmarks.timing import Timing, seconds, table
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
-from flowdit.training.checkpoint_writer import CheckpointWriter
+from flowdit.checkpoint.writer import CheckpointWriter
 
 BATCH_SIZE, ROUNDS, WARMUP = 64, 5, 1
 ROWS = ("training step", "save (blocking)", "save, to the files being on disk", "save and the step after it")

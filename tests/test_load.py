@@ -14,10 +14,10 @@ from damage import flip_bit
 from runs import REPOSITORY
 
 import flowdit
+from flowdit.checkpoint.files import CheckpointError
 from flowdit.inference.sampler import Sampler, batch_shape
 from flowdit.interop.conversion import ConvertConfig, convert
 from flowdit.sharding import MeshConfig, make_mesh
-from flowdit.training.checkpoint_files import CheckpointError
 
 QUICK = {"solver": "euler", "steps": 2}
 

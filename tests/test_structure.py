@@ -25,9 +25,7 @@ LAYERS = {
     "config": 5,
     "command": 5,
     "conditioning": 6,
-    "training.step": 7,
-    "training.checkpoint": 7,
-    "training.checkpoint_files": 7,
+    "checkpoint": 7,
     "inference": 8,
     "training": 9,
     "interop": 10,
@@ -58,6 +56,12 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module == "flowdit":
             names |= {alias.name for alias in node.names}
     return names
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "inference", "interop"])
+def test_a_finished_model_is_read_without_what_trains(part):
+    for path in (PACKAGE / part).glob("*.py"):
+        assert not {name for name in imported_modules(path) if name.startswith("training")}, path
 
 
 def functions(path: Path) -> list[tuple[str, int]]:

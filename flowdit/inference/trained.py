@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 from omegaconf.errors import OmegaConfBaseException
 
+from flowdit.checkpoint.files import CheckpointError
 from flowdit.conditioning import Conditioning, from_checkpoint
 from flowdit.config import Config, from_stored
 from flowdit.data.manifest import Manifest
-from flowdit.training.checkpoint_files import CheckpointError
 
 
 class Trained(NamedTuple):

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from flowdit.checkpoint.files import list_steps
+from flowdit.checkpoint.restore import newest_whole
 from flowdit.config import as_list
 from flowdit.inference.images import load_matching_vae, save_grid
 from flowdit.inference.sampler import Sampler
@@ -31,8 +33,6 @@ from flowdit.interop.portable import (
     write_single,
 )
 from flowdit.interop.torch_files import ENTRIES, SUFFIXES
-from flowdit.training.checkpoint import newest_whole
-from flowdit.training.checkpoint_files import list_steps
 
 TARGETS = ("checkpoint", "diffusers", "safetensors")
 WEIGHTS = tuple(ENTRIES)

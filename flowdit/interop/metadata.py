@@ -8,12 +8,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flowdit.checkpoint.meta import FORMAT, run_meta
 from flowdit.conditioning import from_checkpoint
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest, VaeInfo
 from flowdit.models.vae import load_vae
-from flowdit.training.checkpoint import FORMAT
-from flowdit.training.setup import run_meta
 
 FORMATS = ("dit", "sit", "pixart")
 # What DiT, SiT and PixArt-alpha were trained on, and nearly every other model of four channels.

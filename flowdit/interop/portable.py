@@ -15,11 +15,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from flowdit.checkpoint.meta import read_meta
+from flowdit.checkpoint.names import from_named, named_arrays
+from flowdit.checkpoint.restore import restore_weights
+from flowdit.checkpoint.writer import save_slim
 from flowdit.diffusion.sampling import PREDICTIONS
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
 from flowdit.models.pretrained import check_finite, listed, read_tensors, shortened, shown
-from flowdit.training.checkpoint import from_named, named_arrays, read_meta, restore_weights, save_slim
 
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import jax
 
+from flowdit.checkpoint.writer import CheckpointWriter
 from flowdit.config import Config
 from flowdit.data.loader import DataSet
 from flowdit.sharding import prefetch_to_device
-from flowdit.training.checkpoint_writer import CheckpointWriter
 from flowdit.training.evaluations import closing
 from flowdit.training.setup import Run, start_run
 from flowdit.training.tracking import Progress, Tracker

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from flowdit.checkpoint.files import CheckpointError, list_steps
+from flowdit.checkpoint.names import named_arrays
+from flowdit.checkpoint.restore import restore_newest
 from flowdit.conditioning import Conditioning, kind_of
 from flowdit.config import Config, from_stored
 from flowdit.data.loader import TrainStream
 from flowdit.sharding import init_sharded
-from flowdit.training.checkpoint import named_arrays, restore_newest
-from flowdit.training.checkpoint_files import CheckpointError, list_steps
 from flowdit.training.step import TrainState
 
 # Fields that an exact resume needs unchanged; the rest may change and is reported.

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
-import platform
-import secrets
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 from flowdit import conditioning as kinds
+from flowdit.checkpoint.files import list_steps
+from flowdit.checkpoint.meta import run_meta
+from flowdit.checkpoint.restore import abstract_state
+from flowdit.checkpoint.writer import check_free_space
 from flowdit.conditioning import Batch, Conditioning
 from flowdit.config import Config
 from flowdit.data import manifest as data_manifest
@@ -26,9 +27,6 @@ from flowdit.diffusion.objective import Objective
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.processes import from_first
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh
-from flowdit.training.checkpoint import abstract_state
-from flowdit.training.checkpoint_files import list_steps
-from flowdit.training.checkpoint_writer import check_free_space
 from flowdit.training.evaluations import Evaluation, make_evaluations
 from flowdit.training.objective import make_objective
 from flowdit.training.optim import Optimizer, make_optimizer
@@ -177,31 +175,3 @@ def open_data(config: Config, manifest: Manifest, conditioning: Conditioning) ->
         return open_source(config.data.path, manifest, split, **options)
 
     return DataSet(manifest, source("train"), source("validation") if manifest.num_records("validation") else None)
-
-
-def run_meta(
-    config: Config,
-    manifest: Manifest,
-    conditioning: Conditioning,
-    mean: Sequence[float],
-    scale: Sequence[float],
-) -> dict[str, Any]:
-    """What a checkpoint says of itself, enough to sample from it and to refuse a resume that would not be exact."""
-    packages = ("flowdit", "jax", "equinox", "optax", "orbax-checkpoint", "grain")
-    return {
-        "config": dataclasses.asdict(config),
-        "manifest": dataclasses.asdict(manifest),
-        "manifest_id": manifest.id,
-        "latent_mean": list(mean),
-        "latent_scale": list(scale),
-        **conditioning.describe(),
-        "run_id": secrets.token_hex(4),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"

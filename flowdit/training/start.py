@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from flowdit.checkpoint.files import CheckpointError, list_steps
+from flowdit.checkpoint.meta import read_meta
+from flowdit.checkpoint.names import named_arrays
+from flowdit.checkpoint.restore import newest_whole, restore_weights
 from flowdit.conditioning import Conditioning
 from flowdit.config import Config, TrainConfig
 from flowdit.data.manifest import Manifest
@@ -19,8 +23,6 @@ from flowdit.diffusion.flow import VALIDATION_TIMES
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.models.reparameterise import check_compatible, drift, reparameterise, without_sizes
 from flowdit.sharding import dotted_name
-from flowdit.training.checkpoint import named_arrays, newest_whole, read_meta, restore_weights
-from flowdit.training.checkpoint_files import CheckpointError, list_steps
 
 
 class Start(eqx.Module):

@@ -8,7 +8,7 @@ import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import pytest
 from interop.foreign_folders import write_stock
 
-from flowdit.training.checkpoint import read_meta
+from flowdit.checkpoint.meta import read_meta
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from runs import LATENT_SHAPE
 
+from flowdit.checkpoint.names import named_arrays
 from flowdit.conditioning.labels import Labels
 from flowdit.inference.trained import describe_trained
 from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import Portable, to_trained, write_checkpoint, write_single
 from flowdit.models.pixart import TextCondition
-from flowdit.training.checkpoint import named_arrays
 
 # Threads that wait for each other at every layer cost more than layers of this size, above all beside other processes.
 torch.set_num_threads(1)

@@ -23,10 +23,10 @@ from interop.small_models import (
 )
 from runs import call, error_line, stored_arrays
 
+from flowdit.checkpoint.meta import read_meta
 from flowdit.convert import main
 from flowdit.interop import read_source
 from flowdit.interop.portable import Portable
-from flowdit.training.checkpoint import read_meta
 
 MICRO_TEXT = STOCK_TEXT | {"micro_conditioning": True, "interpolation_scale": 0.5}
 OTHERS = {"mlp_ratio": 3.0, "time_scale": 1.0, "time_freq_shift": 0.5, "mlp_norm_eps": 1e-2, "interpolation_scale": 0.5}

@@ -12,10 +12,10 @@ from PIL import Image
 from runs import call, error_line
 
 from flowdit import sample as sample_command
+from flowdit.checkpoint.meta import read_meta
 from flowdit.convert import main
 from flowdit.interop import ConvertConfig, convert, from_pretrained, read_source
 from flowdit.interop.hub import find_source, push
-from flowdit.training.checkpoint import read_meta
 
 REPOSITORY = "user/model"
 SETTINGS = {"labels": ["heart", 1], "steps": 2, "seed": 3}

@@ -10,11 +10,11 @@ from interop.small_models import DEFAULT_TEXT, STOCK_TEXT, random_model, saved
 from models.text_folders import write_t5gemma
 from runs import LATENT_SHAPE
 
+from flowdit.checkpoint.meta import read_meta
 from flowdit.conditioning.text import describe_encoder
 from flowdit.diffusion.sampling import image_noise
 from flowdit.interop import ConvertConfig, convert, from_pretrained
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
-from flowdit.training.checkpoint import read_meta
 
 PROMPTS = ["a red apple", "red"]
 SAMPLER = {"solver": "euler", "steps": 4, "guidance": 3.0, "time_shift": 2.0}

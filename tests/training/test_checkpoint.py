@@ -12,8 +12,8 @@ from damage import flip_bit
 from runs import assert_same_checkpoint, error_line, steps_of, stored_arrays, train_here
 
 from flowdit import load
+from flowdit.checkpoint.files import DamagedCheckpoint, verify_files
 from flowdit.training import loop
-from flowdit.training.checkpoint_files import DamagedCheckpoint, verify_files
 
 
 @pytest.fixture

@@ -27,9 +27,11 @@ from runs import (
 )
 
 from flowdit import convert, sample
-from flowdit.training import checkpoint_files, checkpoint_writer, loop
-from flowdit.training.checkpoint_files import DamagedCheckpoint, verify_files, write_checksums
-from flowdit.training.checkpoint_writer import checkpoint_bytes
+from flowdit.checkpoint import files as checkpoint_files
+from flowdit.checkpoint import writer as checkpoint_writer
+from flowdit.checkpoint.files import DamagedCheckpoint, verify_files, write_checksums
+from flowdit.checkpoint.writer import checkpoint_bytes
+from flowdit.training import loop
 from flowdit.training.tracking import Progress, append_line
 
 SLOW_STEPS = """

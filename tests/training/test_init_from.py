@@ -12,11 +12,13 @@ from hydra import compose, initialize_config_module
 from runs import CLASS_NAMES, metrics, train_here
 
 from flowdit import load
+from flowdit.checkpoint.meta import FORMAT, read_meta
+from flowdit.checkpoint.names import named_arrays
+from flowdit.checkpoint.writer import save_slim
 from flowdit.config import Config, register_schemas, resolve
 from flowdit.data.manifest import Manifest
 from flowdit.models.reparameterise import check_compatible
 from flowdit.models.transformer import ModelConfig
-from flowdit.training.checkpoint import FORMAT, named_arrays, read_meta, save_slim
 from flowdit.training.setup import Run, start_run
 
 CLASS, TEXT = ("config", "experiment=tiny"), ("config_stage2", "experiment=tiny_text")

@@ -10,7 +10,7 @@ import pytest
 from damage import flip_bit
 from runs import FAST, Finished, error_line, finish, metrics, start, steps_of, train_here
 
-from flowdit.training.checkpoint_files import verify_files
+from flowdit.checkpoint.files import verify_files
 
 PAIR = """
 import json, sys
@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from flowdit import train
 from flowdit.training import loop, setup
-from flowdit.training.checkpoint import restore_newest
+from flowdit.checkpoint.restore import restore_newest
 
 cluster, folder, tasks = json.loads(sys.argv[1])
 

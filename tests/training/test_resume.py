@@ -31,7 +31,7 @@ LONG = ("train.num_steps=60", "train.save_every=10")
 
 SAVE_THAT_HANGS = """
 import time
-from flowdit.training import checkpoint_writer
+from flowdit.checkpoint import writer as checkpoint_writer
 write_checksums = checkpoint_writer.write_checksums
 def hang(folder):
     if folder.name.startswith("20."):

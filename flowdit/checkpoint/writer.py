@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from flowdit.checkpoint.files import CheckpointError, list_steps, write_checksums
+from flowdit.checkpoint.meta import FORMAT
+from flowdit.checkpoint.names import named_arrays, split_state
 from flowdit.errors import first_line
 from flowdit.processes import any_process
-from flowdit.training.checkpoint import FORMAT, split_state
-from flowdit.training.checkpoint_files import CheckpointError, list_steps, write_checksums
-from flowdit.training.step import TrainState
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 # Indices, checksums, whole blocks of the file system for small files, the log and the images written meanwhile.
@@ -28,7 +29,7 @@ class Moment(NamedTuple):
     """Where a run stands: the state after `step`, and that of the data stream."""
 
     step: int
-    state: TrainState
+    state: Any
     dataset: dict[str, Any]
 
 
@@ -63,7 +64,7 @@ class CheckpointWriter:
         )
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
-    def reached(self, step: int, state: TrainState, dataset: dict[str, Any]) -> None:
+    def reached(self, step: int, state: Any, dataset: dict[str, Any]) -> None:
         """Remember where the run stands. The state may be donated to the next step, which then reports another."""
         self._moment = Moment(step, state, dataset)
 
@@ -200,7 +201,7 @@ def checkpoint_bytes(state: Any, meta: dict[str, Any]) -> int:
     return int(1.05 * arrays) + len(json.dumps(meta)) + SPARE_BYTES
 
 
-def check_free_space(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
+def check_free_space(folder: Path, state: Any, meta: dict[str, Any]) -> None:
     """Raise `CheckpointError` if the disk cannot take one more checkpoint of this state (or of its shapes)."""
     needed = checkpoint_bytes(state, meta)
     free = shutil.disk_usage(folder).free
@@ -208,3 +209,16 @@ def check_free_space(folder: Path, state: TrainState, meta: dict[str, Any]) -> N
         raise CheckpointError(
             f"train.checkpoint_dir: a checkpoint needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free"
         )
+
+
+def save_slim(target: Path, ema: Any, meta: dict[str, Any], dtype: str = "float16") -> None:
+    """A checkpoint of `model_ema` and `meta` alone, the weights stored in `dtype`; it samples, it does not resume."""
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already")
+    arrays = {name: value.astype(jnp.dtype(dtype)) for name, value in named_arrays(ema).items()}
+    items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(target.resolve(), args=items)
+    for marker in target.rglob("commit_success.txt"):
+        marker.unlink()  # object stores need it while writing; in a file that is passed on it tells the author's paths
+    write_checksums(target)

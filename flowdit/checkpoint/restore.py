@@ -1,106 +1,43 @@
-"""Checkpoints: `<folder>/<step>/` with `state`, `model_ema`, `dataset` and `meta`, in Orbax's format.
+"""Restoring checkpoints: `<folder>/<step>/` with `state`, `model_ema`, `dataset` and `meta`, in Orbax's format.
 
-Arrays are stored by dotted name, never as pickled classes, so renaming a class does not orphan a checkpoint. The files
-are verified (`checkpoint_files`) before anything in them is believed.
+The files are verified (`checkpoint.files`) before anything in them is believed.
 """
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from flowdit.diffusion.objective import Parameters
-from flowdit.errors import first_line
-from flowdit.processes import from_first, wait_for_all
-from flowdit.sharding import dotted_name, parameter_shardings
-from flowdit.training.checkpoint_files import (
+from flowdit.checkpoint.files import (
     CheckpointError,
     DamagedCheckpoint,
     list_steps,
     set_aside,
     verify_files,
-    write_checksums,
 )
-from flowdit.training.step import TrainState
+from flowdit.checkpoint.meta import read_json_item, verified_meta
+from flowdit.checkpoint.names import from_named, is_auxiliary, named_arrays, split_state
+from flowdit.errors import first_line
+from flowdit.processes import from_first, wait_for_all
+from flowdit.sharding import parameter_shardings
 
-FORMAT = 1
 Report = Callable[[str], None]
-_OPT_STATE = jax.tree_util.GetAttrKey("opt_state")
-_PARAMETERS = tuple(map(jax.tree_util.GetAttrKey, Parameters._fields))
 Fresh = Callable[[set[str]], dict[str, Any]]
+State = TypeVar("State")
+"""A training state: a pytree of arrays whose field `ema` holds the averaged weights."""
 
 
-class Restored(NamedTuple):
-    state: TrainState
+@dataclasses.dataclass(frozen=True)
+class Restored(Generic[State]):
+    state: State
     dataset: dict[str, Any]
     meta: dict[str, Any]
-
-
-def named_arrays(tree: Any) -> dict[str, Any]:
-    """`{"blocks.attention.qkv.weight": array, ...}` for the leaves of a pytree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {stored_name(path): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two arrays have one name"
-    return named
-
-
-def from_named(template: Any, arrays: dict[str, Any]) -> Any:
-    """`template`'s structure filled with the arrays of its names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[stored_name(path)], template)
-
-
-def stored_name(path: tuple) -> str:
-    """The name on disk. An optimizer's moments of the model are called after the model's arrays, without `model.`.
-
-    So a run is the same on disk whether the optimizer has auxiliary losses to look after or not.
-    """
-    if path and path[0] == _OPT_STATE:
-        # The first of the two is the field of `Parameters`; what lies below it may be called as it likes.
-        field = next((i for i, entry in enumerate(path) if entry in _PARAMETERS), None)
-        if field is not None and path[field] == _PARAMETERS[0]:
-            path = path[:field] + path[field + 1 :]
-    return dotted_name(path)
-
-
-def split_state(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `state` and the `model_ema` item."""
-    named = named_arrays(state)
-    ema = {name.removeprefix("ema."): value for name, value in named.items() if name.startswith("ema.")}
-    return {name: value for name, value in named.items() if not name.startswith("ema.")}, ema
-
-
-def read_meta(step_folder: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint, all of whose files have been verified.
-
-    Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files are not
-    those that were written.
-    """
-    if not (step_folder / "meta").is_dir():
-        raise CheckpointError(f"{step_folder}: not a checkpoint folder (expected checkpoints/<step>)")
-    verify_files(step_folder)
-    return _parse_meta(step_folder)
-
-
-def _parse_meta(step_folder: Path) -> dict[str, Any]:
-    try:
-        meta = _read_json(step_folder / "meta")
-    except Exception as problem:
-        raise CheckpointError(f"{step_folder}: metadata cannot be read: {first_line(problem)}") from problem
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise CheckpointError(f"{step_folder}: checkpoint format must be {FORMAT}, got {found}")
-    return meta
-
-
-def _read_json(item_folder: Path) -> Any:
-    # The handler's own: a checkpointer waits for all processes, and the first one reads metadata alone.
-    return ocp.JsonCheckpointHandler().restore(item_folder)  # type: ignore[arg-type]
 
 
 def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
@@ -131,18 +68,13 @@ def _restore_some(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
         return checkpointer.restore(item_folder.resolve(), args=request)
 
 
-def is_auxiliary(name: str) -> bool:
-    """Whether an array of the `state` item belongs to an auxiliary loss: a parameter, or a moment of the optimizer."""
-    return re.search(r"(^|^opt_state\..*\.)auxiliary\.", name) is not None
-
-
-def _restore_step(step_folder: Path, template: TrainState, fresh: Fresh) -> Restored:
+def _restore_step(step_folder: Path, template: State, fresh: Fresh) -> Restored[State]:
     state_targets, ema_targets = split_state(template)
-    meta = _parse_meta(step_folder)
+    meta = verified_meta(step_folder)
     try:
         arrays = _restore_arrays(step_folder / "state", state_targets)
         ema = _restore_arrays(step_folder / "model_ema", ema_targets)
-        dataset = _read_json(step_folder / "dataset")
+        dataset = read_json_item(step_folder / "dataset")
     except CheckpointError:
         raise
     except Exception as problem:
@@ -154,8 +86,8 @@ def _restore_step(step_folder: Path, template: TrainState, fresh: Fresh) -> Rest
 
 
 def restore_newest(
-    folder: Path, template: TrainState, check_meta: Callable[[dict], None], report: Report, fresh: Fresh
-) -> Restored:
+    folder: Path, template: State, check_meta: Callable[[dict], None], report: Report, fresh: Fresh
+) -> Restored[State]:
     """The newest checkpoint that is whole; damaged newer ones are reported and renamed to `<step>.damaged`.
 
     The first process finds it, and all are told before any of them restores. `template` holds `ShapeDtypeStruct`s with
@@ -176,7 +108,7 @@ def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int,
     """The newest step that is whole, and for newer ones, by name, what is damaged in them."""
     step, damaged = _newest_whole(folder)
     step_folder = folder / str(step)
-    meta = _parse_meta(step_folder)
+    meta = verified_meta(step_folder)
     if meta.get("step") != step:
         raise CheckpointError(f"{step_folder}: must be named after the step that it holds, {meta.get('step')}")
     check_meta(meta)
@@ -233,20 +165,7 @@ def _restore_raw(step_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("model."): array for name, array in arrays.items()}
 
 
-def save_slim(target: Path, ema: Any, meta: dict[str, Any], dtype: str = "float16") -> None:
-    """A checkpoint of `model_ema` and `meta` alone, the weights stored in `dtype`; it samples, it does not resume."""
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already")
-    arrays = {name: value.astype(jnp.dtype(dtype)) for name, value in named_arrays(ema).items()}
-    items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(target.resolve(), args=items)
-    for marker in target.rglob("commit_success.txt"):
-        marker.unlink()  # object stores need it while writing; in a file that is passed on it tells the author's paths
-    write_checksums(target)
-
-
-def abstract_state(mesh: jax.sharding.Mesh, build: Callable[[], TrainState]) -> TrainState:
+def abstract_state(mesh: jax.sharding.Mesh, build: Callable[[], State]) -> State:
     """Shapes, dtypes and shardings of a state, for restoring into."""
     shapes = jax.eval_shape(build)
     shardings = parameter_shardings(mesh, shapes)

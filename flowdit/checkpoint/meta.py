@@ -1,0 +1,79 @@
+"""What a checkpoint says of itself: the `meta` item, believed only when all files of the checkpoint are verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from flowdit.checkpoint.files import CheckpointError, verify_files
+from flowdit.conditioning import Conditioning
+from flowdit.config import Config
+from flowdit.data.manifest import Manifest
+from flowdit.errors import first_line
+
+FORMAT = 1
+
+
+def read_meta(step_folder: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint, all of whose files have been verified.
+
+    Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files are not
+    those that were written.
+    """
+    if not (step_folder / "meta").is_dir():
+        raise CheckpointError(f"{step_folder}: not a checkpoint folder (expected checkpoints/<step>)")
+    verify_files(step_folder)
+    return verified_meta(step_folder)
+
+
+def verified_meta(step_folder: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint whose files were verified before. Raises `CheckpointError` for another format."""
+    try:
+        meta = read_json_item(step_folder / "meta")
+    except Exception as problem:
+        raise CheckpointError(f"{step_folder}: metadata cannot be read: {first_line(problem)}") from problem
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise CheckpointError(f"{step_folder}: checkpoint format must be {FORMAT}, got {found}")
+    return meta
+
+
+def read_json_item(item_folder: Path) -> Any:
+    """The content of an item that is JSON."""
+    # The handler's own: a checkpointer waits for all processes, and the first one reads metadata alone.
+    return ocp.JsonCheckpointHandler().restore(item_folder)  # type: ignore[arg-type]
+
+
+def run_meta(
+    config: Config,
+    manifest: Manifest,
+    conditioning: Conditioning,
+    mean: Sequence[float],
+    scale: Sequence[float],
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, enough to sample from it and to refuse a resume that would not be exact."""
+    packages = ("flowdit", "jax", "equinox", "optax", "orbax-checkpoint", "grain")
+    return {
+        "config": dataclasses.asdict(config),
+        "manifest": dataclasses.asdict(manifest),
+        "manifest_id": manifest.id,
+        "latent_mean": list(mean),
+        "latent_scale": list(scale),
+        **conditioning.describe(),
+        "run_id": secrets.token_hex(4),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
