@@ -29,7 +29,7 @@ $(VENV)/ready-test: $(VENV)/ready-$(EXTRA)
 
 setup: $(VENV)/ready-$(EXTRA) ## create .venv and install (EXTRA=cpu, cuda12, cuda13 or tpu)
 
-demo: setup ## from nothing to a trained model and its image, in minutes on two CPU cores
+demo: setup ## train a small model and draw samples, in minutes on two CPU cores
 	@echo "1/3 preparing the embedded data"
 	@$(BIN)/python -m flowdit.prepare
 	@echo "2/3 training stage 1 (resumes if it was interrupted)"
@@ -40,8 +40,8 @@ demo: setup ## from nothing to a trained model and its image, in minutes on two 
 		labels=[country-flag,face-smiling,face-concerned,face-neutral-skeptical,heart,cat-face,geometric,country-flag]
 	@echo "the image: samples/demo/grid.png"
 
-# The demo's stage 1 runs first where its last checkpoint is missing.
-demo-text: setup ## from the demo's class model to a text model and its images, in 10 further minutes
+# The demo's stage 1 runs first if its last checkpoint is missing.
+demo-text: setup ## train a text model from the demo's class model and draw samples, in 10 more minutes
 	@test -d $(DEMO)/$(DEMO_STEPS) || $(MAKE) --no-print-directory demo
 	@echo "1/3 preparing the embedded data"
 	@$(BIN)/python -m flowdit.prepare
@@ -54,17 +54,17 @@ demo-text: setup ## from the demo's class model to a text model and its images, 
 		out=samples/demo_text overwrite=true num_images=4
 	@echo "the image: samples/demo_text/grid.png"
 
-sample: setup ## draw a grid from the trained model that comes with the repository
+sample: setup ## draw a grid from the pretrained model of the repository
 	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained overwrite=true num_images=2
 	@echo "the image: samples/pretrained/grid.png"
 
 test: $(VENV)/ready-test ## the whole test suite (under 12 minutes on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/ready-test ## what takes too long for every change: whole models through every format
+test-slow: $(VENV)/ready-test ## the slow tests: full-size models in every format
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-check: $(VENV)/ready-test ## format, lint, types and the structure of the code
+check: $(VENV)/ready-test ## format, lint, types and code structure
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python

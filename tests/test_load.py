@@ -128,7 +128,7 @@ def test_the_pretrained_model_still_draws():
     ("settings", "told"),
     [
         ({"labels": ["cow"]}, r"^labels: must be in \[0, 4\) or a class name \(cat, dog, heart, sun\), got 'cow'$"),
-        ({"prompts": ["sun"]}, "^prompts: cannot be asked of this model, which takes labels$"),
+        ({"prompts": ["sun"]}, "^prompts: not supported by this model, which takes labels$"),
         ({"step": 5}, "^step: no such setting, must be one of labels, prompts, "),
         ({"steps": 0}, "^steps: must be at least 1, got 0$"),
         ({"seed": -1}, r"^seed: must be in \[0, 2\*\*32\), got -1$"),

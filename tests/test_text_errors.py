@@ -136,7 +136,7 @@ def sample_here(checkpoint: Path, *overrides: str):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("labels=[1]", "labels: cannot be asked of this model, which takes prompts and negative_prompt"),
+        ("labels=[1]", "labels: not supported by this model, which takes prompts and negative_prompt"),
         ("prompts=[]", "prompts: must hold at least one prompt"),
         ("prompts_file=nowhere", "prompts_file: nowhere cannot be read"),
         ("prompts_file=empty", "prompts_file: must hold at least one prompt"),
@@ -158,7 +158,7 @@ def test_sampling_with_another_encoder(text_run, tmp_path):
 @pytest.mark.parametrize("field", ["prompts=[sun]", "negative_prompt=sun"])
 def test_prompts_for_a_class_model(whole_run, field):
     line = refused(lambda: sample_here(whole_run / "6", field), whole_run)
-    assert line == f"error: {field.split('=')[0]}: cannot be asked of this model, which takes labels"
+    assert line == f"error: {field.split('=')[0]}: not supported by this model, which takes labels"
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_named(text_run, tmp_path):

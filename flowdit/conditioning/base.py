@@ -180,7 +180,7 @@ def check_wishes(conditioning: Conditioning, wishes: Mapping[str, Any]) -> None:
         is_asked = value is not None and not (isinstance(value, str) and not value)
         if is_asked and name not in conditioning.wishes:
             takes = " and ".join(conditioning.wishes) or "no condition"
-            raise ValueError(f"{name}: cannot be asked of this model, which takes {takes}")
+            raise ValueError(f"{name}: not supported by this model, which takes {takes}")
 
 
 def repeated(items: Sequence[Any], count: int) -> list[Any]:

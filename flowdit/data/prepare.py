@@ -241,5 +241,5 @@ def _summary(manifest: Manifest, out: Path) -> str:
     return (
         f"{out}: {manifest.num_records('train')} training and {manifest.num_records('validation')} validation records, "
         f"{classes}, {'captions' if manifest.has_captions else 'no captions'}, latents {'x'.join(map(str, manifest.latent_shape))}, "
-        f"deviation after shift and scale {normalised_std:.3f}"
+        f"standard deviation after shift and scale {normalised_std:.3f}"
     )

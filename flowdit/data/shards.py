@@ -125,7 +125,7 @@ def claim_folder(field: str, folder: Path, plan: Mapping[str, Any], manifest_nam
     for name, ours in plan.items():
         if theirs.get(name) != ours:
             raise ValueError(
-                f"{field}: {folder} was begun with {name}={theirs.get(name)!r}, this run has {ours!r}: give another folder"
+                f"{field}: {folder} was started with {name}={theirs.get(name)!r}, this run has {ours!r}: give another folder"
             )
 
 

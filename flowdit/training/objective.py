@@ -44,8 +44,8 @@ def latent_affine(mean: Any, scale: Any, manifest: Manifest) -> tuple[tuple[floa
     deviation = float(np.sqrt(np.mean(np.square(np.asarray(manifest.channel_std) * np.asarray(scale)))))
     if not 0.5 <= deviation <= 2:
         raise ValueError(
-            f"train.latent_scale: normalised latents must have a deviation in [0.5, 2], got {deviation:.3g} "
-            f"(raw deviation {deviation / abs(scale[0]):.3g}, scale {scale[0]:.5g})"
+            f"train.latent_scale: normalised latents must have a standard deviation in [0.5, 2], got {deviation:.3g} "
+            f"(raw standard deviation {deviation / abs(scale[0]):.3g}, scale {scale[0]:.5g})"
         )
     return mean, scale
 

@@ -172,7 +172,7 @@ def test_a_finished_data_set_with_a_damaged_shard_is_not_called_finished(config)
 def test_other_settings_in_the_same_folder_are_refused_and_lose_nothing(config, field, value):
     manifest = prepare(config)
     with pytest.raises(
-        ValueError, match=f"out: .* was begun with {field}={getattr(config, field)!r}, this run has {value!r}"
+        ValueError, match=f"out: .* was started with {field}={getattr(config, field)!r}, this run has {value!r}"
     ):
         prepare(replaced(config, **{field: value}))
     verify(config.out, manifest)
@@ -181,7 +181,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_lose_nothing(config, 
 def test_other_images_in_the_same_folder_are_refused(config, source):
     prepare(config)
     Image.new("RGB", (16, 16)).save(source / "red" / "new.png")
-    with pytest.raises(ValueError, match="out: .* was begun with pictures="):
+    with pytest.raises(ValueError, match="out: .* was started with pictures="):
         prepare(config)
 
 
@@ -322,7 +322,9 @@ def test_other_captions_in_the_same_folder_are_refused(config, source, tmp_path)
     moved = str(Path(captions).rename(tmp_path / "moved.jsonl"))
     prepare(replaced(config, captions=moved))
     write_captions(source, tmp_path / "moved.jsonl", **{"red/00.png": "another"})
-    with pytest.raises(ValueError, match="out: .* was begun with captions='[0-9a-f]{64}', this run has '[0-9a-f]{64}'"):
+    with pytest.raises(
+        ValueError, match="out: .* was started with captions='[0-9a-f]{64}', this run has '[0-9a-f]{64}'"
+    ):
         prepare(replaced(config, captions=moved))
 
 
@@ -347,7 +349,7 @@ def test_text_features_are_added_to_a_finished_data_set(config, source, tmp_path
     expected = encoder.encode([record["short_caption"]])
     valid = batch["text_mask"][0]
     np.testing.assert_array_equal(batch["text_features"][0][valid], expected.features[0][expected.mask[0]])
-    with pytest.raises(ValueError, match="text_cache: .*text_features was begun with max_length=6, this run has 7"):
+    with pytest.raises(ValueError, match="text_cache: .*text_features was started with max_length=6, this run has 7"):
         prepare(replaced(with_text, text_max_length=7))
     other = tmp_path / "other"
     prepare(replaced(with_text, text_max_length=7, text_cache=str(other)))

@@ -142,10 +142,10 @@ def test_an_interrupted_cache_is_finished_to_the_same_files(captions, cache, mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "begun with fingerprint='0000000000000000', this run has '0000000000000001'"),
-        ({"dtype": "float32"}, "begun with dtype='bfloat16', this run has 'float32'"),
-        ({"max_length": 5}, "begun with max_length=4, this run has 5"),
-        ({"width": 4}, "begun with width=3, this run has 4"),
+        ({"seed": 1}, "started with fingerprint='0000000000000000', this run has '0000000000000001'"),
+        ({"dtype": "float32"}, "started with dtype='bfloat16', this run has 'float32'"),
+        ({"max_length": 5}, "started with max_length=4, this run has 5"),
+        ({"width": 4}, "started with width=3, this run has 4"),
     ],
 )
 def test_a_folder_of_another_encoder_is_not_written_to(captions, cache, change, message):

@@ -176,7 +176,7 @@ def test_sample_returns_images_and_refuses_what_it_does_not_know(checkpoint):
         model.sample(labels=["cow"])
     with pytest.raises(ValueError, match="^steps: must be at least 1, got 0"):
         model.sample(labels=["cat"], steps=0)
-    with pytest.raises(ValueError, match="^prompts: cannot be asked of this model, which takes labels"):
+    with pytest.raises(ValueError, match="^prompts: not supported by this model, which takes labels"):
         model.sample(prompts=["a cat"])
 
 

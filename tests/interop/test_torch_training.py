@@ -33,7 +33,7 @@ EMBEDDER = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weigh
 def documented() -> tuple[str, str, str]:
     """The section's code: training, sharing the embedder before the optimizer, giving it back before saving."""
     text = (REPOSITORY / "docs" / "interchange.md").read_text()
-    section = text.split("### Training on in torch\n")[1].split("\n### ")[0]
+    section = text.split("### Further training in torch\n")[1].split("\n### ")[0]
     training, share, separate = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     return training, share, separate
 

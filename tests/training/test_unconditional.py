@@ -61,7 +61,7 @@ def test_it_samples(run, tmp_path):
     sampler = flowdit.load(str(run))
     (guided,), (unguided,) = (list(sampler.draw(steps=2, guidance=guidance)) for guidance in (4.0, 1.0))
     np.testing.assert_array_equal(guided, unguided)  # there is nothing to guide
-    with pytest.raises(ValueError, match="^labels: cannot be asked of this model, which takes no condition$"):
+    with pytest.raises(ValueError, match="^labels: not supported by this model, which takes no condition$"):
         sampler.draw(labels=[0])
 
 
