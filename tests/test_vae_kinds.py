@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from PIL import Image
 from runs import call, train_here
 
@@ -17,6 +15,11 @@ from flowdit.models.vae import load_vae
 from flowdit.prepare import main as prepare
 from flowdit.sample import main as sample
 from flowdit.sharding import make_local_mesh
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
 
 # channels, quant convolutions, scale, shift
 KINDS = {

@@ -1,11 +1,9 @@
 """Networks that predict noise: exact velocities out of exact noise, and diffusers' DDIM at the end of the same solve."""
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from flowdit.diffusion.flow import guided_velocity
 from flowdit.diffusion.noise_prediction import FIRST_TIME, LAST_TIME, ddpm_step, start_at_last_time, velocity_from_noise
@@ -13,6 +11,11 @@ from flowdit.diffusion.sampling import SamplerConfig, image_noise, sample
 from flowdit.models.compute import Compute
 from flowdit.models.dit import build_dit
 from flowdit.models.transformer import ModelConfig
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
 
 # `set_alpha_to_one`: the last step goes to data, as a flow does at t = 0. Without it DDIM stops at the noise of step 0.
 DDIM = diffusers.DDIMScheduler(

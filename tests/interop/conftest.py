@@ -1,12 +1,12 @@
-"""What all tests of interchange share: the metadata of a run, and a place for the code that diffusers copies."""
+"""What all tests of interchange share: a run's metadata, good folders of other projects, how torch and diffusers run."""
 
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import pytest
-from interop.foreign_folders import write_stock
 
 from flowdit.checkpoint.meta import read_meta
 
@@ -19,13 +19,32 @@ def meta(whole_run) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory) -> Path:
     """Good folders and a good file of other projects, `write_stock`. Tests change copies."""
+    pytest.importorskip("torch", reason="needs torch")
+    from interop.stock_folders import write_stock
+
     return write_stock(tmp_path_factory.mktemp("stock"))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def module_cache(tmp_path_factory):
-    """Where diffusers copies the code of the folders that it loads, which it also puts on the path."""
+def references(tmp_path_factory):
+    """One thread for torch, and a place for the code of the folders that diffusers loads, which it puts on the path."""
+    if find_spec("torch") is None:
+        yield
+        return
+    import diffusers.utils.dynamic_modules_utils as dynamic_modules
+    import torch
+
+    # Threads that wait for each other at every layer cost more than layers of this size, above all beside other processes.
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.setattr(sys, "path", [*sys.path])
         yield
+
+
+@pytest.fixture
+def quick():
+    """100,000 blocks took 21 s, and a billion never ended."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 10

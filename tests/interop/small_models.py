@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from runs import LATENT_SHAPE
 
 from flowdit.checkpoint.names import named_arrays
@@ -16,9 +15,6 @@ from flowdit.inference.trained import describe_trained
 from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import Portable, to_trained, write_checkpoint, write_single
 from flowdit.models.pixart import TextCondition
-
-# Threads that wait for each other at every layer cost more than layers of this size, above all beside other processes.
-torch.set_num_threads(1)
 
 WIDTH, TOKENS, CLASSES = 24, 6, 4
 TEXT = {"name": "wordllama", "fingerprint": "0" * 64, "dtype": "float32", "max_length": TOKENS, "width": WIDTH}
@@ -88,6 +84,8 @@ def ours_null(portable: Portable, condition: Any) -> Any:
 
 def torch_condition(portable: Portable, labels=(1, 3), lengths=(TOKENS, 2)) -> dict[str, Any]:
     """The same as `ours_condition`, as keyword arguments of a transformer of diffusers."""
+    import torch
+
     if portable.meta["text"] is None:
         return {"class_labels": torch.tensor(labels)}
     features, mask = map(torch.from_numpy, text_inputs(lengths))
@@ -102,8 +100,10 @@ def relative_error(got: Any, expected: Any) -> float:
     return float(np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(np.asarray(expected)))
 
 
-def output_error(transformer: torch.nn.Module, portable: Portable) -> float:
+def output_error(transformer: Any, portable: Portable) -> float:
     """Relative error of our output against that of the torch module, on two examples at two times."""
+    import torch
+
     x, t = noise(), np.asarray([0.5, 0.875], np.float32)  # 1000 t is exact as well
     condition = torch_condition(portable)
     with torch.no_grad():

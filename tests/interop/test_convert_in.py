@@ -3,14 +3,10 @@
 import argparse
 from pathlib import Path
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
-from original_models import DiT, PixArt, randomised
 from runs import call, train_here
 
 from flowdit import load
@@ -18,6 +14,13 @@ from flowdit.convert import main as convert
 from flowdit.inference.trained import Trained
 from flowdit.models.pixart import TextCondition
 from flowdit.sample import main as sample
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import safetensors.torch
+import torch
+from original_models import DiT, PixArt, randomised
 
 TIMES = np.asarray([0.0, 0.5, 0.875], np.float32)  # eighths are exact, and so are 1000 t and 1 - t
 LABELS = np.asarray([0, 9, 10], np.int32)

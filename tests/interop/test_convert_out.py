@@ -4,12 +4,10 @@ import logging
 import re
 from pathlib import Path
 
-import diffusers
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from interop.small_models import (
     DEFAULT_CLASS,
     DEFAULT_TEXT,
@@ -51,6 +49,9 @@ def listing(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("model", [STOCK_CLASS, STOCK_TEXT, MICRO_TEXT], ids=["class", "text", "micro"])
 def test_stock_classes_load_without_a_warning_and_agree(meta, tmp_path, diffusers_log, model):
+    pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     portable = random_model(meta, model)
     finished = call(
         main, f"source={saved(portable, tmp_path / 'slim')}", f"target={tmp_path / 'out'}", "to=diffusers", "image=none"
@@ -74,6 +75,9 @@ def test_stock_classes_load_without_a_warning_and_agree(meta, tmp_path, diffuser
     ids=["class", "class-others", "text", "text-others"],
 )
 def test_own_classes_carry_every_field(meta, tmp_path, diffusers_log, model):
+    pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     portable = random_model(meta, model)
     out = converted(saved(portable, tmp_path / "source.safetensors"), tmp_path / "out", to="diffusers", own_class=True)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
@@ -252,6 +256,9 @@ def test_image_must_be_a_file(meta, tmp_path):
 @pytest.fixture(scope="module")
 def other_vae(tmp_path_factory) -> Path:
     """An AutoencoderKL of four channels and stride 8."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     torch.manual_seed(2)
     kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     vae = diffusers.AutoencoderKL(**kinds, block_out_channels=(4,) * 4, norm_num_groups=2, scaling_factor=0.18215)
@@ -281,6 +288,9 @@ def test_vae_of_another_layout_than_the_datas_is_refused(whole_run, tmp_path, ot
 )
 def test_vae_of_another_layout_than_an_imported_models_is_refused(tmp_path, other_vae, config):
     """Such a model may come without a VAE; what is known of its latents must then agree."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     torch.manual_seed(0)
     stock = diffusers.DiTTransformer2DModel(2, 8, in_channels=4, out_channels=8, num_layers=1, sample_size=8)
     with torch.no_grad():

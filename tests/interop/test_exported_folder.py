@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 from interop.small_models import (
@@ -37,6 +36,9 @@ def read_json(file: Path):
 
 
 def test_folder_has_config_scheduler_and_vae(drawn_folder, meta):
+    pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     config = read_json(drawn_folder / "transformer" / "config.json")
     assert config["_class_name"] == "FlowDiTClassTransformer"
     shape = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
@@ -53,6 +55,9 @@ def test_folder_has_config_scheduler_and_vae(drawn_folder, meta):
 
 
 def test_scheduler_has_the_samplers_shift(meta, tmp_path):
+    pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     portable = random_model(meta, STOCK_CLASS, sampler={"time_shift": 2.5})
     folder = converted(saved(portable, tmp_path / "source.safetensors"), tmp_path / "out", to="diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
@@ -60,6 +65,9 @@ def test_scheduler_has_the_samplers_shift(meta, tmp_path):
 
 
 def test_noise_prediction_comes_with_ddim(meta, tmp_path):
+    pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     portable = random_model(meta | {"prediction": "noise"}, STOCK_CLASS)
     folder = converted(saved(portable, tmp_path / "source.safetensors"), tmp_path / "out", to="diffusers")
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")

@@ -2,13 +2,11 @@
 
 import functools
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from interop.small_models import (
     STOCK_CLASS,
     STOCK_TEXT,
@@ -26,6 +24,11 @@ from flowdit.diffusion.flow import predict
 from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import to_trained
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
 
 STEPS, GUIDANCE, SHIFT = 20, 3.0, 3.0
 LABELS, LENGTHS = (0, 1, 2, 3), (TOKENS, 2, 1, 4)

@@ -4,14 +4,10 @@ import functools
 import json
 from pathlib import Path
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
-from interop.exported_files import CLASSES_OF, FlowDiTPipeline
 from models.text_folders import write_t5gemma
 
 from flowdit.conditioning.labels import Labels
@@ -23,6 +19,13 @@ from flowdit.models.pixart import TextCondition, build_pixart
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import dotted_name
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
+import transformers
+from interop.exported_files import CLASSES_OF, FlowDiTPipeline
 
 LATENT, TEXT_DIM, TOKENS, CLASSES = (4, 8, 8), 48, 16, 10
 MEAN, SCALE = [0.5, -0.25, 0.0, 1.0], [0.5, 1.0, 2.0, 0.75]

@@ -1,11 +1,8 @@
 """An exported text model, its encoder and VAE in diffusers: from prompts to the images that flowdit draws."""
 
-import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from interop.small_models import DEFAULT_TEXT, STOCK_TEXT, random_model, saved
 from models.text_folders import write_t5gemma
 from runs import LATENT_SHAPE
@@ -15,6 +12,12 @@ from flowdit.conditioning.text import describe_encoder
 from flowdit.diffusion.sampling import image_noise
 from flowdit.interop import ConvertConfig, convert, from_pretrained
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
+import transformers
 
 PROMPTS = ["a red apple", "red"]
 SAMPLER = {"solver": "euler", "steps": 4, "guidance": 3.0, "time_shift": 2.0}

@@ -4,11 +4,8 @@ import inspect
 import json
 import shutil
 
-import diffusers
 import numpy as np
 import pytest
-import torch
-from interop.exported_files import CLASSES_OF
 from interop.foreign_folders import copied, unreadable, with_json, with_tensors, without
 from interop.small_models import (
     DEFAULT_CLASS,
@@ -24,6 +21,12 @@ from interop.small_models import (
 from flowdit.interop import read_source
 from flowdit.interop.diffusers_config import CLASSES
 from flowdit.interop.metadata import ForeignConfig
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
+from interop.exported_files import CLASSES_OF
 
 # Fields of one class or the other; a class ignores those that are not its own.
 FOREIGN = {"time_freq_shift": 0.5, "time_scale": 1.0, "mlp_ratio": 3.0, "mlp_norm_eps": 0.1, "qk_norm": True}

@@ -5,11 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
-import torch
-from interop.exported_files import CLASSES_OF
 from interop.foreign_folders import refused, without
 from interop.small_models import (
     DEFAULT_CLASS,
@@ -26,6 +23,12 @@ from runs import LATENT_SHAPE, REPOSITORY, train_here
 
 from flowdit.interop import from_pretrained, read_source
 from flowdit.interop.metadata import ForeignConfig
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
+from interop.exported_files import CLASSES_OF
 
 EMBEDDER = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weight"
 

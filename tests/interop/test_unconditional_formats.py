@@ -3,12 +3,10 @@
 import json
 from pathlib import Path
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from interop.foreign_folders import unreadable
 from interop.small_models import (
     DEFAULT_CLASS,
@@ -20,7 +18,6 @@ from interop.small_models import (
     relative_error,
     saved,
 )
-from original_models import DiT, randomised
 
 from flowdit.conditioning import KINDS
 from flowdit.conditioning.labels import Labels
@@ -28,6 +25,12 @@ from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.interop import load, read_source
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable, to_trained
+
+pytest.importorskip("torch", reason="needs torch")
+
+import diffusers
+import torch
+from original_models import DiT, randomised
 
 pytestmark = pytest.mark.slow
 

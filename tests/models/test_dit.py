@@ -1,13 +1,12 @@
 """The class-conditional model against diffusers' DiT, and the promises of its options."""
 
-import diffusers
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers.models.embeddings import get_timestep_embedding
 
 from flowdit.models.dit import Block, DiT, build_dit
 from flowdit.models.layers import (
@@ -26,8 +25,11 @@ LATENT = (4, 8, 8)
 SMALL = ModelConfig(depth=3, hidden_dim=48, num_heads=4, patch_size=2)
 
 
-def reference(num_heads: int, head_dim: int, depth: int, patch_size: int) -> diffusers.DiTTransformer2DModel:
+def reference(num_heads: int, head_dim: int, depth: int, patch_size: int) -> Any:
     """diffusers' class with every parameter random, and the time and class embedders equal in all blocks."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    import diffusers
+
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=num_heads, attention_head_dim=head_dim, num_layers=depth, patch_size=patch_size,
@@ -44,6 +46,9 @@ def reference(num_heads: int, head_dim: int, depth: int, patch_size: int) -> dif
 
 def test_time_features_are_diffusers():
     """To one unit in the last place of the frequencies, which 1000 rad magnify to 1e-4."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    from diffusers.models.embeddings import get_timestep_embedding
+
     t = torch.tensor([0.0, 1.0, 125.0, 999.0])
     expected = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=1).numpy()
     got = np.stack([np.asarray(sinusoidal_features(jnp.float32(x), 256, 1.0)) for x in t])
@@ -51,17 +56,17 @@ def test_time_features_are_diffusers():
     assert (np.abs(got - expected) < 2 * last_place * t.numpy()[:, None] + 2e-7).all()
 
 
-def array(tensor: torch.Tensor) -> jax.Array:
+def array(tensor: Any) -> jax.Array:
     return jnp.asarray(tensor.detach().numpy())
 
 
-def linear(*modules: torch.nn.Linear) -> Linear:
+def linear(*modules: Any) -> Linear:
     """One `Linear` out of one or more torch ones side by side."""
     weights = [array(m.weight).T for m in modules]
     return Linear(jnp.concatenate(weights, axis=1), jnp.concatenate([array(m.bias) for m in modules]))
 
 
-def from_diffusers(model: diffusers.DiTTransformer2DModel) -> DiT:
+def from_diffusers(model: Any) -> DiT:
     def block(b):
         a = b.attn1
         attention = SelfAttention(linear(a.to_q, a.to_k, a.to_v), linear(a.to_out[0]), None, None, a.heads)
@@ -87,6 +92,7 @@ def from_diffusers(model: diffusers.DiTTransformer2DModel) -> DiT:
 
 @pytest.mark.parametrize(("heads", "head_dim", "patch_size"), [(4, 16, 2), (2, 72, 4), (3, 32, 8)])
 def test_equals_diffusers_dit(heads, head_dim, patch_size):
+    torch = pytest.importorskip("torch", reason="needs torch")
     torch_model = reference(heads, head_dim, depth=3, patch_size=patch_size)
     # Eighths of the flow time are exact in float32, and so is 1000 t (JAX's own division by 1000 is not).
     x, t, labels = torch.randn(4, *LATENT), torch.tensor([0.0, 125.0, 500.0, 875.0]), torch.tensor([0, 4, 9, 10])

@@ -23,7 +23,9 @@ def random_texts(lengths=LENGTHS, seed=1):
 
 
 def reference_features(folder, ids, mask, **settings):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs torch")
+    import transformers
+
     reference = transformers.T5GemmaEncoderModel.from_pretrained(
         folder, is_encoder_decoder=False, local_files_only=True, **settings
     )
@@ -104,7 +106,9 @@ def test_text_without_tokens_is_not_nan(folder):
 
 def save_with_transformers(kind, folder, **options):
     """A model as transformers saves it, with norms that are not 1."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs torch")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.T5GemmaConfig(encoder=dict(ENCODER), decoder=dict(ENCODER))
     config.is_encoder_decoder = kind != "T5GemmaEncoderModel"
