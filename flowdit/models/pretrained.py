@@ -18,6 +18,8 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from flowdit.fields import FieldError, shortened, shown
+
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """The first names of a list for an error message, which a damaged file could make millions of characters long.
@@ -26,16 +28,6 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
     """
     first = ", ".join(shortened(name if name.isprintable() else repr(name)) for name in names[:limit])
     return f"{first} ... and {len(names) - limit} more" if len(names) > limit else first
-
-
-def shown(value: Any) -> str:
-    """What an untrusted file says, for an error message: its `repr`, cut."""
-    return shortened(repr(value))
-
-
-def shortened(text: str, length: int = 120) -> str:
-    """The beginning of a text that may be long."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def find_folder(
@@ -50,7 +42,7 @@ def find_folder(
     """The local folder of a network, downloaded from the hub where needed.
 
     Args:
-        field: what the user calls the setting, for the error message.
+        field: what the caller calls the setting, for the error message.
         name: a key of `embedded`, a local folder, or a Hugging Face hub id, looked for in this order.
         stem: the weights' file name up to `.safetensors` or `-00001-of-00002.safetensors`.
         embedded: networks that ship with the package.
@@ -58,7 +50,7 @@ def find_folder(
         also: further files to download beside `config.json` and the weights.
 
     Raises:
-        ValueError: no such folder, and the hub does not have the name or cannot be reached.
+        FieldError: no such folder, and the hub does not have the name or cannot be reached.
     """
     embedded = embedded or {}
     folder = embedded[name] if isinstance(name, str) and name in embedded else Path(name)
@@ -76,7 +68,8 @@ def _download(field: str, name: str, patterns: list[str], accepted: str) -> Path
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # The client lets the errors of its HTTP library through, whichever that is.
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{field} must be {accepted}, not {name!r} ({type(error).__name__}: {reason})") from error
+        problem = f"must be {accepted}, got {name!r} ({type(error).__name__}: {reason})"
+        raise FieldError(field, problem) from error
 
 
 def _every_key(key: str) -> bool:
