@@ -7,7 +7,7 @@ import os
 import platform
 import time
 
-# Every reference here runs on the CPU, so both sides do. JAX reads this when it is imported, by the benchmarks below.
+# All references run on the CPU, so JAX does too. JAX reads this when the benchmarks below import it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 BENCHMARKS = ("loader", "compile", "sampler", "checkpoint", "parts", "train_step", "text", "memory", "convert")
@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "torch", "diffusers", "numpy", "grain", "array-reco
 
 
 def machine() -> str:
-    """Cores that this process may use, the load before it started, and the versions measured."""
+    """Cores available to this process, the load before the start, and the versions."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return f"{cores} {platform.machine()} cores, load {load:.1f} before the start; Python {platform.python_version()}, {versions}"
@@ -23,7 +23,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"out of {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"one of {', '.join(BENCHMARKS)} (default: all)")
     names = parser.parse_args().names or BENCHMARKS
     if unknown := sorted(set(names) - set(BENCHMARKS)):
         parser.error(f"name: must be one of {', '.join(BENCHMARKS)}, got {unknown[0]!r}")

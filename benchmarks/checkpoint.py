@@ -1,4 +1,4 @@
-"""How long a save keeps the embedded model's training from going on, and how long until it lies on disk."""
+"""Time for which a save blocks the embedded model's training, and time until it is on disk."""
 
 import tempfile
 from pathlib import Path
@@ -31,7 +31,7 @@ class Saving:
         self.writer.save()
 
     def round(self) -> tuple[float, ...]:
-        """Seconds of each of `ROWS`. The step after a save may copy what it could have overwritten, and shares the cores."""
+        """Seconds for each of `ROWS`. The step after a save may have to copy buffers that are being saved, and shares the cores."""
         step, blocking = seconds(self.step), seconds(self.save)
         on_disk = blocking + seconds(self.writer.last_good)
         self.step()

@@ -1,4 +1,4 @@
-"""Trace, lower and compile the training step at two depths: blocks are scanned, so the time must hardly grow."""
+"""Trace, lower and compile the training step at two depths: blocks are scanned, so the time should hardly grow."""
 
 import functools
 
@@ -12,7 +12,7 @@ DEPTHS = (2, 28)
 
 
 def compile_step(depth: int) -> None:
-    """Compile from nothing: neither the traced functions nor the programs of an earlier call are reused."""
+    """Compile without any cache: traced functions and programs of an earlier call are not reused."""
     jax.clear_caches()
     config = ModelConfig(depth=depth, hidden_dim=96, num_heads=4, patch_size=2)
     work = training(config, (4, 16, 16), batch_size=4)

@@ -1,8 +1,8 @@
-"""Whole models through `python -m flowdit.convert`: a diffusers DiT in and out again, its time, memory and errors.
+"""Importing and exporting full-size diffusers DiTs with `python -m flowdit.convert`: time, memory and errors.
 
-Random weights in the shapes of the DiT paper, with 1000 classes and a learned variance, as facebook/DiT-XL-2-256 has
-them. Each conversion is a process of its own, and so is whatever loads torch or JAX: a process counts the memory of the
-one that started it as its own. XL/2 needs 11 GB of memory and 9 GB of disk.
+Random weights in the shapes of the DiT paper, with 1000 classes and a learned variance, like facebook/DiT-XL-2-256.
+Each conversion is a separate process, and so is everything that loads torch or JAX, as the measured peak memory of a
+process includes that of its parent at the fork. XL/2 needs 11 GB of memory and 9 GB of disk.
 """
 
 import json
@@ -22,7 +22,7 @@ HEADER = ["model", "parameters", "in", "peak memory", "out", "peak memory", "rel
 
 
 def build(folder: str, depth: str, dim: str, heads: str) -> dict[str, Any]:
-    """Write a diffusers folder with the random weights that torch initialises layers with."""
+    """Write a diffusers folder with torch's random initialisation."""
     import torch
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
@@ -33,21 +33,21 @@ def build(folder: str, depth: str, dim: str, heads: str) -> dict[str, Any]:
     )  # fmt: skip
     first: Any = model.transformer_blocks[0]
     blocks: Any = model.transformer_blocks
-    for block in blocks:  # a trained model has copies of one embedder in all blocks
+    for block in blocks:  # trained models have copies of one embedder in all blocks
         block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
     model.save_pretrained(folder)
     return {}
 
 
 def command(*overrides: str) -> dict[str, Any]:
-    """Seconds and peak resident bytes of a conversion. Raises `CalledProcessError` if it fails."""
+    """Run a conversion: its seconds and peak resident bytes. Raises `CalledProcessError` if it fails."""
     convert = [sys.executable, "-m", "flowdit.convert", *overrides]
     taken = seconds(lambda: subprocess.run(convert, check=True, stdout=sys.stderr))
     return {"seconds": taken, "bytes": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}
 
 
 def errors(source: str, checkpoint: str) -> dict[str, Any]:
-    """Parameters, and how far our output is from the first half of diffusers', relative and at its largest."""
+    """Number of parameters, and the relative and largest difference of our output from the first half of diffusers'."""
     import numpy as np
 
     x = np.random.default_rng(0).standard_normal((1, CHANNELS, SIDE, SIDE), np.float32)
@@ -82,7 +82,7 @@ def _output_here(checkpoint: str, x: Any) -> tuple[int, Any]:
 
 
 def same(source: str, exported: str) -> dict[str, Any]:
-    """Whether every tensor went in and out bit by bit; of the last layer the half that is kept."""
+    """Whether every tensor is bit-identical after the round trip; of the last layer only the half that is kept."""
     import safetensors
 
     with (
@@ -101,7 +101,7 @@ def _same(name: str, one: Any, other: Any) -> bool:
 
 
 def in_process(part: str, *arguments: str) -> dict[str, Any]:
-    """What a function of this file returns in a process of its own."""
+    """Run a function of this file in a separate process and return its result."""
     process = [sys.executable, "-m", "benchmarks.convert", part, *arguments]
     return json.loads(subprocess.run(process, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""Records a second of the training stream, against reading the same number of records raw."""
+"""Records per second of the training stream, compared with raw reads of the same number of records."""
 
 import contextlib
 import itertools
@@ -15,19 +15,19 @@ from flowdit.data.records import LabelField, record_schema
 from flowdit.data.shards import write_shard
 
 BATCH_SIZE = 128
-# Float32 latents of the embedded data (4 KB) and of SD3's VAE at 256 px (64 KB), and how many of them.
+# Float32 latents of the embedded data (4 KB) and of SD3's VAE at 256 px (64 KB), and their number.
 SIZES = {"4 KB": ((16, 8, 8), 16_384), "64 KB": ((16, 32, 32), 2_048)}
 
 
 def write_records(path: Path, latent_shape: tuple[int, int, int], count: int) -> Source:
-    """A shard of `count` latents of noise, opened."""
+    """Write and open a shard of `count` random latents."""
     latent = np.random.default_rng(0).standard_normal(latent_shape).astype(np.float32)
     write_shard(path, ({"latent": latent, "label": i % 10} for i in range(count)))
     return Source([path], [count], record_schema(latent_shape, {"label": LabelField(10)}))
 
 
 def read_stream(source: Source, num_threads: int) -> None:
-    """An epoch of the training stream, its start included."""
+    """Read an epoch of the training stream, including its start."""
     stream = TrainStream(source, seed=0, batch_size=BATCH_SIZE, num_threads=num_threads)
     with contextlib.closing(stream):
         for _ in itertools.islice(stream, len(source) // BATCH_SIZE):

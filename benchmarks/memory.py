@@ -1,4 +1,4 @@
-"""What the compiler reserves for a training step of stage 2, by number of micro-batches: nothing runs.
+"""Memory that the compiler reserves for a training step of stage 2, by number of micro-batches; nothing is run.
 
 The text model of size S/2 on SD3 latents at 256 px, 120 tokens of T5Gemma-2B, float32, micro-batches of 8.
 """
@@ -19,7 +19,7 @@ MODEL = ModelConfig(name="mmdit", depth=12, hidden_dim=384, num_heads=6, remat="
 
 
 def reserved(gradient_accum: int, micro_batch: int = MICRO_BATCH) -> list[str]:
-    """Megabytes of the batch, and of all that the step needs besides its inputs."""
+    """Megabytes of the batch, and of the step's temporaries."""
     size = gradient_accum * micro_batch
     batch = {
         "latent": jax.ShapeDtypeStruct((size, *LATENT), jnp.float32),

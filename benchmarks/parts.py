@@ -1,4 +1,4 @@
-"""The costly parts of a DiT-S/2 step one by one, forward and backward, in JAX and in torch."""
+"""The expensive parts of a DiT-S/2 step, forward and backward, in JAX and in torch."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ ROWS = BATCH_SIZE * NUM_TOKENS
 
 
 class Part(NamedTuple):
-    """The same function in both libraries and its multiply-adds forward and backward, counted as two operations."""
+    """The same function in both libraries, and its FLOPs forward and backward (two per multiply-add)."""
 
     ours: Callable[[], object]
     theirs: Callable[[], object]
@@ -25,13 +25,13 @@ class Part(NamedTuple):
 
 
 def ours(function: Callable[..., Any], *args: Any) -> Callable[[], object]:
-    """Gradient of the mean square of `function(*args)` for all arguments."""
+    """Gradient of the mean square of `function(*args)` with respect to all arguments."""
     gradient = jax.jit(jax.grad(lambda args: jnp.square(function(*args)).mean()))
     return lambda: jax.block_until_ready(gradient(args))
 
 
 def theirs(function: Callable[..., torch.Tensor], *args: torch.Tensor) -> Callable[[], object]:
-    """The same in torch, for the parameters of a module too."""
+    """The same in torch, also with respect to the parameters of a module."""
     inputs = [arg.requires_grad_() for arg in args]
     if isinstance(function, torch.nn.Module):
         inputs += function.parameters()
@@ -63,7 +63,7 @@ def attention() -> Part:
 
 
 def matrix_product() -> Part:
-    """Square and large, forward alone: what the machine gives at best."""
+    """A large square product, forward only: the machine's best rate."""
     size = 2048
     product, x = jax.jit(jnp.matmul), jnp.ones((size, size))
     y = torch.ones(size, size)
@@ -71,7 +71,7 @@ def matrix_product() -> Part:
 
 
 def measure() -> str:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA uses
     parts = {
         "matrix product 2048 (forward)": matrix_product(),
         f"linear {DIM} to {3 * DIM}": linear(),

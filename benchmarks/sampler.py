@@ -1,4 +1,4 @@
-"""Images a second of the embedded model's sampler, with and without decoding them to pixels."""
+"""Images per second of the embedded model's sampler, with and without decoding to pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -35,4 +35,4 @@ def measure() -> str:
     evaluations = int(draw(model, noise).evaluations[0])
     rows = [[name, t.rate(BATCH_SIZE), t.shown(), t.ratio(timings["latents"])] for name, t in timings.items()]
     title = f"batch {BATCH_SIZE}, {SAMPLER.solver} {SAMPLER.steps} steps, guided ({evaluations} evaluations)"
-    return table([title, "images/s", "time a batch", "time / latents alone"], rows)
+    return table([title, "images/s", "time per batch", "time / latents alone"], rows)

@@ -1,4 +1,5 @@
-"""What text costs a training step: features from the cache, or from the frozen encoder in the loop, float32 on the CPU.
+"""The cost of text in a training step: features from the cache or from the frozen encoder in the loop, float32 on the
+CPU.
 
 The encoder has T5Gemma-S's shape (8 layers, 512 wide) and random weights; the text model is the demo's.
 """
@@ -40,7 +41,7 @@ SMALL = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024, 
 
 
 def random_encoder() -> TextEncoder:
-    """The tokenizer of `wordllama` before a network of T5Gemma-S's shape."""
+    """The tokenizer of `wordllama` with a network of T5Gemma-S's shape."""
     words = load_text_encoder(TextConfig("wordllama", LENGTH, "float32"))
     config = T5GemmaConfig(
         **SMALL, num_key_value_heads=8, head_dim=64, vocab_size=len(words.network.weight), query_pre_attn_scalar=64,
@@ -55,7 +56,7 @@ def random_encoder() -> TextEncoder:
 def training(
     folder: Path, manifest: Manifest, width: int, text: TextReader, encode: Callable[[Batch], Batch]
 ) -> Callable[[], None]:
-    """A function that makes `STEPS` steps, with all that lies between the shards and the new weights."""
+    """Return a function that runs `STEPS` steps, from reading shards to new weights."""
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimConfig(), num_steps=1000)
     channels = manifest.latent_shape[0]
     objective = FlowMatching(Text(), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)

@@ -1,4 +1,4 @@
-"""Timing of contenders turn by turn, and markdown tables of the outcome."""
+"""Interleaved timing of contenders, and markdown tables of the results."""
 
 import statistics
 import time
@@ -17,19 +17,19 @@ class Timing:
         return statistics.median(self.seconds)
 
     def shown(self) -> str:
-        """Median with the range, in seconds, or in milliseconds where those are few."""
+        """Median with the range, in seconds, or in milliseconds below one second."""
         factor, unit = (1, "s") if self.median >= 1 else (1000, "ms")
         median, low, high = (factor * x for x in (self.median, min(self.seconds), max(self.seconds)))
         return f"{median:.3g} {unit} ({low:.3g} to {high:.3g})"
 
     def rate(self, amount: float) -> str:
-        """`amount` a second, at the median and over the range."""
+        """`amount` per second, at the median and over the range."""
         median, low, high = (amount / x for x in (self.median, max(self.seconds), min(self.seconds)))
         digits = 0 if median >= 100 else 1
         return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
     def ratio(self, other: "Timing") -> str:
-        """This over `other`: the median of the ratios of each round, whose two runs saw the same load."""
+        """This over `other`: the median of the ratios per round, as both runs of a round have similar load."""
         ratios = Timing([a / b for a, b in zip(self.seconds, other.seconds, strict=True)])
         return f"{ratios.median:.2f} ({min(ratios.seconds):.2f} to {max(ratios.seconds):.2f})"
 
@@ -42,7 +42,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
-    """Run all contenders in turn, A B A B ..., so that a change in the machine's load meets all of them."""
+    """Run all contenders in turn, A B A B ..., so that a change in the machine's load affects all of them."""
     taken = [[seconds(function) for function in contenders.values()] for _ in range(warmup + rounds)]
     return {name: Timing(column) for name, column in zip(contenders, zip(*taken[warmup:], strict=True), strict=True)}
 

@@ -1,4 +1,4 @@
-"""A training step of DiT-S/2 against diffusers' DiT in torch: the same work and threads, float32, on the CPU."""
+"""A training step of DiT-S/2 compared with diffusers' DiT in torch: same computation and threads, float32, on the CPU."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ DIT_S_2 = ModelConfig(depth=12, hidden_dim=384, num_heads=6, patch_size=2, qk_no
 
 
 def torch_step(config: ModelConfig) -> Callable[[], None]:
-    """diffusers' class trained on the same objective, with clipping, AdamW and an EMA as here."""
+    """A training step of diffusers' class with the same objective, clipping, AdamW and EMA."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=config.num_heads, attention_head_dim=config.hidden_dim // config.num_heads,
@@ -44,7 +44,7 @@ def torch_step(config: ModelConfig) -> Callable[[], None]:
 
 
 def measure() -> str:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA uses
     with_qk_norm = dataclasses.replace(DIT_S_2, qk_norm=True)
     workload = training(DIT_S_2, LATENT, BATCH_SIZE)
     contenders = {
@@ -56,4 +56,4 @@ def measure() -> str:
     flops = image_flops(workload.objective, FLOAT32, jax.eval_shape(workload.init).parameters, workload.batch)
     reference = timings["diffusers in torch"]
     rows = [[name, t.shown(), t.rate(BATCH_SIZE * flops / 1e9), t.ratio(reference)] for name, t in timings.items()]
-    return table([f"DiT-S/2, batch {BATCH_SIZE}", "time a step", "GFLOP/s", "time / torch's"], rows)
+    return table([f"DiT-S/2, batch {BATCH_SIZE}", "time per step", "GFLOP/s", "time / torch's"], rows)

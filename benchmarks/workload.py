@@ -1,4 +1,4 @@
-"""The training step under measurement: flowdit's own, on random latents."""
+"""The measured training step: flowdit's, on random latents."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from flowdit.training.step import Batch, TrainState, TrainStep, init_state, make
 NUM_CLASSES = 1000
 EMBEDDED = ModelConfig(depth=8, hidden_dim=192, num_heads=6, patch_size=2)
 EMBEDDED_LATENT = (16, 8, 8)
-"""The model of the `openmoji` preset and the latents that it is trained on."""
+"""The latents of the `openmoji` preset, whose model is `EMBEDDED`."""
 
 
 class Workload(NamedTuple):
-    """A training step, what it takes, and what it minimises."""
+    """A training step, its inputs, and its objective."""
 
     train_step: TrainStep
     init: Callable[[], TrainState]
@@ -45,7 +45,7 @@ def training(config: ModelConfig, latent_shape: tuple[int, int, int], batch_size
 
 
 def repeated(workload: Workload) -> Callable[[], None]:
-    """A function that makes one more step each time, and waits for it."""
+    """Return a function that runs one more step on each call, and waits for it."""
     state = workload.init()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""flowdit: flow-matching Diffusion Transformers in JAX and Equinox, from latents to images.
+"""flowdit: flow-matching Diffusion Transformers in JAX and Equinox.
 
 ```python
 import flowdit
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """What is asked for by name is imported then: `flowdit.train` sets variables before JAX starts."""
+    """Import on first access, as `flowdit.train` sets environment variables before JAX starts."""
     if name == "load":
         from flowdit.interop.loading import load
 

@@ -1,4 +1,4 @@
-"""`python -m flowdit.convert source=... target=... [to=checkpoint | diffusers | safetensors ...]`: a model between formats."""
+"""`python -m flowdit.convert source=... target=... [to=checkpoint | diffusers | safetensors ...]`: convert a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _convert(composed: DictConfig) -> None:
 
 
 def register_schema() -> None:
-    """Make the command's dataclass known to Hydra."""
+    """Register the command's dataclass with Hydra."""
     ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)
 
 

@@ -1,4 +1,4 @@
-"""What accelerators can do at best, by the names that JAX gives them."""
+"""Peak FLOP/s of accelerators, by JAX's device names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 TERA = 1e12
 
 # Published peaks in TFLOP/s of one JAX device: dense matrix products (not NVIDIA's doubled figures "with sparsity") of
-# bfloat16, and of float32 as JAX multiplies it unless told otherwise: in TF32 on NVIDIA from Ampere on, in bfloat16 on
-# TPUs. None where the device has no such units.
+# bfloat16, and of float32 at JAX's default precision: TF32 on NVIDIA from Ampere on, bfloat16 on TPUs. None if the
+# device has no such units.
 PEAKS: dict[str, tuple[float | None, float | None]] = {
     # NVIDIA A100 Tensor Core GPU data sheet.
     "NVIDIA A100-SXM4-40GB": (312, 156),
@@ -37,7 +37,7 @@ PEAKS: dict[str, tuple[float | None, float | None]] = {
     "NVIDIA GeForce RTX 3090": (71, 35.6),
     "NVIDIA GeForce RTX 4090": (165.2, 82.6),
     "NVIDIA GeForce RTX 5090": (209.5, 104.8),
-    # NVIDIA V100 data sheet. Its tensor cores take float16 alone.
+    # NVIDIA V100 data sheet. Its tensor cores only support float16.
     "Tesla V100-SXM2-16GB": (None, 15.7),
     "Tesla V100-SXM2-32GB": (None, 15.7),
     "Tesla V100-PCIE-16GB": (None, 14),
@@ -55,7 +55,7 @@ PEAKS: dict[str, tuple[float | None, float | None]] = {
 
 
 def peak_flops(device: Any, dtype: str) -> float | None:
-    """FLOP/s that a `jax.Device` is published to reach in matrix products of `dtype`; None where that is not known."""
+    """Published peak FLOP/s of a `jax.Device` for matrix products of `dtype`; None if unknown."""
     bfloat16, float32 = PEAKS.get(device.device_kind, (None, None))
     peak = {"bfloat16": bfloat16, "float32": float32}.get(dtype)
     return None if peak is None else peak * TERA

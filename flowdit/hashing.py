@@ -1,4 +1,4 @@
-"""SHA-256 of bytes, files and tensors, in hex. Files on disk hold these digests, so each must stay as it is."""
+"""SHA-256 of bytes, files and tensors, in hex. These digests are stored on disk, so they must not change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def file_sha256(file: Path) -> str:
 
 
 def fingerprint(parts: str | Iterable[bytes]) -> str:
-    """The first 16 digits of `sha256`: they tell networks apart, and fit into an error message."""
+    """The first 16 digits of `sha256`: enough to identify a network, and short enough for an error message."""
     return sha256(parts)[:FINGERPRINT_DIGITS]
 
 
@@ -45,14 +45,14 @@ def _readable_sha256(file: Path) -> str:
 def tensors_fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
     """16 hex digits over the name, dtype, shape and about a thousand evenly spread values of every tensor.
 
-    For networks of several GB, where hashing every byte takes longer than reading it. Networks of one shape that were
-    trained apart differ nearly everywhere, so a sample tells them apart; it is no check against damage.
+    For networks of several GB, where hashing every byte takes longer than reading it. Different networks of the same
+    shape differ nearly everywhere, so a sample distinguishes them. It does not detect damage.
     """
     return fingerprint(_sample(name, tensors[name]) for name in sorted(tensors))
 
 
 def _sample(name: str, tensor: np.ndarray) -> bytes:
     values = tensor.reshape(-1)
-    # An odd stride, or a sample of a matrix could stay within one column.
+    # An odd stride, so that the sample of a matrix is not within one column.
     sample = values[:: max(1, values.size // 1024) | 1]
     return f"{name} {values.dtype} {tensor.shape}\n".encode() + sample.tobytes()

@@ -1,6 +1,6 @@
-"""`python -m flowdit.prepare [source=... out=...]`: images in, ArrayRecord shards of latents and `dataset.json` out.
+"""`python -m flowdit.prepare [source=... out=...]`: from images to ArrayRecord shards of latents and `dataset.json`.
 
-With `text_encoder=...` a cache of the captions' features as well.
+With `text_encoder=...` also a cache of the captions' features.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The processes of a run: how they find each other, and what the first one decides for all.
+"""The processes of a run: joining them, and broadcasting decisions of the first one.
 
-The engine is JAX's own: `jax.distributed` joins the processes, collectives over all devices let them agree.
+Built on JAX: `jax.distributed` joins the processes, and they communicate by collectives over all devices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowdit.sharding import MeshConfig
 
 
 def check_processes(config: MeshConfig) -> None:
-    """Raise `ValueError` unless coordinator, number and own number are all given or none, and fit each other."""
+    """Raise `ValueError` unless coordinator, number of processes and process id are all given or all null, and consistent."""
     fields = {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
     missing = [name for name, value in fields.items() if value is None]
     if len(missing) == len(fields):
@@ -44,7 +44,7 @@ def _given(fields: dict[str, Any]) -> list[str]:
 def join_processes(config: MeshConfig) -> None:
     """Join the processes of this run, found by `mesh.coordinator` or, with `mesh.multi_process`, by the cluster.
 
-    Must come before anything that touches a device. Raises `ValueError` if the others cannot be found.
+    Must be called before any use of a device. Raises `ValueError` if the others cannot be found.
     """
     asked = config.coordinator is not None or config.multi_process
     if not asked or jax.distributed.is_initialized():
@@ -62,9 +62,9 @@ def join_processes(config: MeshConfig) -> None:
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on the first process, on all of them; it is called on no other.
+    """Call `decide` on the first process only and return its result on all processes.
 
-    What is returned must be JSON. An error is raised on all processes, on the others as `ValueError`.
+    The result must be JSON. An error is raised on all processes, on the others as `ValueError`.
     """
     if jax.process_count() == 1:
         return decide()
@@ -72,7 +72,7 @@ def from_first(decide: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             answer = {"value": decide()}
-        except Exception as problem:  # whatever it is, the others must not wait for an answer
+        except Exception as problem:  # any error, as the others must not wait for an answer
             answer, failure = {"error": str(problem)}, problem
     answer = _broadcast(answer)
     if failure is not None:
@@ -84,7 +84,7 @@ def from_first(decide: Callable[[], Any]) -> Any:
 
 def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
     content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    # All processes must take part with the same shape, and only the first knows it.
+    # All processes need the same shape, which only the first one knows.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     padded = np.resize(content, size)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
@@ -98,5 +98,5 @@ def any_process(value: bool) -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Return once every process has come to the place called `name`."""
+    """Wait until every process has reached the point called `name`."""
     multihost_utils.sync_global_devices(name)

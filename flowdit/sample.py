@@ -1,4 +1,4 @@
-"""`python -m flowdit.sample checkpoint=checkpoints/<step> [labels=[...] | prompts=[...] ...]`: a model in, PNGs out."""
+"""`python -m flowdit.sample checkpoint=checkpoints/<step> [labels=[...] | prompts=[...] ...]`: sample PNGs from a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowdit.interop.loading import load
 
 
 def read_prompts(config: SampleConfig) -> list[str] | None:
-    """The prompts given, or those in the file, one a line. Raises `ValueError` for both, or a file without any."""
+    """The given prompts, or those in the file, one per line. Raises `ValueError` for both, or an empty file."""
     if config.prompts_file is None:
         return config.prompts
     if config.prompts is not None:

@@ -1,10 +1,10 @@
-"""`python train_stage1.py` and `train_stage2.py`: Hydra's configuration in, a trained model in `train.checkpoint_dir`."""
+"""`python train_stage1.py` and `train_stage2.py`: train a model into `train.checkpoint_dir`."""
 
 from __future__ import annotations
 
 import os
 
-# Before JAX starts: several programs can share a GPU, and its memory does not fragment. The user's own setting wins.
+# Before JAX starts: several programs can share a GPU, and its memory does not fragment. User settings take precedence.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
 

@@ -1,9 +1,10 @@
-"""Stage 2 from a re-parameterised class model against from scratch: same seeds, same steps, both on the embedded data.
+"""Compare stage 2 from a re-parameterised class model with stage 2 from scratch: same seeds and steps, embedded data.
 
     python scripts/compare_starts.py checkpoints/demo/1800 runs/starts --seeds 0 1 2
 
-Runs `experiment=openmoji_text` for every start and seed that has no run yet, one after the other, and prints validation
-losses by step, and the steps that the class model saves. `--plot losses.png` draws the curves (needs matplotlib).
+Runs `experiment=openmoji_text` for every start and seed without a finished run, one after the other, and prints
+validation losses by step, and the number of steps to the best loss from scratch. `--plot losses.png` draws the curves
+(needs matplotlib).
 """
 
 import argparse
@@ -26,7 +27,7 @@ Curve = dict[int, float]
 
 
 def train(start: str, seed: int, class_model: Path, run: Path, num_steps: int) -> None:
-    """One run of stage 2, unless it is there; an interrupted one is resumed."""
+    """Run stage 2, or resume an interrupted run."""
     settings = {"num_steps": num_steps, "checkpoint_dir": run, "validate_every": 50, "sample_every": 0, "keep_last": 1}
     settings |= {"is_restore": str((run / "metrics.jsonl").exists()).lower()}
     settings |= STARTS[start] and {"init_from": class_model, **STARTS[start]}
@@ -46,7 +47,7 @@ def steps_to(curve: Curve, loss: float) -> int | None:
 
 
 def report(curves: dict[str, list[Curve]], shown: list[int]) -> str:
-    """Losses (mean and range over seeds) at some steps, and the first step as good as the best of the first start."""
+    """Losses (mean and range over seeds) at some steps, and the first step that reaches the best loss of the first start."""
     reference = next(iter(curves))
     lines = [f"| start | {' | '.join(f'step {step}' for step in shown)} | steps to the best of {reference} |"]
     lines += ["|" + " --- |" * (len(shown) + 2)]
@@ -59,7 +60,7 @@ def report(curves: dict[str, list[Curve]], shown: list[int]) -> str:
 
 
 def plot(curves: dict[str, list[Curve]], file: Path) -> None:
-    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]  # for this one image, no dependency
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]  # optional, only for this plot
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for i, (start, runs) in enumerate(curves.items()):

@@ -1,14 +1,14 @@
-"""Train the AutoencoderKL that ships with the package on the embedded OpenMoji images.
+"""Train the embedded AutoencoderKL on the embedded OpenMoji images.
 
     python scripts/train_openmoji_vae.py --seconds 6000 --out flowdit/assets/vae [--resume-from flowdit/assets/vae]
 
-The one script here that needs torch and diffusers (the `test` extra): it runs once, and what it writes, `config.json`
-and float16 weights in the folder `--out` and nothing else, is read without them from then on. Plan on 1-2 hours of two
-CPU cores. Latents made with one network mean nothing to another: prepare the data anew and train on it anew afterwards.
+Only this script needs torch and diffusers (the `test` extra). It writes `config.json` and float16 weights to the folder
+`--out`, which are read without torch. It takes 1-2 hours on two CPU cores. Latents of one VAE cannot be used with
+another: afterwards prepare the data and train the models again.
 
-Stride 8, 16 latent channels, 1.67 M parameters. The loss weights chroma three times as heavily as luminance and adds
-pooled errors at 2x and 4x: without that, outlines are learned first and red and green stay brown for a long time.
-Half of each batch has its colour channels permuted, so that hues are not tied to shapes.
+Stride 8, 16 latent channels, 1.67 M parameters. Chroma has three times the weight of luminance in the loss, which also
+has pooled errors at 2x and 4x: otherwise outlines are learned first and red and green stay brown for a long time. Half
+of each batch has its colour channels permuted, so that hues are not tied to shapes.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def augment(x, rng):
 
 
 def loss_of(vae, x):
-    """L1 and squared error in luminance and weighted chroma, squared errors pooled at 2x and 4x, and a light KL."""
+    """L1 and squared error in luminance and weighted chroma, squared errors pooled at 2x and 4x, and a small KL term."""
     posterior = vae.encode(x).latent_dist
     error = torch.einsum("ij,bjhw->bihw", RGB_TO_YCC, vae.decode(posterior.sample()).sample - x) * CHROMA_WEIGHT
     pooled = sum(F.avg_pool2d(error, k).pow(2).mean() for k in (2, 4))
@@ -75,7 +75,7 @@ def loss_of(vae, x):
 
 
 def train(vae, tiles, *, seconds, batch_size, learning_rate):
-    """Train `vae` in place for a time, with warm-up and linear decay, and leave it with its averaged weights."""
+    """Train `vae` in place for some time, with warm-up and linear decay; it ends with its averaged weights."""
     rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=0, betas=(0.9, 0.99))
     ema = {name: value.clone() for name, value in vae.state_dict().items()}
@@ -103,7 +103,7 @@ def update_average(ema, vae, decay):
 
 @torch.no_grad()
 def evaluate(vae, x):
-    """Mean PSNR over images (dB) and root-mean-square chroma error (a channel spans 1)."""
+    """Mean PSNR over images (dB) and root-mean-square chroma error (channels have range 1)."""
     y = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(32)]).clamp(-1, 1)
     mse = ((y - x) / 2).pow(2).flatten(1).mean(1)
     chroma = torch.einsum("ij,bjhw->bihw", RGB_TO_YCC, y - x)[:, 1:] / 2
@@ -112,17 +112,17 @@ def evaluate(vae, x):
 
 @torch.no_grad()
 def measure_latents(vae, tiles):
-    """The shift and scale that bring the latents of `tiles` to mean 0 and deviation 1."""
+    """The shift and scale that normalise the latents of `tiles` to mean 0 and standard deviation 1."""
     latents = torch.cat([vae.encode(to_signed(part)).latent_dist.mode() for part in tiles.split(64)])
     return float(latents.mean()), float(1 / latents.std())
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Train the VAE that ships with the package.")
+    parser = argparse.ArgumentParser(description="Train the embedded VAE.")
     parser.add_argument("--seconds", type=float, default=6000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--resume-from", type=pathlib.Path, help="a folder that this script wrote")
+    parser.add_argument("--resume-from", type=pathlib.Path, help="a folder written by this script")
     parser.add_argument("--out", type=pathlib.Path, default=EMBEDDED["openmoji"])
     return parser.parse_args()
 
@@ -132,7 +132,7 @@ def main():
     torch.manual_seed(0)
     tiles, held_out = load_images()
     vae = AutoencoderKL.from_pretrained(args.resume_from) if args.resume_from else AutoencoderKL(**ARCHITECTURE)
-    # float() because what was saved is float16, which does not train.
+    # float() as saved weights are float16, which cannot be trained.
     vae = vae.float().train()
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (its decorator hides the signature)
     train(vae, tiles, seconds=args.seconds, batch_size=args.batch_size, learning_rate=args.learning_rate)

@@ -1,4 +1,4 @@
-"""The setting of all tests: four virtual CPU devices, strict promotion, types checked at run time, one compile cache."""
+"""Setup of all tests: four virtual CPU devices, strict promotion, run-time type checks, a shared compile cache."""
 
 import atexit
 import os
@@ -11,17 +11,17 @@ import pytest
 
 
 def set_environment() -> None:
-    """Before JAX is imported; the commands that tests start inherit it."""
+    """Set before JAX is imported, and inherited by the commands that tests start."""
     flags = ["xla_force_host_platform_device_count=4"]
-    # Compiling takes most of the suite's time; tiny models gain nothing from LLVM's optimiser (27 s -> 12 s a step) or
-    # from XLA's newer emitters of fused loops (11 s -> 6 s).
+    # Compiling takes most of the suite's time; tiny models do not benefit from LLVM's optimiser (27 s -> 12 s a step)
+    # or from XLA's newer emitters of fused loops (11 s -> 6 s).
     flags += ["xla_backend_optimization_level=0", "xla_llvm_disable_expensive_passes=true"]
     # Removed during jaxlib 0.11; XLA aborts the process on a flag that it does not know.
     if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
         flags += ["xla_cpu_use_fusion_emitters=false"]
     os.environ["XLA_FLAGS"] = " ".join(f"--{flag}" for flag in flags)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # XLA's thread pool: with one thread a core, four virtual devices on two cores can wait for each other for ever.
+    # XLA's thread pool: with one thread per core, four virtual devices on two cores can deadlock.
     os.environ["NPROC"] = "16"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = tempfile.mkdtemp(prefix="flowdit-test-cache-")
@@ -42,7 +42,7 @@ jaxtyping.install_import_hook("flowdit", "beartype.beartype")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # OmegaConf's own annotations, which beartype sees through `DictConfig`.
+    # OmegaConf's annotations, which beartype sees through `DictConfig`.
     config.addinivalue_line("filterwarnings", "ignore:.*deprecated by PEP 585.*")
 
 
@@ -56,7 +56,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run in one go with checkpoints 2, 4 and 6. Tests that change it work on a copy."""
+    """A finished, uninterrupted run with checkpoints 2, 4 and 6. Tests that change it work on a copy."""
     from runs import train_here
 
     run = tmp_path_factory.mktemp("runs") / "whole"
@@ -67,7 +67,7 @@ def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def whole_text_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of stage 2 in one go, with checkpoints 2, 4 and 6."""
+    """A finished, uninterrupted run of stage 2, with checkpoints 2, 4 and 6."""
     from runs import train_text_here
 
     run = tmp_path_factory.mktemp("text") / "whole"
@@ -79,5 +79,5 @@ def whole_text_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative defaults such as `checkpoints` must not reach the repository."""
+    """Relative default paths such as `checkpoints` must not be created in the repository."""
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Data made wrong on purpose, and the check that a mistake ends in one line and loses nothing."""
+"""Intentionally damaged data, and the check that a mistake gives one line and loses nothing."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ SHARD = "train-0.array_record"
 
 
 def contents(*folders: Path) -> dict[Path, str]:
-    """Every file with its hash."""
+    """Hash of every file."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def refused(run: Callable[[], Any], *kept: Path) -> str:
-    """The line that `run` ends in, having changed nothing in the folders `kept`."""
+    """The error line of `run`, which must not change the folders `kept`."""
     before = contents(*kept)
     line = error_line(run())
     assert contents(*kept) == before
@@ -31,7 +31,7 @@ def refused(run: Callable[[], Any], *kept: Path) -> str:
 
 
 def write_payloads(folder: Path, payloads: list[bytes], file: str = SHARD) -> None:
-    """A shard with exactly these bytes as its records, to which the manifest agrees."""
+    """Write a shard with exactly these bytes as its records, and update the manifest."""
     writer = ArrayRecordWriter(os.fspath(folder / file), "group_size:1")
     for payload in payloads:
         writer.write(payload)
@@ -40,7 +40,7 @@ def write_payloads(folder: Path, payloads: list[bytes], file: str = SHARD) -> No
 
 
 def agree(folder: Path, file: str = SHARD, **changes: Any) -> None:
-    """Make the manifest say what the shard now is, so that only its content is left to be found wrong."""
+    """Update the manifest to the shard's size and hash, so that only its content is wrong."""
     manifest = json.loads((folder / "dataset.json").read_text())
     (entry,) = [shard for shard in manifest["shards"] if shard["file"] == file]
     content = (folder / file).read_bytes()
@@ -49,7 +49,7 @@ def agree(folder: Path, file: str = SHARD, **changes: Any) -> None:
 
 
 def write_record(folder: Path, **changes: Any) -> None:
-    """Replace a shard by 24 records of which number 5 is changed; a value of None removes a field."""
+    """Replace a shard by 24 records, with changes to record 5; a value of None removes a field."""
     good = {"latent": np.ones(LATENT_SHAPE, np.float16), "label": 1, "short_caption": "sun", "long_caption": ""}
     bad = {name: value for name, value in (good | changes).items() if value is not None}
     write_payloads(folder, [encode(bad if index == 5 else good) for index in range(24)])
@@ -68,6 +68,6 @@ def flip_bit(path: Path, where: float = 0.5) -> Path:
 
 
 def damage_weights(step_folder: Path) -> Path:
-    """Flip a bit in the largest file of a checkpoint's EMA weights; that file."""
+    """Flip a bit in the largest file of a checkpoint's EMA weights and return that file."""
     files = [path for path in (step_folder / "model_ema").rglob("*") if path.is_file()]
     return flip_bit(max(files, key=lambda path: path.stat().st_size))

@@ -1,4 +1,4 @@
-"""Runs for tests: a tiny data set for both stages, and the commands as a user runs them, in this process or their own."""
+"""Runs for tests: a tiny data set for both stages, and the user's commands in this or a separate process."""
 
 import contextlib
 import io
@@ -31,12 +31,12 @@ SHARDS: dict[str, tuple[Split, int]] = {
 }
 NUM_STEPS = 6
 FAST = ("optim.warmup_steps=4", "train.validate_every=0", "train.sample_every=0", "train.keep_last=20")
-"""Nothing but training steps and a checkpoint after every second one; the learning rate depends on the step."""
+"""Only training steps and a checkpoint after every second one; the learning rate depends on the step."""
 CAPTIONS = (("red apple", "a red apple, food, fruit"), ("sun", ""), ("", "a dog that sleeps"), ("", ""))
 
 
 class Finished(NamedTuple):
-    """A command that has ended."""
+    """A finished command."""
 
     status: int
     out: str
@@ -44,9 +44,9 @@ class Finished(NamedTuple):
 
 
 def write_tiny_data(folder: Path, extra: Callable[[int], dict[str, Any]] = lambda index: {}) -> Path:
-    """48 training and 8 validation records of noise with the statistics that the embedded VAE's latents should have.
+    """48 training and 8 validation records of noise, with the statistics of the embedded VAE's latents.
 
-    `extra` gives further fields of a record, by its number in the shard.
+    `extra` returns additional fields of a record, by its number in the shard.
     """
     folder.mkdir(parents=True)
     vae = load_vae("openmoji")
@@ -90,7 +90,7 @@ def call(main: Callable[[], None], *overrides: str) -> Finished:
         patch.setattr(sys, "argv", ["command", *overrides])
         patch.setattr(command, "end_process", sys.exit)
         for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
-            patch.setattr(module, hook, getattr(module, hook))  # the command's own are undone with the patch
+            patch.setattr(module, hook, getattr(module, hook))  # those set by the command are undone with the patch
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 main()
@@ -110,7 +110,7 @@ def train_text_here(data: Path, run: Path, *overrides: str) -> Finished:
 
 
 def start(*command: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """`python *command` in a process of its own."""
+    """Run `python *command` in a separate process."""
     inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     inherited["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
@@ -130,7 +130,7 @@ def finish(process: subprocess.Popen[str]) -> Finished:
 
 
 def wait_for_line(process: subprocess.Popen[str], start_of_line: str) -> list[str]:
-    """Read the process's output up to a line that begins so."""
+    """Read the process's output up to a line with this beginning."""
     lines = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -141,7 +141,7 @@ def wait_for_line(process: subprocess.Popen[str], start_of_line: str) -> list[st
 
 
 def error_line(finished: Finished) -> str:
-    """The one line with which a user's mistake must end, and nothing else on stderr."""
+    """The single error line of a user's mistake; stderr must hold nothing else."""
     assert finished.status not in (0, None), finished.out
     lines = finished.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), finished.err
@@ -175,7 +175,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
-    """Parameters, optimizer state, EMA and the state of the data bit by bit."""
+    """Compare parameters, optimizer state, EMA and data state bit by bit."""
     arrays, others = stored_arrays(one), stored_arrays(other)
     assert arrays.keys() == others.keys()
     for name, value in arrays.items():

@@ -1,4 +1,4 @@
-"""The benchmarks are not run here, but each can be: what they import and name is there."""
+"""The benchmarks are only imported here, not run, to check their imports and names."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""The commands as processes: train, then sample from the checkpoint folder alone; W&B in its modes; the environment."""
+"""The commands as processes: training, sampling from a checkpoint folder, W&B modes, environment variables."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_offline_run_is_kept_in_the_run_folder(trained):
     assert "wandb" not in finished.out
 
 
-def test_sampling_needs_the_checkpoint_folder_alone(trained, tmp_path):
+def test_sampling_only_needs_the_checkpoint_folder(trained, tmp_path):
     checkpoint = shutil.copytree(trained[0] / "6", tmp_path / "alone")
     settings = (f"checkpoint={checkpoint}", "labels=[cat,3]", "num_images=2", "solver=heun", "steps=2", "seed=5")
     finished = finish(start("-m", "flowdit.sample", *settings, "save_latents=true", "out=images"))
@@ -89,7 +89,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch_size(trained):
     np.testing.assert_array_equal(sampled_latents(checkpoint, "again"), first)
     np.testing.assert_allclose(sampled_latents(checkpoint, "batches", "batch_size=1"), first, atol=1e-5)
     assert not np.allclose(sampled_latents(checkpoint, "other", "seed=1"), first)
-    # Without labels, those of the previews in training.
+    # The default labels are those of the training previews.
     assert json.loads(Path("first/samples.json").read_text())["settings"]["captions"] == ["cat", "dog"]
 
 
@@ -100,7 +100,7 @@ def text_trained(tiny_data, tmp_path_factory) -> tuple[Path, Path, Finished]:
     encoder, run = write_t5gemma(folder / "t5gemma"), folder / "run"
     script = str(REPOSITORY / "train_stage2.py")
     settings = ("experiment=tiny_text", "train.batch_size=16", "train.gradient_accum=8", "wandb.enabled=false")
-    # A learning rate at which six steps are enough for the captions to show.
+    # A learning rate at which the captions have an effect after six steps.
     settings += ("optim.learning_rate=0.03", f"text.encoder={encoder}", "text.max_length=16")
     data = (f"data.path={tiny_data}", f"train.checkpoint_dir={run}")
     return encoder, run, finish(start(script, *settings, *data))
@@ -148,7 +148,7 @@ def test_prompts_negative_prompt_and_guidance_change_the_image(text_trained):
 
 @pytest.fixture
 def no_login(tmp_path, monkeypatch) -> None:
-    """A home without W&B's key."""
+    """A home folder without W&B's key."""
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
@@ -156,7 +156,7 @@ def no_login(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("no_login")
-def test_online_run_without_a_login_says_so_and_goes_on_offline(tiny_data, tmp_path):
+def test_online_run_without_a_login_warns_and_continues_offline(tiny_data, tmp_path):
     finished = train_here(tiny_data, tmp_path / "run", "wandb.enabled=true", "wandb.mode=online")
     assert (finished.status, finished.err) == (0, "")
     notices = [line for line in finished.out.splitlines() if "wandb" in line]

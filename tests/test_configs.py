@@ -1,4 +1,4 @@
-"""Every YAML file composes into a checked configuration, and the names that users type exist."""
+"""Every YAML file composes into a checked configuration, and the documented names exist."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_every_group_option_composes(option):
 
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)
-def test_every_value_of_an_option_arrives_and_is_no_default(option):
+def test_every_value_of_an_option_is_used_and_differs_from_the_default(option):
     own = OmegaConf.load(FOLDER / option.with_suffix(".yaml"))
     group = option.parent.as_posix()
     package = {"experiment": "", "model/size": "model."}.get(group, f"{group}.")
@@ -106,11 +106,13 @@ def test_every_value_of_an_option_arrives_and_is_no_default(option):
         if name.split(".")[0] != "defaults":
             assert OmegaConf.select(chosen, package + name) == OmegaConf.select(own, name), name
             is_default = OmegaConf.select(without, package + name) == OmegaConf.select(own, name)
-            assert not is_default or group == "model/size", name  # a size is the whole shape, whatever the defaults are
+            assert not is_default or group == "model/size", (
+                name
+            )  # a size sets the whole shape, whatever the defaults are
 
 
 def choices(experiment) -> list[str]:
-    """The overrides that stand for an experiment's list of defaults: other groups, or the experiment that it extends."""
+    """Overrides equivalent to an experiment's list of defaults: other groups, or the experiment that it extends."""
     overrides = []
     for entry in OmegaConf.to_container(experiment)["defaults"]:
         if isinstance(entry, dict):

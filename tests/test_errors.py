@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line that names field, rule and value, and loses nothing."""
+"""A user's mistake gives one line with field, rule and value, and loses nothing."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from runs import LATENT_SHAPE, call, error_line, train_here
 from flowdit import sample
 
 SETTINGS = [
-    # What Hydra refuses: key, reason and value out of its many lines.
+    # Refused by Hydra: key, reason and value of its long message.
     ("train.num_stepz=1", "'train.num_stepz'", "'num_stepz' not in 'TrainConfig'"),
     ("train.num_steps=1e3", "train.num_steps=1e3", "'1000.0' of type 'float' could not be converted to Integer"),
     ("train.num_steps=abc", "train.num_steps=abc", "'abc' of type 'str' could not be converted to Integer"),
@@ -28,7 +28,7 @@ SETTINGS = [
     ("experiment=nope", "'experiment/nope'", "imagenet256_xl2 openmoji", "tiny"),
     ("model/size=xxl", "'model/size/xxl'", "b l s xl"),
     ("optim=sgd", "'optim/sgd'", "adamw"),
-    # Additions that would be dropped without a word.
+    # Additions that would be silently dropped.
     ("+new.key=1", "new: no such field"),
     ("+train.extra=1", "train.extra: no such field"),
     ("++model.width=1", "model.width: no such field"),
@@ -39,8 +39,8 @@ SETTINGS = [
     ("train.keep_every=0", "train.keep_every: must be null or at least 1, got 0"),
     ("train.ema_decay=1", "train.ema_decay: must be in [0, 1), got 1.0"),
     ("train.drop_rate=2", "train.drop_rate: must be in [0, 1], got 2.0"),
-    ("train.compute_dtype=float16", "train.compute_dtype: must be one of bfloat16, float32, got 'float16'"),
-    ("train.time_distribution=cosine", "train.time_distribution: must be one of", "got 'cosine'"),
+    ("train.compute_dtype=float16", "train.compute_dtype: must be one of bfloat16, float32, got float16"),
+    ("train.time_distribution=cosine", "train.time_distribution: must be one of", "got cosine"),
     ("train.sampler.solver=rk4", "train.sampler.solver: must be one of euler", "got 'rk4'"),
     ("optim.learning_rate=0", "optim.learning_rate: must be positive, got 0"),
     ("optim.schedule=linear", "optim.schedule: must be one of constant, cosine, got 'linear'"),
@@ -51,7 +51,7 @@ SETTINGS = [
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),
     ("data.num_threads=0", "data.num_threads: must be at least 1, got 0"),
     ("data.max_bad_records=-1", "data.max_bad_records: must be 0 (none) or more, got -1"),
-    # Parts that do not fit each other.
+    # Inconsistent settings.
     ("train.batch_size=6", "train.batch_size: ", "divisible", "4 devices", "6 / 1 = 6"),
     ("train.gradient_accum=3", "train.gradient_accum: must divide train.batch_size=8, got 3"),
     ("train.gradient_accum=4", "train.batch_size: ", "8 / 4 = 2"),
@@ -100,7 +100,7 @@ def replace_by_foreign_file(folder: Path) -> None:
 
 
 class Payload:
-    """Pickled, it asks the reader to run a command."""
+    """Its pickle runs a command when loaded."""
 
     def __init__(self, command: str):
         self.command = command
@@ -191,7 +191,7 @@ def run(whole_run, tmp_path) -> Path:
     return shutil.copytree(whole_run, tmp_path / "run")
 
 
-def test_existing_run_is_not_written_over(tiny_data, run):
+def test_existing_run_is_not_overwritten(tiny_data, run):
     line = refused(lambda: train_here(tiny_data, run), run)
     assert line.startswith(
         f"error: train.checkpoint_dir: {run} already holds a run; resume it with train.is_restore=true"
@@ -228,14 +228,14 @@ def test_resume_of_nothing(tiny_data, tmp_path, exists):
     assert line == f"error: train.is_restore: there is no run to resume in train.checkpoint_dir={tmp_path / 'run'}"
 
 
-def test_full_disk_is_said_before_the_first_step(tiny_data, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_the_first_step(tiny_data, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     line = refused(lambda: train_here(tiny_data, tmp_path / "run"), tmp_path)
     assert line.startswith("error: train.checkpoint_dir: a checkpoint needs 9 MB")
 
 
-def test_disk_that_fills_up_names_the_last_good_checkpoint(tiny_data, run, monkeypatch):
+def test_disk_that_fills_up_reports_the_last_good_checkpoint(tiny_data, run, monkeypatch):
     shutil.rmtree(run / "6")
     usage = shutil.disk_usage(run)
     answers = iter([usage])  # room at the start, none at the save
@@ -295,7 +295,7 @@ def test_sampling_without_a_checkpoint():
     ],
     ids=["nothing", "a file", "another folder"],
 )
-def test_sampling_from_what_is_no_checkpoint(run, name, expected):
+def test_sampling_from_something_else_than_a_checkpoint(run, name, expected):
     line = refused(lambda: sample_here(run / name), run)
     assert line.startswith("error: checkpoint: " + expected.format(path=run / name))
 

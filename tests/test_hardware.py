@@ -1,4 +1,4 @@
-"""Published peaks by the names of devices."""
+"""Published peak FLOP/s by device name."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from flowdit.hardware import PEAKS, peak_flops
         ("TPU v5 lite", "bfloat16", 197e12),
         ("TPU v5", "bfloat16", 459e12),
         ("Tesla V100-SXM2-16GB", "bfloat16", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),  # a seventh of the card
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),  # a seventh of the GPU
         ("NVIDIA H100 80GB HBM3", "float16", None),
     ],
 )

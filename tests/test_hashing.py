@@ -1,4 +1,4 @@
-"""Digests that lie on disk, in checkpoints, manifests and caches, by their values: a refactor must not move them."""
+"""Values of digests that are stored in checkpoints, manifests and caches: a refactor must not change them."""
 
 import numpy as np
 import pytest

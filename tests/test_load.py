@@ -1,4 +1,4 @@
-"""`flowdit.load` and `Sampler`: what is loaded, compiled and read, and that an image depends on seed and number alone."""
+"""`flowdit.load` and `Sampler`: loading, compiling and reading; an image depends only on seed and index."""
 
 import builtins
 import io
@@ -37,7 +37,7 @@ def latents(sampler: Sampler, labels: list[int], numbers=None, batch_size: int =
     return np.concatenate([batch.latents for batch in batches])
 
 
-def test_importing_flowdit_imports_no_jax():
+def test_importing_flowdit_does_not_import_jax():
     code = "import sys, flowdit; print('jax' in sys.modules, flowdit.__version__, 'load' in flowdit.__all__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.split() == ["False", flowdit.__version__, "True"]
@@ -52,7 +52,7 @@ def test_images_come_in_order_batch_by_batch(sampler):
     assert len(drawn(sampler, steps=1)) == 2  # the previews of the run
 
 
-def test_a_draw_of_many_images_makes_no_more_than_it_hands_out(sampler, monkeypatch):
+def test_a_draw_of_many_images_is_lazy(sampler, monkeypatch):
     calls, decode = [], sampler.decode
     monkeypatch.setitem(
         sampler.__dict__, "decode", lambda latents, size: calls.append(len(latents)) or decode(latents, size)
@@ -89,14 +89,14 @@ def test_noise_is_a_function_of_seed_and_number(sampler):
     np.testing.assert_allclose(latents(spread, [0] * 8), everything, atol=1e-4)
 
 
-def test_adaptive_steps_do_not_depend_on_the_neighbours(sampler):
+def test_adaptive_steps_do_not_depend_on_other_images(sampler):
     settings = {"solver": "tsit5", "steps": 200, "rtol": 1e-2, "guidance": 1.0}
     together = latents(sampler, [0, 1, 2, 3, 0, 1, 2, 3], **settings)
     with_others = latents(sampler, [0, 3, 3, 3, 3, 3, 3, 3], **settings)
     np.testing.assert_array_equal(together[0], with_others[0])
 
 
-def test_shapes_are_few_and_fit_the_devices():
+def test_batch_shapes_are_few_and_multiples_of_the_devices():
     assert [batch_shape(count, 64, 1) for count in (1, 3, 33, 64, 50_000)] == [1, 4, 64, 64, 64]
     assert [batch_shape(count, 6, 4) for count in (1, 5, 100)] == [4, 8, 8]
 
@@ -125,7 +125,7 @@ def test_the_pretrained_model_still_draws():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"labels": ["cow"]}, r"^labels: must be in \[0, 4\) or a class name \(cat, dog, heart, sun\), got 'cow'$"),
         ({"prompts": ["sun"]}, "^prompts: not supported by this model, which takes labels$"),
@@ -136,14 +136,14 @@ def test_the_pretrained_model_still_draws():
         ({"num_images": 0}, "^num_images: must be at least 1, got 0$"),
     ],
 )
-def test_bad_setting(sampler, settings, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_setting(sampler, settings, message):
+    with pytest.raises(ValueError, match=message):
         sampler.draw(**settings)
 
 
-def test_a_vae_or_encoder_from_elsewhere_is_named(whole_run, tmp_path):
+def test_another_vae_or_encoder_is_refused(whole_run, tmp_path):
     with pytest.raises(ValueError, match="^text_encoder: must not be given, as this model reads no text, got 'x'$"):
         flowdit.load(str(whole_run / "6"), text_encoder="x")
     elsewhere = flowdit.load(str(whole_run / "6"), vae=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="^vae: must be .openmoji., an existing folder or "):
+    with pytest.raises(ValueError, match="^vae must be .openmoji., an existing folder or "):
         drawn(elsewhere, labels=[0])

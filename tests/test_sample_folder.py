@@ -1,4 +1,4 @@
-"""Where `flowdit.sample` writes: never among other images, and over those of an earlier run only when it is told to."""
+"""The output folder of `flowdit.sample`: never mixed with other images, and overwriting only on request."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ NAMES = ["0000_cat.png", "0001_a_dog_.png", "grid.png", "samples.json"]
 
 @pytest.fixture(autouse=True)
 def quick_images(monkeypatch) -> None:
-    """Black ones: `test_commands.py` has real ones written."""
+    """Black images: `test_commands.py` writes real ones."""
 
     def batches(sampler, requests, *_):
         count = len(requests)
@@ -37,12 +37,12 @@ def names() -> list[str]:
     return sorted(path.relative_to("out").as_posix() for path in Path("out").rglob("*") if path.is_file())
 
 
-def test_a_second_run_overwrites_the_first_when_it_is_told_to(whole_run):
+def test_a_second_run_overwrites_the_first_on_request(whole_run):
     assert sample_here(whole_run / "6", "labels=[cat]", "save_latents=true").status == 0
     Path("out/mine").mkdir()
     for name in ("out/mine/0000_cat.png", "out/notes.txt"):
         Path(name).write_text("mine")
-    # It is refused before the checkpoint is looked at.
+    # It is refused before the checkpoint is read.
     line = refused(lambda: sample_here(Path("nowhere"), "labels=[cat]"), Path("out"))
     assert line == "error: out: out holds the 4 files of an earlier run: give another folder, or overwrite=true"
     refused(lambda: sample_here(whole_run / "6", "labels=[4]", "overwrite=true"), Path("out"))
@@ -50,7 +50,7 @@ def test_a_second_run_overwrites_the_first_when_it_is_told_to(whole_run):
     assert names() == ["0000_heart.png", "grid.png", "mine/0000_cat.png", "notes.txt", "samples.json"]
 
 
-def test_what_an_interrupted_run_leaves_is_known(whole_run, monkeypatch):
+def test_files_of_an_interrupted_run_are_known(whole_run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -65,7 +65,7 @@ def test_what_an_interrupted_run_leaves_is_known(whole_run, monkeypatch):
 
 @pytest.fixture
 def earlier() -> Path:
-    """A folder as a run of two images leaves it."""
+    """The output folder of a run of two images."""
     folder = Path("out")
     folder.mkdir()
     for name in NAMES:
@@ -79,7 +79,7 @@ def check(overwrite: bool) -> list[str]:
     return [path.name for path in sample_folder.check_folder(SampleConfig(out="out", overwrite=overwrite))]
 
 
-def test_only_the_files_of_the_earlier_run_may_go(earlier):
+def test_only_the_files_of_the_earlier_run_are_removed(earlier):
     assert check(overwrite=True) == NAMES
     (earlier / "0001_a_dog_.png").unlink()
     assert check(overwrite=True) == [name for name in NAMES if "dog" not in name]
@@ -112,7 +112,7 @@ def test_a_list_of_captions_cannot_name_files_elsewhere(earlier):
         check(overwrite=True)
 
 
-def test_folders_without_images_are_free(tmp_path):
+def test_folders_without_images_are_accepted(tmp_path):
     assert check(overwrite=False) == []
     (tmp_path / "out" / "below").mkdir(parents=True)
     (tmp_path / "out" / "below" / "grid.png").write_text("mine")

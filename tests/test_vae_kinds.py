@@ -1,4 +1,4 @@
-"""VAEs of other families, from images to samples by configuration alone: Stable Diffusion 1.x, SDXL, SD3, Flux."""
+"""VAEs of other families, from images to samples by configuration only: Stable Diffusion 1.x, SDXL, SD3, Flux."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def build_vae(kind: str) -> diffusers.AutoencoderKL:
 
 
 def save_vae(kind: str, folder: Path) -> Path:
-    """As the families come: the first in a pipeline's sub-folder with old attention names, the last in shards."""
+    """As published: the first in a pipeline's sub-folder with old attention names, the last in shards."""
     vae = build_vae(kind)
     if kind != "sd1":
         vae.save_pretrained(folder, max_shard_size="30KB" if kind == "flux" else "10GB")
@@ -83,7 +83,7 @@ def prepared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_know_their_vae(prepared, kind):
+def test_data_record_their_vae(prepared, kind):
     vae, data = prepared[kind]
     channels, _, scale, shift = KINDS[kind]
     manifest = Manifest.read(data)
@@ -105,7 +105,7 @@ def test_decodes_as_diffusers_pipelines_do(prepared, kind):
 
 
 def test_trains_previews_and_samples_by_configuration_alone(prepared, tmp_path):
-    """The embedded VAE, of SD3's kind, is that of all other runs: here one of four channels."""
+    """Other tests use the embedded VAE, which is like SD3's; here one of four channels."""
     _, data = prepared["sd1"]
     run, out = tmp_path / "run", tmp_path / "out"
     settings = ("train.num_steps=2", "train.save_every=2", "train.sample_every=2", "train.latent_mean=data")
@@ -143,7 +143,7 @@ def test_a_model_whose_vae_is_unknown_takes_one_of_its_layout(prepared):
     raw["vae"] |= {"fingerprint": "", "name": ""}
     manifest = Manifest.parse(raw | {"shards": []})
     assert load_matching_vae(str(vae), manifest).config.latent_channels == 4
-    with pytest.raises(ValueError, match=r"^vae: must be given, the checkpoint names none .*4 channels"):
+    with pytest.raises(ValueError, match=r"^vae: must be given, the checkpoint has none .*4 channels"):
         load_matching_vae("", manifest)
     with pytest.raises(ValueError, match=r"^vae: must make latents of 4 channels"):
         load_matching_vae(str(prepared["flux"][0]), manifest)

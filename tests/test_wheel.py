@@ -1,4 +1,4 @@
-"""The wheel carries all it needs: configurations, images and the VAE, found from any folder."""
+"""The wheel contains configurations, images and the VAE, found from any folder."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def python(*arguments: str | Path, folder: Path, path: Path | str = "") -> subpr
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, unpacked into a folder of its own."""
+    """The wheel, unpacked into a separate folder."""
     folder = tmp_path_factory.mktemp("wheel")
     built = python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, folder=folder)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -41,7 +41,7 @@ def test_assets_are_found(installed, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# The entry points of the wheel, what they are told, and what their composed configuration shows.
+# The entry points of the wheel, their arguments, and a part of their composed configuration.
 COMMANDS = {
     "train:stage1": (["experiment=openmoji"], "experiment: openmoji"),
     "train:stage2": (["experiment=openmoji_text"], "encoder: wordllama"),

@@ -7,6 +7,7 @@ written when all are. Nothing depends on where a run was interrupted, so the man
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,6 @@ from flowdit.data.shards import (
     write_shard,
 )
 from flowdit.data.text_features import write_cache
-from flowdit.fields import require, require_choice, under
-from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
 from flowdit.models.vae import AutoencoderKL, load_vae
 
@@ -77,12 +76,14 @@ class PrepareConfig:
     text_cache: str = ""
 
     def check(self) -> None:
-        """Raise `FieldError` naming the first field that breaks a rule."""
+        """Raise `ValueError` naming the first field that breaks a rule."""
         for name in ("image_size", "batch_size", "records_per_shard", "text_max_length"):
             value = getattr(self, name)
-            require(name, value, value is None or value >= 1, "must be at least 1")
-        require_choice("dtype", self.dtype, ("float16", "float32"))
-        require_choice("text_dtype", self.text_dtype, TEXT_DTYPES)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+        for name, choices in (("dtype", ("float16", "float32")), ("text_dtype", ("bfloat16", "float32"))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}: must be {' or '.join(choices)}, got {value!r}")
 
 
 class Job(NamedTuple):
@@ -129,8 +130,10 @@ def _prepare_text(config: PrepareConfig, out: Path, manifest: Manifest, encoder:
 
 def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
     text = TextConfig(encoder=config.text_encoder, max_length=config.text_max_length, dtype=config.text_dtype)
-    with under("text_"):
+    try:
         return load_text_encoder(text)
+    except ValueError as error:  # names `text.encoder`, which is `text_encoder` here, and so on
+        raise ValueError(re.sub(r"^text\.", "text_", str(error))) from error
 
 
 def _prepare_latents(

@@ -1,4 +1,4 @@
-"""Flow matching: the whole of its mathematics.
+"""The mathematics of flow matching.
 
 Convention, everywhere in flowdit: t = 0 is data, t = 1 is noise, x_t = (1 - t) x_0 + t noise, and the network predicts
 the velocity v = dx_t/dt = noise - x_0 (rectified flow, Liu et al. 2023; Esser et al. 2024, with sigma = t).
@@ -38,17 +38,17 @@ def sample_time(key: PRNGKeyArray, distribution: str, shift: float = 1.0) -> Flo
 
 
 def shift_times(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:
-    """t' = s t / (1 + (s - 1) t): spends more of the path near the noise (Esser et al. 2024, equation 23)."""
+    """t' = s t / (1 + (s - 1) t): more steps near the noise for s > 1 (Esser et al. 2024, equation 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def resolution_shift(latent_shape: tuple[int, int, int]) -> float:
-    """s = sqrt(C H W / 4096), the shift that LightningDiT and SD3 use for larger latents."""
+    """s = sqrt(C H W / 4096), the shift of LightningDiT and SD3 for larger latents."""
     return math.sqrt(math.prod(latent_shape) / 4096)
 
 
 def normalise_latents(latent: Float[Array, "*b c h w"], mean: Array, scale: Array) -> Float[Array, "*b c h w"]:
-    """Raw VAE latents -> what the model sees: (latent - mean) * scale, scalars or one value a channel."""
+    """From raw VAE latents to model inputs: (latent - mean) * scale, scalars or one value per channel."""
     return (latent - _per_channel(mean, latent.ndim)) * _per_channel(scale, latent.ndim)
 
 
@@ -62,13 +62,13 @@ def _per_channel(value: Array, ndim: int) -> Array:
 
 
 def drop_condition(key: PRNGKeyArray, condition: Any, null: Any, rate: float) -> Any:
-    """One example's condition, or with probability `rate` its `null` counterpart (the same pytree)."""
+    """Return one example's condition, or with probability `rate` its null condition (the same pytree)."""
     dropped = jax.random.bernoulli(key, rate)
     return jax.tree.map(lambda value, null_value: jnp.where(dropped, null_value, value), condition, null)
 
 
 class Prediction(NamedTuple):
-    """What the network makes of one noised example, and its mean squared velocity error in float32."""
+    """The network's output for one noised example, and its mean squared velocity error in float32."""
 
     x_t: Float[Array, "channels height width"]
     velocity: Float[Array, "channels height width"]
@@ -82,7 +82,7 @@ def predict(
     t: Float[Array, ""],
     condition: Any,
 ) -> Prediction:
-    """The network on one example noised to time `t`; the error is that of Lipman et al. 2023, equation 14."""
+    """Apply the network to one example noised to time `t`; the error is that of Lipman et al. 2023, equation 14."""
     x_t = interpolate(x_0, noise, t)
     velocity = model(x_t, t, condition)
     return Prediction(x_t, velocity, jnp.square(velocity - velocity_target(x_0, noise)).mean())
@@ -99,8 +99,8 @@ def guided_velocity(
 ) -> Float[Array, "batch channels height width"]:
     """v = v_null + w (v_cond - v_null) over all channels (Ho & Salimans 2022), both halves in one batch.
 
-    Outside `interval` (low <= t <= high) the conditional velocity alone is used (Kynkaanniemi et al. 2024).
-    `null` has the batch axis of `condition`. With guidance 1, or without `null`, one half alone is computed.
+    Outside `interval` (low <= t <= high) only the conditional velocity is used (Kynkaanniemi et al. 2024).
+    `null` has the batch axis of `condition`. With guidance 1, or without `null`, only the conditional half is computed.
     """
     batch = x_t.shape[0]
     if guidance == 1.0 or null is None:

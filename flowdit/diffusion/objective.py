@@ -1,4 +1,4 @@
-"""What is minimised. The training step averages, differentiates and logs what comes from here, and knows no flow."""
+"""The training objective. The training step averages, differentiates and logs its losses, independent of flow matching."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ NUM_TIME_BINS = 8
 
 
 class Parameters(NamedTuple):
-    """All that is trained: the network, and the parameters of each auxiliary loss by its name."""
+    """All trained parameters: the network, and the parameters of each auxiliary loss by name."""
 
     model: Any
     auxiliary: dict[str, Any] = {}
 
 
 class Losses(NamedTuple):
-    """Of every example: what is minimised, what it is the sum of (logged, each under its own name), and the flow time.
+    """For every example: the total loss, its summands by name (for logging), and the flow time.
 
-    `parts` is empty where it would hold nothing but the total.
+    `parts` is empty if the total is the only loss.
     """
 
     total: Float[Array, " batch"]
@@ -40,15 +40,15 @@ class Losses(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss over batches, and the one that validation reports."""
+    """A training loss over batches, and the validation loss."""
 
     @property
     def validation_times(self) -> tuple[float, ...]:
-        """The flow times of the rows of `validation`."""
+        """Flow times of the rows of `validation`."""
         ...
 
     def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
-        """The losses of a batch at a training step. What is random in an example comes from its own key."""
+        """The losses of a batch at a training step. Random numbers of an example come from its own key."""
         ...
 
     def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:
@@ -58,7 +58,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Conditions(Protocol):
-    """What an objective knows of a conditioning; both see one example (`conditioning.Conditioning`)."""
+    """The methods of a conditioning that an objective uses, for one example (`conditioning.Conditioning`)."""
 
     def condition(self, example: Example) -> Any: ...
 
@@ -76,7 +76,7 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
-    """Flow matching under a condition. `mean` and `scale` normalise raw latents, a value or one a channel."""
+    """Conditional flow matching. `mean` and `scale` normalise raw latents, one value or one per channel."""
 
     conditioning: Conditions
     drop_rate: float
@@ -91,7 +91,7 @@ class FlowMatching:
         return flow.VALIDATION_TIMES
 
     def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
-        """The flow-matching error of every example, plus the auxiliary losses by their weights."""
+        """The flow-matching error of every example, plus the weighted auxiliary losses."""
         drawn = jax.vmap(self.draw)(batch, keys)
         predict = functools.partial(flow.predict, parameters.model)
         predicted = jax.vmap(predict)(drawn.x_0, drawn.noise, drawn.t, drawn.condition)
@@ -103,7 +103,7 @@ class FlowMatching:
         return Losses(total, {"velocity": predicted.error, **parts} if parts else {}, drawn.t)
 
     def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:
-        """The flow-matching errors at `validation_times`, one time after the other, to spare memory."""
+        """The flow-matching errors at `validation_times`, one time after the other to save memory."""
         x_0 = jax.vmap(lambda example: self.latent(example, None))(batch)
         condition = jax.vmap(self.conditioning.condition)(batch)
         predict = jax.vmap(functools.partial(flow.predict, model))
@@ -116,14 +116,14 @@ class FlowMatching:
         return jax.lax.map(lambda args: errors_at(*args), (times, jax.random.split(key, len(times))))
 
     def latent(self, example: Example, key: PRNGKeyArray | None) -> Float[Array, "c h w"]:
-        """The normalised latent; with `latent_std` in the example and a key, a fresh draw from the VAE's posterior."""
+        """The normalised latent; with `latent_std` in the example and a key, a sample from the VAE's posterior."""
         latent = example["latent"]
         if key is not None and "latent_std" in example:
             latent = latent + example["latent_std"] * jax.random.normal(key, latent.shape)
         return flow.normalise_latents(latent, jnp.asarray(self.mean), jnp.asarray(self.scale))
 
     def draw(self, example: Example, key: PRNGKeyArray) -> Drawn:
-        """What `flow.predict` takes of one example: latent, noise, time, and the condition unless dropped."""
+        """Draw the inputs of `flow.predict` for one example: latent, noise, time, and the condition, dropped or not."""
         posterior_key, noise_key, time_key, drop_key = jax.random.split(key, 4)
         x_0 = self.latent(example, posterior_key)
         condition = self.conditioning.condition(example)

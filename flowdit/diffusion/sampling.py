@@ -1,6 +1,6 @@
-"""From noise to latents: the velocity field solved as an ODE with Diffrax, t from 1 to 0.
+"""Sampling latents from noise: solving the ODE of the velocity field with Diffrax, t from 1 to 0.
 
-A network that predicts noise is solved as the velocity field it implies, from the last time that it knows.
+A network that predicts noise is converted to a velocity field and solved from DDPM's last time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int, Integer
 
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
-from flowdit.fields import require, require_choice
 
 PREDICTIONS = ("velocity", "noise")
 
@@ -25,7 +24,7 @@ class _Solver(NamedTuple):
     build: type[diffrax.AbstractSolver]
     evaluations_per_step: int
     evaluations_at_start: (
-        int  # first-same-as-last solvers reuse the last evaluation of a step, and pay one at the start
+        int  # first-same-as-last solvers reuse the last evaluation of a step, with one extra at the start
     )
 
 
@@ -41,7 +40,7 @@ ADAPTIVE_SOLVERS = ("heun", "dopri5", "tsit5")
 
 @dataclasses.dataclass
 class SamplerConfig:
-    """How samples are drawn. `rtol` switches to adaptive steps (at most `steps` of them)."""
+    """Settings of the sampler. `rtol` switches to adaptive steps (at most `steps`)."""
 
     solver: str = "heun"
     steps: int = 25
@@ -51,33 +50,37 @@ class SamplerConfig:
     time_shift: float = 1.0
     rtol: float | None = None
 
-    def check(self) -> None:
-        """Raise `FieldError` naming the first field that breaks a rule."""
-        require_choice("solver", self.solver, SOLVERS)
-        check_count("steps", self.steps)
+    def check(self, prefix: str) -> None:
+        """Raise `ValueError` naming the first invalid field, with `prefix`."""
+        if self.solver not in SOLVERS:
+            raise ValueError(f"{prefix}solver: must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        check_count(f"{prefix}steps", self.steps)
         for name in ("guidance", "guidance_low", "guidance_high", "time_shift", "rtol"):
             value = getattr(self, name)
-            is_number = isinstance(value, numbers.Real | None) and not isinstance(value, bool)
-            require(name, value, is_number, "must be a number")
-        interval = [self.guidance_low, self.guidance_high]
-        is_interval = 0 <= interval[0] <= interval[1] <= 1
-        require("guidance_low/guidance_high", interval, is_interval, "must satisfy 0 <= low <= high <= 1")
-        require("time_shift", self.time_shift, self.time_shift > 0, "must be positive")
-        if self.rtol is not None:
-            require("rtol", self.rtol, self.rtol > 0, "must be positive")
-            rule = f"adaptive steps need a solver out of {', '.join(ADAPTIVE_SOLVERS)}"
-            require("rtol", self.solver, self.solver in ADAPTIVE_SOLVERS, rule)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real | None):
+                raise ValueError(f"{prefix}{name}: must be a number, got {value!r}")
+        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            interval = [self.guidance_low, self.guidance_high]
+            raise ValueError(f"{prefix}guidance_low/guidance_high: must satisfy 0 <= low <= high <= 1, got {interval}")
+        if self.time_shift <= 0:
+            raise ValueError(f"{prefix}time_shift: must be positive, got {self.time_shift}")
+        if self.rtol is not None and self.rtol <= 0:
+            raise ValueError(f"{prefix}rtol: must be positive, got {self.rtol}")
+        if self.rtol is not None and self.solver not in ADAPTIVE_SOLVERS:
+            allowed = ", ".join(ADAPTIVE_SOLVERS)
+            raise ValueError(f"{prefix}rtol: adaptive steps need a solver of {allowed}, got {self.solver!r}")
 
 
-def check_count(field: str, value: Any) -> None:
-    """Raise `FieldError` unless `value` is a whole number of at least 1."""
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    require(field, value, is_whole, "must be a whole number")
-    require(field, value, int(value) >= 1, "must be at least 1")
+def check_count(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}: must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: must be at least 1, got {value}")
 
 
 class Samples(NamedTuple):
-    """Latents as the model sees them (normalised), and how many evaluations of the velocity field each took."""
+    """Normalised latents, and the number of evaluations of the velocity field for each."""
 
     latents: Float[Array, "batch channels height width"]
     evaluations: Int[Array, " batch"]
@@ -91,22 +94,22 @@ def sample(
     config: SamplerConfig,
     prediction: str = "velocity",
 ) -> Samples:
-    """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0; `condition` and `null` lead with the batch axis.
+    """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0. `condition` and `null` have a leading batch axis.
 
-    `prediction` says what the model returns, one of `PREDICTIONS`. With "noise" the solve starts at DDPM's last step
-    and its times are scaled to end there. Guidance is the same on both, as v is affine in the noise. Raises
+    `prediction` is the output of the model, one of `PREDICTIONS`. With "noise" the solve starts at DDPM's last step,
+    and the times are scaled accordingly. Guidance is the same for both, as v is affine in the noise. Raises
     `ValueError` for another prediction.
 
-    A guided evaluation runs a batch twice as large and counts once. Without a `null` nothing is guided. Adaptive steps
-    are chosen for each image by its own error, so that no image depends on the others of its batch; one that needs more
-    than `config.steps` raises.
+    A guided evaluation runs a batch twice as large and counts once. Without `null` there is no guidance. Adaptive steps
+    are chosen per image, so that images do not depend on the rest of the batch; more than `config.steps` raise an
+    error.
     """
     model, start_time, start = _starting_point(model, noise, prediction)
 
     def solve(start: Array, condition: Any, null: Any) -> Samples:
         return _solve(model, start, start_time, condition, null, config)
 
-    if config.rtol is None:  # the same times for all images: what depends on the time alone is computed once
+    if config.rtol is None:  # the same times for all images: terms that depend only on the time are computed once
         return solve(start, condition, null)
 
     def solve_one(*example: Any) -> Samples:
@@ -142,7 +145,8 @@ def _solve(
 
 
 def _starting_point(model: Velocity, noise: Array, prediction: str) -> tuple[Velocity, float, Array]:
-    require_choice("prediction", prediction, PREDICTIONS)
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     if prediction == "noise":
         return velocity_from_noise(model), LAST_TIME, start_at_last_time(noise)
     return model, 1.0, noise
@@ -158,6 +162,6 @@ def _controller(config: SamplerConfig, start_time: float) -> diffrax.AbstractSte
 def image_noise(
     seed: Integer[Array, ""] | int, numbers: Int[Array, " n"], latent_shape: tuple[int, int, int]
 ) -> Float[Array, "n c h w"]:
-    """Noise for images by their numbers: a function of (seed, number), whatever the batch or the devices."""
+    """Noise of images by index: a function of (seed, index), independent of batch and devices."""
     keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
     return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)

@@ -20,11 +20,11 @@ from flowdit.sharding import batch_sharding, batch_shards, replicated
 
 Decode = Callable[[Float[np.ndarray, "n c h w"], int], UInt8[np.ndarray, "n height width 3"]]
 DECODED_AT_ONCE = 16
-"""Images a device decodes at a time: the VAE needs far more memory than the network that made the latents."""
+"""Images per device and decoding call: the VAE needs far more memory than the diffusion network."""
 
 
 def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[float], mesh: Mesh) -> Decode:
-    """Normalised latents, and the batch size to compile for, to images as bytes; the batch is split over the mesh."""
+    """Return a function from normalised latents and the batch size to compile for to uint8 images, split over the mesh."""
     vae = jax.device_put(vae, replicated(mesh))
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
@@ -47,7 +47,7 @@ def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[floa
 def save_grid(
     path: Path, images: UInt8[np.ndarray, "n height width 3"], captions: Sequence[str], columns: int, gap: int = 4
 ) -> None:
-    """A grid in row-major order, each image with its caption below. Small images are enlarged to be seen."""
+    """Save a grid in row-major order, each image with its caption below. Small images are enlarged."""
     zoom = max(1, 128 // images.shape[2])
     height, width = images.shape[1] * zoom, images.shape[2] * zoom
     font = ImageFont.load_default(11)
@@ -65,7 +65,7 @@ def save_grid(
 
 
 def wrap_caption(caption: str, length: Callable[[str], float], width: int, max_lines: int = 3) -> str:
-    """`caption` in at most `max_lines` lines of at most `width`; what does not fit ends in an ellipsis."""
+    """Wrap `caption` to at most `max_lines` lines of at most `width`; longer text ends in an ellipsis."""
     lines, words = [""], caption.split()
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
@@ -87,15 +87,15 @@ def _shortened(text: str, length: Callable[[str], float], width: int) -> str:
 
 
 def load_matching_vae(name: str, manifest: Manifest) -> AutoencoderKL:
-    """The VAE called `name`. Raises `ValueError` if it is not the one that made the data's latents.
+    """Load the VAE `name`. Raises `ValueError` if it is not the one that made the data's latents.
 
-    Of a model that was trained elsewhere the VAE may be unknown, its fingerprint empty: then the layout of the latents
-    has to do.
+    The VAE of an imported model may be unknown, with an empty fingerprint: then only the layout of the latents is
+    checked.
     """
     known, channels = manifest.vae, manifest.latent_shape[0]
     if not name:
         raise ValueError(
-            f"vae: must be given, the checkpoint names none (an AutoencoderKL folder or hub id with {channels} channels)"
+            f"vae: must be given, the checkpoint has none (an AutoencoderKL folder or hub id with {channels} channels)"
         )
     vae = load_vae(name)
     wanted = (channels, known.stride, known.shift, known.scale)

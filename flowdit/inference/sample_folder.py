@@ -1,4 +1,4 @@
-"""Samples in a folder: single PNGs, a grid, and `samples.json`, without ever mixing with other images."""
+"""Writing samples to a folder: single PNGs, a grid, and `samples.json`, never mixed with other images."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from flowdit.inference.images import save_grid
 from flowdit.inference.sampler import Drawn, Sampler
 
 UNFINISHED = "samples.json.unfinished"
-"""The name of `samples.json` until all images are written."""
+"""Name of `samples.json` until all images are written."""
 LATENTS = "latents.npy"
 GRID_IMAGES = 256
-"""The most images in a grid; there may be many more in the folder."""
+"""Maximum number of images in the grid; the folder may hold more."""
 
 
 def write_samples(sampler: Sampler, requests: Requests, solver: SamplerConfig, config: SampleConfig) -> Path:
-    """Draw the `requests` and write `grid.png`, single PNGs and `samples.json` into `config.out`; the grid's path.
+    """Draw the `requests`, write `grid.png`, single PNGs and `samples.json` to `config.out`; return the grid's path.
 
-    A batch at a time: any number of images takes the memory of one batch. Raises `ValueError` if they cannot be written.
+    Images are written batch by batch, so memory does not grow with their number. Raises `ValueError` on write errors.
     """
     out = Path(config.out)
     with _naming_the_folder(out):
         out.mkdir(parents=True, exist_ok=True)
     batches = sampler.batches(requests, solver, config.seed, config.batch_size)
-    first = next(batches)  # what cannot be drawn leaves the files of an earlier run alone
+    first = next(batches)  # an error here leaves the files of an earlier run unchanged
     replaced = check_folder(config)
     settings = dataclasses.asdict(config) | dataclasses.asdict(solver) | {"captions": requests.captions}
     record = {"settings": settings, "step": sampler.trained.step, "weights": "ema"}
     with _naming_the_folder(out):
         for path in replaced:
             path.unlink()
-        # The list of what is written comes first, so that what an interrupted run leaves can be told, too.
+        # The list of files is written first, so that files of an interrupted run can be identified, too.
         (out / UNFINISHED).write_text(json.dumps(record, indent=1) + "\n")
     names, shown, evaluations = _image_names(requests.captions), [], 0
     for drawn in itertools.chain([first], batches):
@@ -74,7 +74,7 @@ def _write_batch(out: Path, names: list[str], drawn: Drawn, save_latents: bool) 
 
 
 def _append_latents(file: Path, count: int, drawn: Drawn) -> None:
-    """Batch after batch into one `.npy` file of `count` latents; a memory map would end the process on a full disk."""
+    """Append a batch to a `.npy` file of `count` latents; a memory map would crash the process on a full disk."""
     latents = drawn.latents
     with file.open("wb" if drawn.numbers[0] == 0 else "ab") as stream:
         if drawn.numbers[0] == 0:
@@ -84,10 +84,10 @@ def _append_latents(file: Path, count: int, drawn: Drawn) -> None:
 
 
 def check_folder(config: SampleConfig) -> list[Path]:
-    """The files of an earlier run in `config.out`, which may go. Sub-folders and files of other kinds stay.
+    """List the files of an earlier run in `config.out`, to be replaced. Sub-folders and other files stay.
 
-    Raises `ValueError` for images that would lie among the new ones: those of an earlier run unless `config.overwrite`
-    is set, and any others. A score of such a folder would be wrong without a word.
+    Raises `ValueError` for images of an earlier run unless `config.overwrite` is set, and for any other images: a score
+    computed over old and new images would be silently wrong.
     """
     out = Path(config.out)
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -106,7 +106,7 @@ def check_folder(config: SampleConfig) -> list[Path]:
 
 
 def _earlier_files(folder: Path) -> set[str]:
-    """Names of what an earlier run has written, or was going to, as its `samples.json` says."""
+    """Names of the files that an earlier run has written, or would have, according to its `samples.json`."""
     files: set[str] = set()
     for path in (folder / "samples.json", folder / UNFINISHED):
         if path.is_file():

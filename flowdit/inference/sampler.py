@@ -1,4 +1,4 @@
-"""Images from a model: requests and noise to latents to pixels, batch by batch, compiled once."""
+"""Sampling images from a model: from requests and noise to latents and pixels, batch by batch, compiled once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from PIL import Image
 from flowdit.conditioning import KINDS, Requests
 from flowdit.conditioning.base import check_wishes
 from flowdit.diffusion.sampling import SamplerConfig, Samples, check_count, image_noise, sample
-from flowdit.fields import require
 from flowdit.inference.images import Decode, load_matching_vae, make_decoder
 from flowdit.inference.trained import Trained
 from flowdit.models.compute import Compute, choose_compute
@@ -25,9 +24,9 @@ DrawLatents = Callable[[Any, Any, np.ndarray, Any, Any], Samples]
 
 
 class Drawn(NamedTuple):
-    """A batch of images as bytes (n, height, width, 3), the normalised latents they come from, and their numbers.
+    """A batch of uint8 images (n, height, width, 3), their normalised latents and their indices.
 
-    `evaluations` is how often the velocity field was evaluated for each.
+    `evaluations` is the number of evaluations of the velocity field for each.
     """
 
     images: np.ndarray
@@ -37,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 class Sampler:
-    """A model that draws. Weights, VAE, text encoder and compiled functions are loaded and made once, when needed first.
+    """A model for sampling. Weights, VAE, text encoder and compiled functions are created on first use and kept.
 
     ```python
     sampler = flowdit.load("checkpoints")
@@ -45,8 +44,8 @@ class Sampler:
         ...
     ```
 
-    `trained` is the model and all that is known of it; `trained.model` is the network on one example, called as
-    `model(x_t, t, condition)`. It lies on `mesh`, by default over all devices of this process, which share each batch.
+    `trained` is the model with its metadata; `trained.model` is the network for one example, called as `model(x_t, t,
+    condition)`. It is on `mesh`, by default all devices of this process, which share each batch.
     """
 
     def __init__(self, trained: Trained, mesh: Mesh | None = None, vae: str | None = None):
@@ -60,30 +59,27 @@ class Sampler:
 
     @functools.cached_property
     def decode(self) -> Decode:
-        """Normalised latents to images as bytes. Raises `ValueError` if the VAE is missing or another than the data's."""
+        """Decode normalised latents to uint8 images. Raises `ValueError` if the VAE is missing or not the data's."""
         vae = load_matching_vae(self._vae_name, self.trained.manifest)
         return make_decoder(vae, self.trained.mean, self.trained.scale, self._mesh)
 
     def draw(
         self, *, num_images: int = 1, seed: int = 0, batch_size: int = 64, **settings: Any
     ) -> Iterator[np.ndarray]:
-        """Images as bytes, (n, height, width, 3) a batch, in the order of what is asked for.
+        """Yield batches of uint8 images (n, height, width, 3), in the order of the requests.
 
-        Nothing but one batch is kept, so 50,000 images take no more memory than `batch_size` of them. The noise of an
-        image depends on `seed` and its number alone. Its pixels are the same, bit by bit, for the same batch shape, kind
-        of device and versions, and within 1e-4 otherwise (in float32); the shape is the power of two that holds all
-        images, at most `batch_size`, rounded up to the number of devices.
+        Only one batch is kept in memory. The noise of an image depends only on `seed` and its index. Its pixels are
+        bit-identical for the same batch shape, kind of device and versions, and within 1e-4 otherwise (in float32); the
+        batch size is the power of two that holds all images, at most `batch_size`, rounded up to a multiple of the
+        number of devices.
 
-        Args:
-            num_images: of each label or prompt; of a model without condition, in all.
-            seed: of the noise.
-            batch_size: images at a time.
-            settings: `labels`, or `prompts` and `negative_prompt`, one or a list; without, those of the previews in
-                training. And fields of `SamplerConfig` (`solver`, `steps`, `guidance`, ...), by default those of the
-                previews.
+        Args: num_images: per label or prompt; in total for an unconditional model. seed: of the noise. batch_size:
+        maximum number of images per batch. settings: `labels`, or `prompts` and `negative_prompt`, one or a list;
+        default: those of the training previews. And fields of `SamplerConfig` (`solver`, `steps`, `guidance`, ...);
+        default: those of the previews.
 
         Raises:
-            ValueError: in one line, naming a setting that cannot be used.
+            ValueError: with one line, naming the invalid setting.
         """
         check_settings(num_images, seed, batch_size)
         names = [field.name for field in dataclasses.fields(SamplerConfig)]
@@ -96,18 +92,18 @@ class Sampler:
         return (drawn.images for drawn in self.batches(requests, config, seed, batch_size))
 
     def sample(self, **settings: Any) -> list[Image.Image]:
-        """All images that `draw` yields with these settings, as one list."""
+        """All images of `draw` with these settings, as a list of PIL images."""
         return [Image.fromarray(image) for images in self.draw(**settings) for image in images]
 
     def sampler_config(self, changes: Mapping[str, Any]) -> SamplerConfig:
-        """The sampler of the previews in training with `changes`, None being none. Raises `ValueError` for bad ones."""
+        """The sampler of the training previews with `changes`; None means no change. Raises `ValueError` if invalid."""
         given = {name: value for name, value in changes.items() if value is not None}
         config = dataclasses.replace(self.trained.config.train.sampler, **given)
-        config.check()
+        config.check("")
         return config
 
     def requests(self, num_images: int, wishes: Mapping[str, Any]) -> Requests:
-        """`num_images` images of each thing asked for, or of each that was previewed in training."""
+        """Requests for `num_images` images of each label or prompt, by default those of the training previews."""
         conditioning = self.trained.conditioning
         check_wishes(conditioning, wishes)
         wishes = {name: value for name, value in wishes.items() if value is not None and name in conditioning.wishes}
@@ -124,7 +120,7 @@ class Sampler:
         batch_size: int = 64,
         numbers: Sequence[int] | None = None,
     ) -> Iterator[Drawn]:
-        """The images `numbers` (default: all) of the `requests`, batch by batch."""
+        """Yield the images with indices `numbers` (default: all) of the `requests`, batch by batch."""
         numbers = range(len(requests)) if numbers is None else numbers
         size = batch_shape(len(numbers), batch_size, batch_shards(self._mesh))
         draw = self._draw_latents(config)
@@ -147,9 +143,9 @@ class Sampler:
 def make_draw(
     latent_shape: tuple[int, int, int], config: SamplerConfig, prediction: str, compute: Compute, mesh: Mesh
 ) -> DrawLatents:
-    """Jitted (model, seed, numbers of images, conditions, null conditions) -> samples, the batch split over the mesh.
+    """Return a jitted (model, seed, image indices, conditions, null conditions) -> samples, split over the mesh.
 
-    The results are whole on every device, so that each process can read them: latents are small.
+    The results are replicated, so that each process can read them: latents are small.
     """
 
     def draw(model, seed, numbers, condition, null):
@@ -161,13 +157,14 @@ def make_draw(
 
 
 def batch_shape(count: int, batch_size: int, devices: int) -> int:
-    """The number of images that are drawn at a time: few different ones, as each is compiled anew."""
+    """The batch size for `count` images. It takes few different values, as each is compiled separately."""
     size = min(batch_size, 1 << max(0, count - 1).bit_length())
     return -(-size // devices) * devices
 
 
 def check_settings(num_images: int, seed: int, batch_size: int) -> None:
-    """Raise `ValueError` naming the first that cannot be used."""
+    """Raise `ValueError` naming the first invalid setting."""
     check_count("num_images", num_images)
     check_count("batch_size", batch_size)
-    require("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "must be in [0, 2**32)")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed: must be in [0, 2**32), got {seed!r}")

@@ -1,4 +1,4 @@
-"""Reading a finished model back: from a checkpoint folder alone to a network and all that is known of it."""
+"""Reading a trained model and its metadata from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from flowdit.data.manifest import Manifest
 
 
 class Trained(NamedTuple):
-    """A model read from a checkpoint folder, in float32, and what its metadata says.
+    """A model read from a checkpoint folder, in float32, with its metadata.
 
-    `prediction` says what the network returns: "velocity", or "noise" in a model that came from elsewhere.
+    `prediction` is the output of the network: "velocity", or "noise" for some imported models.
     """
 
     model: Any
@@ -31,9 +31,9 @@ class Trained(NamedTuple):
 
 
 def describe_trained(meta: Mapping[str, Any]) -> Trained:
-    """What the metadata of a checkpoint says, with the shapes of the model's arrays in place of the model.
+    """Parse the metadata of a checkpoint, with the shapes of the model's arrays instead of the model.
 
-    Raises `ValueError` for what no run and no conversion has written.
+    Raises `ValueError` for metadata that are not a flowdit checkpoint's.
     """
     try:
         return _describe(meta)

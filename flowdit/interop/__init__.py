@@ -1,4 +1,4 @@
-"""Models from elsewhere into flowdit checkpoints, flowdit checkpoints out to where models are used, and `flowdit.load`."""
+"""Conversion of models between flowdit and other formats, and `flowdit.load`."""
 
 from flowdit.interop.conversion import ConvertConfig, convert, read_source
 from flowdit.interop.loading import from_pretrained, load

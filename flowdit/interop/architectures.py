@@ -1,7 +1,7 @@
-"""How our networks go by in other projects: one `Architecture` each, looked up by `model.name`.
+"""The counterparts of our networks in other projects: one `Architecture` each, by `model.name`.
 
-Tables that are read in both directions: what a `config.json` of diffusers must say to be read is what is written into it.
-A network that gets an entry here, and layouts of its tensors, comes in and goes out.
+The tables are used in both directions: the fields required to read a diffusers `config.json` are those written to it. A
+network with an entry here, and layouts of its tensors, can be imported and exported.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from flowdit.interop.metadata import ForeignCondition, ForeignConfig, class_cond
 class DiffusersClass(NamedTuple):
     """A transformer class of diffusers, or one of `interop/exported` for it.
 
-    honoured: the fields of `config.json` that change what it computes, with its defaults. `dropout` does so in training
-        alone, `upcast_attention` changes rounding at most, and `norm_num_groups` nothing.
-    fields: fields of `ModelConfig` that it can be told, and their names in `config.json`.
-    fixed: fields of `ModelConfig` that it cannot be told, and what it computes with.
+    honoured: the fields of `config.json` that change its output, with its defaults. `dropout` matters only in training,
+    `upcast_attention` only changes rounding, and `norm_num_groups` has no effect. fields: fields of `ModelConfig` that
+    it supports, and their names in `config.json`. fixed: fields of `ModelConfig` that it does not support, and the
+    values that it uses.
     """
 
     name: str
@@ -30,7 +30,7 @@ class DiffusersClass(NamedTuple):
 
 
 class Size(NamedTuple):
-    """The field of `config.json` for the size of an axis of the tensors of our array `ours`, which have `more` rows."""
+    """The field of `config.json` for the size of an axis of our array `ours`, minus `more` extra rows."""
 
     field: str
     ours: str
@@ -39,14 +39,14 @@ class Size(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """One of our networks in other projects.
+    """The counterparts of one of our networks in other projects.
 
     layout: the tensors of diffusers' classes.
-    constants: what `config.json` must say of the operations: the first value is written, each of them is read.
-    sizes: what it says of tensors. The first is the size of the condition, in other formats too.
-    nulls: what null stands for in it, given the side of the latents.
-    position_scales: those of published models, which files do not always name (`interpolation_scale`).
-    condition: what a model from elsewhere is conditioned on, from what its user says and the size of the condition.
+    constants: required fields of `config.json`: the first value is written, all values are accepted.
+    sizes: its fields for tensor sizes. The first is the size of the condition, also in other formats.
+    nulls: the meaning of null fields, given the side of the latents.
+    position_scales: `interpolation_scale` of published models, as files do not always contain it.
+    condition: makes the condition of an imported model from the user's hints and the size of the condition.
     """
 
     stock: DiffusersClass
@@ -128,7 +128,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             fixed={},
         ),
         layout=DIFFUSERS_PIXART,
-        # `norm_eps` is that of the norm before attention too.
+        # `norm_eps` is also the epsilon of the norm before attention.
         constants=_CONSTANTS
         | {"norm_type": ("ada_norm_single",), "norm_eps": (1e-6,), "attention_type": ("default", None)},
         sizes=(

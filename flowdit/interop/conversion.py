@@ -1,4 +1,4 @@
-"""From any source to any target: what `python -m flowdit.convert` does."""
+"""Conversion from any source to any target, for `python -m flowdit.convert`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 from flowdit.checkpoint.files import list_steps
 from flowdit.checkpoint.restore import newest_whole
 from flowdit.config import as_list
-from flowdit.fields import require_choice
 from flowdit.inference.images import load_matching_vae, save_grid
 from flowdit.inference.sampler import Sampler
 from flowdit.inference.trained import describe_trained
@@ -41,17 +40,17 @@ WEIGHTS = tuple(ENTRIES)
 
 @dataclasses.dataclass
 class ConvertConfig(ForeignConfig):
-    """What `python -m flowdit.convert` takes.
+    """Settings of `python -m flowdit.convert`.
 
     source: a flowdit checkpoint or safetensors file, a diffusers folder, a file of DiT, SiT or PixArt, or a hub id.
     target: the folder, or with to=safetensors the file, to be written; it must not exist.
     to: "checkpoint" (flowdit's own, weights and metadata), "diffusers" (folder) or "safetensors" (one file).
     weights: "ema", or "model" for the raw weights.
     dtype: of the weights written; float16 halves a slim checkpoint.
-    own_class: let a diffusers folder carry flowdit's transformer class where the stock one lacks something.
-    image: an image for the model card; "draw" samples one, "none" leaves it out.
+    own_class: export flowdit's transformer class, for features that the stock class does not have.
+    image: an image for the model card; "draw" samples one, "none" omits it.
     picture: the former name of `image`, still accepted.
-    prompts: what to draw of a text model, one or a list; without them the run's `train.sample_prompts`.
+    prompts: prompts for the image of a text model, one or a list; default: the run's `train.sample_prompts`.
     push_to_hub: repository to upload the target to.
     """
 
@@ -76,43 +75,48 @@ class ConvertConfig(ForeignConfig):
         """Raise `ValueError` naming the first field that breaks a rule."""
         super().check()
         for field, choices in (("to", TARGETS), ("weights", WEIGHTS), ("dtype", DTYPES)):
-            require_choice(field, getattr(self, field), choices)
+            _check_choice(field, getattr(self, field), choices)
         if Path(self.target).exists():
-            raise ValueError(f"target: {self.target} exists already, and nothing is written over")
+            raise ValueError(f"target: must not exist, got {self.target}")
         if self.to == "safetensors" and Path(self.target).suffix != ".safetensors":
             raise ValueError(f"target: must end in .safetensors with to=safetensors, got {self.target}")
         if self.to == "diffusers" and self.image not in ("draw", "none") and not Path(self.image).is_file():
             raise ValueError(f"image: must be draw, none or an image file, got {self.image!r}")
 
 
-def read_source(name: str, weights: str = "ema", said: ForeignConfig | None = None) -> Portable:
-    """The model in any format that comes in.
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
 
-    Raises `ValueError` in one line for what cannot be read as one, or for what is said of it and cannot be.
+
+def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = None) -> Portable:
+    """Read a model in any supported format.
+
+    Raises `ValueError` with one line if the source cannot be read, or a hint contradicts it.
     """
-    said = said or ForeignConfig()
-    ForeignConfig.check(said)
-    require_choice("weights", weights, WEIGHTS)
+    hints = hints or ForeignConfig()
+    ForeignConfig.check(hints)
+    _check_choice("weights", weights, WEIGHTS)
     path = find_source(name)
     if path.is_file():
         single = read_single(path) if path.suffix == ".safetensors" else None
         if single is None and path.suffix not in (".safetensors", *SUFFIXES):
             raise ValueError(f"source: {path} must be .safetensors or one of {', '.join(SUFFIXES)}")
-        return single or read_original(path, weights, said)
+        return single or read_original(path, weights, hints)
     if (path / "meta").is_dir():
         return read_checkpoint(path, weights)
     if list_steps(path):
         return read_checkpoint(newest_whole(path), weights)
     if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
-        return read_diffusers(path, weights, said)
+        return read_diffusers(path, weights, hints)
     singles = sorted(path.glob("*.safetensors"))
     if len(singles) == 1:
-        return read_source(str(singles[0]), weights, said)
+        return read_source(str(singles[0]), weights, hints)
     raise ValueError(f"source: {path} holds neither a checkpoint (meta) nor a diffusers folder (config.json)")
 
 
 def convert(config: ConvertConfig) -> Portable:
-    """Read, check, write under a temporary name, rename, and perhaps upload; the model that was converted."""
+    """Read, check, write under a temporary name, rename, and upload if requested. Returns the converted model."""
     config.check()
     portable = read_source(config.source, config.weights, config)
     described = describe_trained(portable.meta)
@@ -134,7 +138,7 @@ def convert(config: ConvertConfig) -> Portable:
 
 @contextmanager
 def _finished(target: Path) -> Iterator[Path]:
-    """A path to write to that gets its name when all is written, and is removed if something goes wrong."""
+    """A temporary path that is renamed to `target` at the end, and removed on an error."""
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -157,7 +161,7 @@ def _write_diffusers(portable: Portable, folder: Path, config: ConvertConfig) ->
     if config.image == "draw":
         try:
             draw_grid(Sampler(to_trained(portable), vae=config.vae), image, config.prompts)
-        except ValueError as problem:  # a VAE or text encoder that is not here is no reason to withhold the model
+        except ValueError as problem:  # a missing VAE or text encoder must not prevent the export
             print(f"no sample image: {problem}", flush=True)
     elif config.image != "none":
         shutil.copyfile(config.image, image)
@@ -165,7 +169,7 @@ def _write_diffusers(portable: Portable, folder: Path, config: ConvertConfig) ->
 
 
 def draw_grid(sampler: Sampler, path: Path, prompts: list[str] | None) -> None:
-    """A grid of `prompts`, or of what was previewed in training, with the sampler of the previews."""
+    """Draw a grid of `prompts`, or of the training previews, with the sampler of the previews."""
     trained, train = sampler.trained, sampler.trained.config.train
     requests = sampler.requests(1, {"prompts": prompts}) if prompts else trained.conditioning.previews(train, None)
     images = [drawn.images for drawn in sampler.batches(requests, train.sampler)]

@@ -1,8 +1,7 @@
-"""A diffusers transformer's `config.json` as our `ModelConfig`: what each class honours, held against its tensors.
+"""Reading a diffusers transformer's `config.json` as our `ModelConfig`, and checking it against the tensors.
 
-diffusers gives a field that is missing the default of the class, ignores one that the class does not know, and cannot
-load tensors of other sizes than the file says. So does this module. Sizes are compared with the tensors before anything
-of that size is built.
+As in diffusers, missing fields have the default of the class, unknown fields are ignored, and tensors of other sizes
+than the file's are refused. Sizes are compared with the tensors before anything of that size is allocated.
 """
 
 from __future__ import annotations
@@ -12,22 +11,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowdit.fields import shown
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES, Architecture, DiffusersClass
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.portable import MAX_SAMPLED_SIDE
+from flowdit.models.pretrained import shown
 from flowdit.models.transformer import ModelConfig
 
 CLASSES = {kind.name: (architecture, kind) for architecture in ARCHITECTURES.values() for kind in architecture.classes}
-# What published DiT and PixArt say, older than diffusers' classes for them, and how diffusers tells them apart.
+# The class name in published DiT and PixArt files, older than diffusers' classes; the norm distinguishes them.
 FORMER_NAME = "Transformer2DModel"
 BY_NORM = {architecture.constants["norm_type"][0]: architecture.stock.name for architecture in ARCHITECTURES.values()}
 MAY_BE_ZERO = ("time_freq_shift",)
 
 
 class Settings(NamedTuple):
-    """The fields of a parsed JSON file of diffusers, with defaults for those that it leaves out."""
+    """The fields of a parsed diffusers JSON file, with defaults for missing ones."""
 
     file: Path
     values: Mapping[str, Any]
@@ -39,7 +38,7 @@ class Settings(NamedTuple):
 
     def number(self, name: str, *, may_be_zero: bool = False) -> float:
         value = self.values[name]
-        # NaN compares false, and an int of hundreds of digits is no float.
+        # NaN compares false, and an int of hundreds of digits does not fit a float.
         if type(value) not in (int, float) or not 0 <= value < 1e100 or (value == 0 and not may_be_zero):
             raise self.error(name, "a number, not negative" if may_be_zero else "a number above 0")
         return float(value)
@@ -58,7 +57,7 @@ class Settings(NamedTuple):
 
 
 def find_class(file: Path, raw: Mapping[str, Any]) -> tuple[Architecture, DiffusersClass]:
-    """What a `config.json` is of. Raises `ValueError` for a class that is not read here."""
+    """Find the class of a `config.json`. Raises `ValueError` for an unsupported class."""
     name, norm = raw.get("_class_name"), raw.get("norm_type")
     if name == FORMER_NAME and isinstance(norm, str):
         name = BY_NORM.get(norm, name)
@@ -70,10 +69,9 @@ def find_class(file: Path, raw: Mapping[str, Any]) -> tuple[Architecture, Diffus
 def read_config(
     file: Path, raw: Mapping[str, Any], tensors: Arrays
 ) -> tuple[Layout, ModelConfig, tuple[int, int, int]]:
-    """Layout, model and latent shape of a transformer.
+    """Read layout, model and latent shape of a transformer.
 
-    Raises `ValueError` naming the first field that asks for what is not computed here, disagrees with the tensors, or
-    is of another type than diffusers takes.
+    Raises `ValueError` naming the first field that is not supported, contradicts the tensors, or has the wrong type.
     """
     architecture, kind = find_class(file, raw)
     settings = Settings(file, {field: raw.get(field, default) for field, default in kind.honoured.items()})
@@ -106,7 +104,7 @@ def _model(settings: Settings, architecture: Architecture, kind: DiffusersClass)
 
 
 class _Claim(NamedTuple):
-    """`field`, as `given`, says that an axis of the tensors of our array has this size."""
+    """The size of an axis of our array `ours` according to `field`, whose value is `given`."""
 
     field: str
     given: Any
@@ -116,7 +114,7 @@ class _Claim(NamedTuple):
 
 
 def _check_sizes(settings: Settings, architecture: Architecture, tensors: Arrays, model: ModelConfig) -> None:
-    """Raise `ValueError` naming the first field that gives another size than the tensors have."""
+    """Raise `ValueError` naming the first field whose size differs from the tensors."""
     folder, layout = settings.file.parent, architecture.layout
     blocks = layouts.count_blocks(layout, tensors, str(folder))
     if model.depth != blocks:
@@ -127,8 +125,8 @@ def _check_sizes(settings: Settings, architecture: Architecture, tensors: Arrays
             raise ValueError(f"source: {folder} must hold the tensor {name}")
         shape = tensors[name].shape
         if len(shape) <= axis or shape[axis] != size:
-            told = f"{field} must fit the tensor {name} of shape {list(shape)}, got {shown(given)}"
-            raise ValueError(f"source: {settings.file}: {told}")
+            rule = f"{field} must fit the tensor {name} of shape {list(shape)}, got {shown(given)}"
+            raise ValueError(f"source: {settings.file}: {rule}")
 
 
 def _sizes(settings: Settings, architecture: Architecture, model: ModelConfig) -> Iterator[_Claim]:

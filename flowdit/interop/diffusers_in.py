@@ -1,4 +1,4 @@
-"""diffusers folders of `DiTTransformer2DModel` and `PixArtTransformer2DModel`, and of flowdit's own classes for diffusers."""
+"""Reading diffusers folders of `DiTTransformer2DModel`, `PixArtTransformer2DModel` and flowdit's classes for diffusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from flowdit.fields import shown
 from flowdit.inference.trained import Trained
 from flowdit.interop import layouts
 from flowdit.interop.diffusers_config import Settings, find_class, read_config
@@ -18,13 +17,14 @@ from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
+from flowdit.models.pretrained import shown
 from flowdit.models.transformer import ModelConfig
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 META_FILE = "flowdit.json"
 META_KEY = "flowdit"
 PIPELINE = "FlowDiTPipeline"
-# What schedulers must say, which are also diffusers' defaults.
+# Required settings of the scheduler, which are also diffusers' defaults.
 FLOW = {"num_train_timesteps": 1000, "invert_sigmas": False}
 DDPM = {
     "num_train_timesteps": 1000,
@@ -38,11 +38,11 @@ DDPM = {
 }
 
 
-def read_diffusers(folder: Path, weights: str, said: ForeignConfig) -> Portable:
-    """A diffusers folder: the transformer's own, or a pipeline's with its scheduler and VAE."""
+def read_diffusers(folder: Path, weights: str, hints: ForeignConfig) -> Portable:
+    """Read a diffusers folder, of a transformer or of a pipeline with scheduler and VAE."""
     own = folder / "transformer" if (folder / "transformer" / "config.json").is_file() else folder
     raw = pretrained.read_json(own / "config.json")
-    architecture, kind = find_class(own / "config.json", raw)  # before the weights, which take long
+    architecture, kind = find_class(own / "config.json", raw)  # before the weights, which are slow to read
     notes: list[str] = []
     tensors = _read_tensors(own, weights, notes)
     layout, model, latent_shape = read_config(own / "config.json", raw, tensors)
@@ -50,32 +50,32 @@ def read_diffusers(folder: Path, weights: str, said: ForeignConfig) -> Portable:
         return _own_export(folder, meta, layout, tensors, model, latent_shape)._replace(notes=tuple(notes))
     if kind is architecture.own:
         notes.append(
-            "the folder lacks flowdit's metadata: latents are taken to be normalised by shift and scale of the VAE"
+            "the folder has no flowdit metadata: latents are assumed to be normalised by shift and scale of the VAE"
         )
-    prediction = said.prediction or _scheduled_prediction(folder, tensors, layout, model, latent_shape[0])
-    if said.vae is None and (folder / "vae" / "config.json").is_file():
-        said = dataclasses.replace(said, vae=str(folder))
-    return assemble(Found(str(folder), layout, tensors, model, latent_shape, prediction, notes), said)
+    prediction = hints.prediction or _scheduled_prediction(folder, tensors, layout, model, latent_shape[0])
+    if hints.vae is None and (folder / "vae" / "config.json").is_file():
+        hints = dataclasses.replace(hints, vae=str(folder))
+    return assemble(Found(str(folder), layout, tensors, model, latent_shape, prediction, notes), hints)
 
 
 def _read_tensors(folder: Path, weights: str, notes: list[str]) -> Arrays:
-    """The tensors in safetensors files or, where there are none, in the `.bin` files that torch writes."""
+    """Read the tensors from safetensors files or, if there are none, from torch's `.bin` files."""
     has_safetensors, has_bin = (
         any((folder / f"{WEIGHTS_STEM}{suffix}").is_file() for suffix in (kind, f"{kind}.index.json"))
         for kind in (".safetensors", ".bin")
     )
     if has_safetensors or not has_bin:
         if has_bin:
-            notes.append(f"{folder} holds {WEIGHTS_STEM}.bin too, which is left out: the safetensors file is read")
+            notes.append(f"{folder} also holds {WEIGHTS_STEM}.bin, which is ignored: the safetensors file is read")
         return pretrained.read_tensors(pretrained.find_weights(folder, WEIGHTS_STEM))
     files = pretrained.find_weights(folder, WEIGHTS_STEM, suffix=".bin")
     return {name: tensor for file in files for name, tensor in read_torch_file(file, weights, notes).tensors.items()}
 
 
 def _own_meta(folder: Path) -> dict[str, Any] | None:
-    """A checkpoint's metadata in a folder that flowdit wrote, or that diffusers saved of its pipeline.
+    """Read the checkpoint metadata in a folder exported by flowdit, or saved again by diffusers.
 
-    Raises `ValueError` for such a pipeline without them: how its latents are normalised would be lost.
+    Raises `ValueError` for a flowdit pipeline without them, as the normalisation of its latents is unknown.
     """
     if (folder / META_FILE).is_file():
         return pretrained.read_json(folder / META_FILE)
@@ -84,9 +84,7 @@ def _own_meta(folder: Path) -> dict[str, Any] | None:
     if isinstance(meta := index.get(META_KEY), dict):
         return meta
     if PIPELINE in (name := index.get("_class_name"), *(name if isinstance(name, list) else ())):
-        raise ValueError(
-            f"source: {folder} must hold {META_FILE}, as the folder does that its pipeline was loaded from"
-        )
+        raise ValueError(f"source: {folder} must hold {META_FILE}, like the folder that its pipeline was loaded from")
     return None
 
 
@@ -98,7 +96,7 @@ def _own_export(
     model: ModelConfig,
     latent_shape: tuple[int, int, int],
 ) -> Portable:
-    """What flowdit wrote: the tensors of the class, and the metadata of the checkpoint beside them."""
+    """The model of a folder exported by flowdit: tensors of the class, and checkpoint metadata."""
     described = describe(meta, str(folder))
     _check_agreement(folder, described, model, latent_shape)
     shapes = array_shapes(described)
@@ -115,19 +113,19 @@ def _own_export(
 
 
 def _check_agreement(folder: Path, described: Trained, model: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
-    """Raise `ValueError` naming the first field in which the metadata differ from the transformer's `config.json`."""
-    elsewhere = {"remat", "null_tokens"}  # how it is trained; the rows of the null caption
+    """Raise `ValueError` naming the first field that differs between metadata and the transformer's `config.json`."""
+    elsewhere = {"remat", "null_tokens"}  # not in config.json
     fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in elsewhere]
     pairs = {f"model.{name}": (getattr(described.config.model, name), getattr(model, name)) for name in fields}
     pairs["latent_shape"] = (described.manifest.latent_shape, latent_shape)
-    for name, (stored, told) in pairs.items():
-        if stored != told:
-            rule = f"{name} must be {told} in flowdit's metadata, as config.json says"
+    for name, (stored, expected) in pairs.items():
+        if stored != expected:
+            rule = f"{name} must be {expected} in flowdit's metadata, as in config.json"
             raise ValueError(f"source: {folder}: {rule}, got {shown(stored)}")
 
 
 def _null_caption(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The null caption of a pipeline, in which it is a list for each token."""
+    """Read the null caption of a pipeline, a list for each token."""
     values = pretrained.read_json(file).get("null_caption")
     try:
         return np.asarray(values, np.float32).reshape(shape)
@@ -136,18 +134,18 @@ def _null_caption(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _scheduled_prediction(folder: Path, tensors: Arrays, layout: Layout, model: ModelConfig, channels: int) -> str:
-    """What the scheduler beside the transformer says of its output; learned sigmas come with noise."""
+    """The prediction type of the scheduler; without one, learned sigmas mean noise."""
     file = folder / "scheduler" / "scheduler_config.json"
     if file.is_file():
         return _of_schedule(file, pretrained.read_json(file))
     rows = tensors[layout.theirs("final_linear.bias")].size
     if rows == 2 * channels * model.patch_size**2:
         return "noise"
-    raise ValueError(f"prediction: must be given, as {folder} has no scheduler that says it (velocity or noise)")
+    raise ValueError(f"prediction: must be given, as {folder} has no scheduler (velocity or noise)")
 
 
 def _of_schedule(file: Path, raw: dict[str, Any]) -> str:
-    """Velocity on the straight path, or noise on DDPM's. Raises `ValueError` naming the field of another schedule."""
+    """Velocity for the linear path, noise for DDPM's schedule. Raises `ValueError` naming the field of another schedule."""
     name = str(raw.get("_class_name", ""))
     table = FLOW if name.startswith("FlowMatch") else DDPM
     settings = Settings(file, {field: raw.get(field, expected) for field, expected in table.items()})

@@ -1,4 +1,4 @@
-"""A model as a diffusers folder: transformer, scheduler, VAE, model card, and a pipeline that runs without flowdit."""
+"""Writing a model as a diffusers folder: transformer, scheduler, VAE, model card and a pipeline that does not need flowdit."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ DDIM = {
 
 
 def export_diffusers(portable: Portable, target: Path, dtype: str, *, own_class: bool, vae: str | None) -> None:
-    """Write the folder, once `check_representable` has nothing against it.
+    """Write the folder; call `check_representable` first.
 
-    The stock classes have no Q/K norms; with `own_class` the folder carries a class of flowdit's that has them, and
-    diffusers loads it with `trust_remote_code=True`.
+    The stock classes have no Q/K norms; with `own_class` the folder contains a flowdit class that has them, which
+    diffusers loads with `trust_remote_code=True`.
     """
     described = describe_trained(portable.meta)
     target.mkdir(parents=True)
@@ -52,16 +52,16 @@ def export_diffusers(portable: Portable, target: Path, dtype: str, *, own_class:
 
 
 def check_representable(described: Trained, own_class: bool) -> None:
-    """Raise `ValueError` listing every field for which the class has no place, or a condition that the pipeline has none for."""
+    """Raise `ValueError` listing every field that the class does not support, or a condition that the pipeline does not."""
     if described.conditioning.exported() is None:
-        raise ValueError(f"to: the diffusers pipeline has no place for conditioning={kind_of(described.config)}")
+        raise ValueError(f"to: the diffusers pipeline does not support conditioning={kind_of(described.config)}")
     model, shape = described.config.model, described.manifest.latent_shape
     kind = diffusers_class(model, own_class)
     rules = [("the latents' width", shape[2], shape[1])]
     rules += [(f"model.{field}", getattr(model, field), needed) for field, needed in kind.fixed.items()]
     broken = [f"{field} must be {needed}, got {found}" for field, found, needed in rules if found != needed]
     if broken:
-        advice = "" if own_class else "; own_class=true writes a class that has it"
+        advice = "" if own_class else "; own_class=true writes a class that can"
         raise ValueError(f"to: {kind.name} cannot represent this model: {'; '.join(broken)}{advice}")
 
 
@@ -119,7 +119,7 @@ def scheduler_config(described: Trained) -> dict[str, Any]:
 
 
 def model_index(portable: Portable, described: Trained, own_class: bool, vae: str, has_vae: bool) -> dict[str, Any]:
-    """`model_index.json`: the pipeline's parts, and its values."""
+    """`model_index.json`: components and values of the pipeline."""
     manifest, exported = described.manifest, described.conditioning.exported()
     assert exported is not None  # `check_representable`
     sampler: SamplerConfig = described.config.train.sampler
@@ -144,13 +144,13 @@ def model_index(portable: Portable, described: Trained, own_class: bool, vae: st
         META_KEY: portable.meta,
     }
     if (null_caption := portable.arrays.get("null_caption")) is not None:
-        # float32 values survive JSON, whose numbers are written in full
+        # JSON represents float32 values exactly
         index["null_caption"] = np.atleast_2d(null_caption).astype("float32").tolist()
     return index
 
 
 def _copy_vae(name: str, target: Path) -> bool:
-    """A VAE that lies on this machine is copied; one of the hub is referred to."""
+    """Copy an embedded or local VAE and return True; a VAE on the hub is not copied."""
     if name not in EMBEDDED and not (name and Path(name).is_dir()):
         return False
     source = pretrained.find_folder("vae", name, embedded=EMBEDDED, subfolder="vae", stem=WEIGHTS_STEM)

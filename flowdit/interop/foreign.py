@@ -1,4 +1,4 @@
-"""Checkpoints of other projects into flowdit's arrays and metadata: the part that all of them share."""
+"""Converting checkpoints of other projects to flowdit's arrays and metadata: the common part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowdit.models.transformer import ModelConfig
 
 
 class Found(NamedTuple):
-    """A foreign checkpoint before its weights are looked at: tensors by their names, and what is known of the shape."""
+    """A checkpoint of another project before conversion: tensors by their original names, and the model's shape."""
 
     source: str
     layout: Layout
@@ -30,8 +30,8 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def assemble(found: Found, said: ForeignConfig, fold: Callable[[Arrays], Arrays] | None = None) -> Portable:
-    """Tensors, checked against the architecture one by one, under our names and with a checkpoint's metadata."""
+def assemble(found: Found, hints: ForeignConfig, fold: Callable[[Arrays], Arrays] | None = None) -> Portable:
+    """Check the tensors against the architecture, rename them and add checkpoint metadata."""
     model, notes = found.model, found.notes
     layout = layouts.for_model(found.layout, model)
     tensors = {n: t for n, t in found.tensors.items() if not n.startswith(layout.ignored)}
@@ -39,8 +39,8 @@ def assemble(found: Found, said: ForeignConfig, fold: Callable[[Arrays], Arrays]
     check_dtypes(found.source, tensors)
     config = Config(model=model, data=DataConfig(path=""))
     size = condition_size(found.layout, tensors)
-    condition = ARCHITECTURES[model.name].condition(config, said, size)
-    meta = foreign_meta(config, condition, found.latent_shape, said, notes)
+    condition = ARCHITECTURES[model.name].condition(config, hints, size)
+    meta = foreign_meta(config, condition, found.latent_shape, hints, notes)
     meta |= {"prediction": found.prediction, "source": layout.name}
     shapes = array_shapes(describe(meta, found.source))
     check_shapes(
@@ -50,22 +50,22 @@ def assemble(found: Found, said: ForeignConfig, fold: Callable[[Arrays], Arrays]
     arrays = layouts.to_ours(layout, tensors, model.depth)
     arrays = fold(arrays) if fold else arrays
     if "null_caption" in shapes and "null_caption" not in arrays:
-        notes.append("the folder holds no null caption, which is set to 0: guide with a negative prompt")
+        notes.append("the folder holds no null caption, which is set to 0: use a negative prompt for guidance")
         arrays["null_caption"] = np.zeros(shapes["null_caption"], next(iter(arrays.values())).dtype)
     if found.prediction == "noise":
-        notes.append("the network predicts noise (DDPM): sampling makes a velocity of it")
+        notes.append("the network predicts noise (DDPM): sampling converts it to a velocity")
     return checked(Portable(arrays, meta, tuple(notes)), found.source)
 
 
 def condition_size(layout: Layout, tensors: Arrays) -> int:
-    """Number of classes or width of the text, from the tensor that has it; without the tensor, 0."""
+    """Number of classes or width of the text, from the size of a tensor; 0 without that tensor."""
     size = ARCHITECTURES[layout.model].sizes[0]
     shape = np.shape(tensors.get(layout.theirs(size.ours), ()))
     return shape[size.axis] - size.more if len(shape) > size.axis else 0
 
 
 def _first_half(found: Found, tensors: Arrays) -> Arrays:
-    """Without the learned variances in the second half of the output channels, where there are any."""
+    """Remove the learned variances in the second half of the output channels, if any."""
     channels, patch_area = found.latent_shape[0], found.model.patch_size**2
     names = [found.layout.theirs(f"final_linear.{part}") for part in ("weight", "bias")]
     if any(name not in tensors or len(tensors[name]) != 2 * channels * patch_area for name in names):
@@ -76,7 +76,7 @@ def _first_half(found: Found, tensors: Arrays) -> Arrays:
 
 
 def check_dtypes(source: str, tensors: Arrays) -> None:
-    """Raise `ValueError` for tensors of several dtypes, or of one that no model is trained in."""
+    """Raise `ValueError` for tensors of several dtypes, or of a non-float dtype."""
     kinds: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         kinds.setdefault(str(tensor.dtype), []).append(name)
@@ -86,11 +86,11 @@ def check_dtypes(source: str, tensors: Arrays) -> None:
 
 
 def check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> None:
-    """Raise `ValueError` where blocks differ in the time and class embedders that diffusers' DiT keeps in each."""
+    """Raise `ValueError` if the copies of the time and class embedders in the blocks of diffusers' DiT differ."""
     for name in (name for name in tensors if layout.is_repeated(name)):
         for i in range(1, depth):
             if not np.array_equal(tensors[copy := layouts.numbered(layout, name, i)], tensors[name]):
                 raise ValueError(
-                    f"source: {source}: {copy} must equal {name}: one embedder serves all blocks, and is to be shared "
-                    "before a model is trained on in torch (docs/interchange.md)"
+                    f"source: {source}: {copy} must equal {name}: all blocks must share one embedder "
+                    "during training in torch (docs/interchange.md)"
                 )

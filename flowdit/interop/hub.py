@@ -1,4 +1,4 @@
-"""Where a source is: a local path, or a repository of the Hugging Face hub; and a folder's way there."""
+"""Finding a source, locally or on the Hugging Face hub, and uploading a folder."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import huggingface_hub
 
-# Data only: code that a repository may carry is neither downloaded nor run.
+# Data only: code in a repository is neither downloaded nor run.
 ITEMS = ("meta/*", "model_ema/*", "state/*", "dataset/*", "_CHECKPOINT_METADATA")  # of a flowdit checkpoint
 PATTERNS = ("*.json", "*.safetensors", *ITEMS)
 BIN = ("transformer/*.bin", "diffusion_pytorch_model*.bin")
-UNUSED = ("text_encoder*/*", "safety_checker/*", "image_encoder/*")  # of pipelines; the first may be 20 GB
+UNUSED = ("text_encoder*/*", "safety_checker/*", "image_encoder/*")  # parts of pipelines; the first may be 20 GB
 
 
 def find_source(name: str) -> Path:
-    """The file or folder called `name`, downloaded from the hub if it is not here. Raises `ValueError` if it is neither."""
+    """The local file or folder `name`, or else a download from the hub. Raises `ValueError` if there is neither."""
     path = Path(name)
     if path.exists():
         return path
@@ -24,9 +24,9 @@ def find_source(name: str) -> Path:
         raise ValueError(f"source: there is no file or folder {name}")
     try:
         folder = _download(name, PATTERNS)
-        # Repositories often hold their weights in both formats: the other one is fetched where it is the only one.
+        # Repositories often hold their weights in both formats: `.bin` is only fetched if there is no safetensors.
         return folder if _has_weights(folder) else _download(name, (*PATTERNS, *BIN))
-    except Exception as problem:  # the client lets the errors of its HTTP library through, whichever that is
+    except Exception as problem:  # the client raises the errors of its HTTP library
         reason = str(problem).strip().partition("\n")[0]
         raise ValueError(
             f"source: must be a file, a folder or a reachable Hugging Face hub id, not {name!r} "
@@ -44,7 +44,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload what is in `folder` as a model repository; its address. Raises `ValueError` if the hub refuses."""
+    """Upload `folder` as a model repository and return its address. Raises `ValueError` if the hub refuses."""
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")

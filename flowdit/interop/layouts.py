@@ -1,10 +1,10 @@
-"""Which tensor of a foreign checkpoint is which array here, and how it lies there: one table a format.
+"""The mapping between tensors of other projects and our arrays: one table per format.
 
-A table is read in both directions. Every conversion is a transposition, a concatenation or a selection, so that a model
-goes out and comes back bit by bit. All of it is numpy on the host: no network is built and no device is needed.
+A table is used in both directions. Every conversion is a transposition, a concatenation or a selection, so a round trip
+is bit-exact. It is numpy on the host: no network is built and no device is needed.
 
-Layouts: diffusers' `DiTTransformer2DModel` and `PixArtTransformer2DModel`; facebookresearch/DiT and willisma/SiT, whose
-names agree; PixArt-alpha/PixArt-alpha and PixArt-sigma.
+Layouts: diffusers' `DiTTransformer2DModel` and `PixArtTransformer2DModel`; facebookresearch/DiT and willisma/SiT, which
+have the same names; PixArt-alpha/PixArt-alpha and PixArt-sigma.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BLOCK = "{i}"
 
 
 class Field(NamedTuple):
-    """Our array `ours`, and the tensors that it is made of, side by side on the last axis.
+    """Our array `ours`, and the tensors that are concatenated to it on the last axis.
 
-    Where the name of a tensor holds `{i}` there is one in each block, and our array leads with the depth axis.
+    If the tensor names hold `{i}` there is one in each block, and our array has a leading depth axis.
     """
 
     ours: str
@@ -37,10 +37,10 @@ class Field(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A format. `repeated` names the tensors of which every block holds an equal copy of one that we have once.
+    """A format. `repeated` are prefixes of tensors of which every block holds an equal copy, where we have one array.
 
-    `head_norms` are the Q/K norms of models that have them. `ignored` are prefixes of names that are no parameters: fixed
-    positions, and buffers.
+    `head_norms` are the Q/K norms of models that have them. `ignored` are prefixes of names that are not parameters:
+    fixed positions and buffers.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
         return name.startswith(self.repeated) if self.repeated else False
 
     def theirs(self, ours: str) -> str:
-        """The name of the first tensor that our array `ours` is made of."""
+        """The name of the first tensor of our array `ours`."""
         return next(field.theirs[0] for field in self.fields if field.ours == ours)
 
     @property
@@ -186,14 +186,14 @@ ORIGINAL_PIXART = Layout(
 
 
 def for_model(layout: Layout, model: ModelConfig) -> Layout:
-    """The layout of the parts that a model has: with Q/K norms, which no stock class knows, or without a size embedding."""
+    """The layout of a model: with Q/K norms (not in stock classes), and without a size embedding, depending on its fields."""
     fields = layout.fields + (layout.head_norms if model.qk_norm else ())
     absent = () if model.micro_conditioning else ("size_embed.",)
     return layout._replace(fields=tuple(field for field in fields if not field.ours.startswith(absent)))
 
 
-# Each pair of functions turns one tensor of theirs, (out, in) for a linear layer, into ours and back. The patch
-# embedding is a convolution there, (out, channel, row, column), and a patch here is flattened as (row, column, channel).
+# Each pair of functions converts one of their tensors, (out, in) for a linear layer, to ours and back. Their patch
+# embedding is a convolution (out, channel, row, column); our patches are flattened as (row, column, channel).
 
 
 def _flatten_convolution(x: np.ndarray) -> np.ndarray:
@@ -217,7 +217,7 @@ _OUTWARDS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def to_ours(layout: Layout, tensors: Mapping[str, np.ndarray], depth: int) -> Arrays:
-    """Our arrays by name out of their tensors. Raises `KeyError` for one that is not there: check names first."""
+    """Our arrays by name from their tensors. Raises `KeyError` for a missing tensor: check names first."""
 
     def joined(field: Field, i: int) -> np.ndarray:
         parts = [_INWARDS[field.kind](tensors[name.replace(BLOCK, str(i))]) for name in field.theirs]
@@ -230,7 +230,7 @@ def to_ours(layout: Layout, tensors: Mapping[str, np.ndarray], depth: int) -> Ar
 
 
 def to_theirs(layout: Layout, arrays: Mapping[str, np.ndarray], patch_size: int) -> Arrays:
-    """Their tensors by name out of our arrays, contiguous, the repeated ones in every block."""
+    """Their tensors by name from our arrays, contiguous, with the repeated ones in every block."""
     return {name: np.ascontiguousarray(tensor) for name, tensor in _their_tensors(layout, arrays, patch_size)}
 
 
@@ -254,14 +254,14 @@ def _their_tensors(
 
 
 def numbered(layout: Layout, name: str, i: int) -> str:
-    """The name of a tensor in block `i`; that of one outside of all blocks is left as it is."""
+    """The name of a tensor in block `i`; names of tensors outside the blocks are unchanged."""
     return name.replace(".0.", f".{i}.", 1) if layout.is_repeated(name) else name.replace(BLOCK, str(i))
 
 
 def count_blocks(layout: Layout, names: Iterable[str], source: str) -> int:
-    """How many blocks the tensors of these names belong to. Raises `ValueError` unless those are 0, 1, 2 and so on."""
+    """Number of blocks in these tensor names. Raises `ValueError` unless they are numbered 0, 1, 2, ..."""
     numbers = numbers_after(layout.block_prefix, names)
     absent = [i for i in range(max(len(numbers), 1)) if str(i) not in numbers]
     if absent:
-        raise ValueError(f"source: {source} must hold tensors of {layout.block_prefix}{absent[0]}, it holds none")
+        raise ValueError(f"source: {source} must hold tensors of {layout.block_prefix}{absent[0]}, none found")
     return len(numbers)

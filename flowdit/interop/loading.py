@@ -1,4 +1,4 @@
-"""From a name to a sampler: what `flowdit.load` does."""
+"""`flowdit.load`: from a name to a sampler."""
 
 from __future__ import annotations
 
@@ -24,19 +24,16 @@ def load(
     report: Callable[[str], None] | None = None,
     **hints: Any,
 ) -> Sampler:
-    """The model called `name`, ready to draw: `load("checkpoints").draw(labels=["heart"] * 8)`.
+    """Load the model `name` for sampling: `load("checkpoints").draw(labels=["heart"] * 8)`.
 
-    Args:
-        name: a checkpoint folder, a run folder (its newest whole checkpoint), an exported diffusers folder, a
-            safetensors file, a file of another project, or a hub id.
-        weights: "ema" or "model", of a checkpoint that has both.
-        mesh: devices that share each batch; by default all of this process.
-        report: is told what is taken for granted, or left out of the files; by default a warning.
-        hints: fields of `ForeignConfig`, for what the files do not say. `vae` and `text_encoder` also tell where these
-            are now, in place of where they were during training.
+    Args: name: a checkpoint folder, a run folder (its newest whole checkpoint), an exported diffusers folder, a
+    safetensors file, a file of another project, or a hub id. weights: "ema" or "model", of a checkpoint that has both.
+    mesh: devices that share each batch; by default all of this process. report: called with a note for each assumption,
+    and each part of the files that is not read; default: a warning. hints: fields of `ForeignConfig`, for information
+    that is not in the files. `vae` and `text_encoder` can also be new locations of the ones used in training.
 
     Raises:
-        ValueError: in one line, for a source that is missing, damaged or another architecture's.
+        ValueError: with one line, for a source that is missing, damaged or of another architecture.
     """
     known = [field.name for field in dataclasses.fields(ForeignConfig)]
     if unknown := [hint for hint in hints if hint not in known]:
@@ -56,5 +53,5 @@ def _warn(note: str) -> None:
 
 
 def from_pretrained(name: str, weights: str = "ema", **hints: Any) -> Sampler:
-    """`load`, under the name that other libraries give it."""
+    """Alias of `load`, as the function is called in other libraries."""
     return load(name, weights, **hints)

@@ -1,4 +1,4 @@
-"""A checkpoint's metadata for a model that was trained elsewhere, from what its files and its user say."""
+"""Checkpoint metadata for a model trained elsewhere, from its files and the user's hints."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from flowdit.checkpoint.meta import FORMAT, run_meta
 from flowdit.conditioning import from_checkpoint
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest, VaeInfo
-from flowdit.diffusion.sampling import PREDICTIONS
-from flowdit.fields import require, require_choice
 from flowdit.models.vae import load_vae
 
 FORMATS = ("dit", "sit", "pixart")
-# What DiT, SiT and PixArt-alpha were trained on, and nearly every other model of four channels.
+# The VAE of DiT, SiT and PixArt-alpha, and of nearly every other model with four channels.
 SD_VAE = VaeInfo(name="", fingerprint="", shift=0.0, scale=0.18215, stride=8)
 
 
 @dataclasses.dataclass
 class ForeignConfig:
-    """What the user says of a checkpoint whose files do not say it.
+    """The user's hints about a checkpoint, for information that is not in its files.
 
     format: "dit", "sit" or "pixart", for a file of an original repository; DiT's and SiT's tensors have the same names.
-    prediction: "velocity" or "noise", what the network returns.
-    latent_size: side of the latents, where no table of positions tells it.
-    num_heads: attention heads, for a width that is none of the papers'.
-    interpolation_scale: of PixArt's positions, where no table of positions tells it.
-    classes: text file with the name of a class on each line; numbers without it.
-    vae: the AutoencoderKL of the latents, a folder or hub id; that of a pipeline folder is found by itself.
-    text_encoder, max_length: the encoder whose features the model reads, and their number.
+    prediction: "velocity" or "noise", the output of the network.
+    latent_size: side of the latents, needed without a position table.
+    num_heads: attention heads, for a width that is not in the papers.
+    interpolation_scale: of PixArt's positions, needed without a position table.
+    classes: text file with one class name per line; default: numbers.
+    vae: the AutoencoderKL of the latents, a folder or hub id; default: that of the pipeline folder.
+    text_encoder, max_length: the text encoder of the model, and its number of tokens.
     """
 
     format: str | None = None
@@ -46,41 +44,40 @@ class ForeignConfig:
     max_length: int | None = None
 
     def check(self) -> None:
-        """Raise `FieldError` naming the first field that breaks a rule; all of them may be left out."""
-        for field, choices in (("format", FORMATS), ("prediction", PREDICTIONS)):
-            if (value := getattr(self, field)) is not None:
-                require_choice(field, value, choices)
+        """Raise `ValueError` naming the first field that breaks a rule."""
+        for field, choices in (("format", FORMATS), ("prediction", ("velocity", "noise"))):
+            if (value := getattr(self, field)) is not None and value not in choices:
+                raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
         for field in ("latent_size", "num_heads", "max_length"):
-            value = getattr(self, field)
-            is_count = value is None or (type(value) is int and value >= 1)
-            require(field, value, is_count, "must be a whole number above 0")
+            if (value := getattr(self, field)) is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{field}: must be a whole number above 0, got {value!r}")
         for field in ("classes", "vae", "text_encoder"):
-            value = getattr(self, field)
-            require(field, value, isinstance(value, str | None), "must be a text")
+            if (value := getattr(self, field)) is not None and not isinstance(value, str):
+                raise ValueError(f"{field}: must be a text, got {value!r}")
         scale = self.interpolation_scale
-        is_positive = scale is None or (type(scale) in (int, float) and 0 < scale < math.inf)
-        require("interpolation_scale", scale, is_positive, "must be a number above 0")
+        if scale is not None and (type(scale) not in (int, float) or not 0 < scale < math.inf):
+            raise ValueError(f"interpolation_scale: must be a number above 0, got {scale!r}")
 
 
 class ForeignCondition(NamedTuple):
-    """What a model from elsewhere is conditioned on: the kind (`conditioning.KINDS`), and what a checkpoint says of it."""
+    """The condition of an imported model: the kind (`conditioning.KINDS`), and its checkpoint metadata."""
 
     kind: str
     class_names: tuple[str, ...] = ()
     text: dict[str, Any] | None = None
 
 
-def class_condition(config: Config, said: ForeignConfig, count: int) -> ForeignCondition:
-    """Classes by the names in the user's file, or by their numbers; none where the table holds the null class alone."""
-    names = _class_names(said.classes, max(count, 0))
+def class_condition(config: Config, hints: ForeignConfig, count: int) -> ForeignCondition:
+    """Classes named by the user's file, or by number; no condition if the table holds only the null class."""
+    names = _class_names(hints.classes, max(count, 0))
     return ForeignCondition("labels", names) if names else ForeignCondition("none")
 
 
-def text_condition(config: Config, said: ForeignConfig, width: int) -> ForeignCondition:
-    """An encoder that was not seen: its fingerprint is empty. `config` is told which one it is."""
+def text_condition(config: Config, hints: ForeignConfig, width: int) -> ForeignCondition:
+    """A text encoder with an unknown (empty) fingerprint. Sets `config.text`."""
     text, null_tokens = config.text, config.model.null_tokens
-    text.encoder = said.text_encoder or ""
-    text.max_length = said.max_length or (null_tokens if null_tokens > 1 else 120)
+    text.encoder = hints.text_encoder or ""
+    text.max_length = hints.max_length or (null_tokens if null_tokens > 1 else 120)
     known = {"name": text.encoder, "fingerprint": "", "dtype": text.dtype, "max_length": text.max_length}
     return ForeignCondition("text", text=known | {"width": width})
 
@@ -89,23 +86,23 @@ def foreign_meta(
     config: Config,
     condition: ForeignCondition,
     latent_shape: tuple[int, int, int],
-    said: ForeignConfig,
+    hints: ForeignConfig,
     notes: list[str],
 ) -> dict[str, Any]:
-    """Configuration, condition and latents of a model; there is no data to tell of.
+    """Metadata with configuration, condition and latents of a model, without data.
 
-    Raises `ValueError` for a VAE that does not make such latents.
+    Raises `ValueError` if the VAE does not match the latents.
     """
     config.conditioning = condition.kind
-    manifest = _manifest(latent_shape, _vae_info(said.vae, latent_shape[0], notes), condition.class_names)
+    manifest = _manifest(latent_shape, _vae_info(hints.vae, latent_shape[0], notes), condition.class_names)
     conditioning = from_checkpoint(config, manifest, {"text": condition.text})
     mean, scale = ([value] * latent_shape[0] for value in (manifest.vae.shift, manifest.vae.scale))
     meta = run_meta(config, manifest, conditioning, mean, scale)
-    return json.loads(json.dumps(meta | {"format": FORMAT, "step": 0}))  # tuples as lists: what a reader will see
+    return json.loads(json.dumps(meta | {"format": FORMAT, "step": 0}))  # tuples become lists, as for a reader
 
 
 def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tuple[str, ...]) -> Manifest:
-    """A manifest without shards. Normalised latents are taken to have zero mean and unit variance."""
+    """A manifest without shards. Normalised latents are assumed to have zero mean and unit variance."""
     channels = latent_shape[0]
     return Manifest(
         latent_shape=latent_shape,
@@ -125,8 +122,8 @@ def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tup
 def _vae_info(name: str | None, channels: int, notes: list[str]) -> VaeInfo:
     if name is None:
         if channels != 4:
-            raise ValueError(f"vae: must be given for latents of {channels} channels, whose scale is not known")
-        notes.append(f"no VAE is named: latents are taken to be those of Stable Diffusion 1.x (scale {SD_VAE.scale})")
+            raise ValueError(f"vae: must be given for latents of {channels} channels, whose scale is unknown")
+        notes.append(f"no VAE is given: latents are assumed to be those of Stable Diffusion 1.x (scale {SD_VAE.scale})")
         return SD_VAE
     vae = load_vae(name)
     if vae.config.latent_channels != channels:

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what was trained on what, under which licence, and how to sample from it."""
+"""The model card of an exported folder: training data, licence, settings, and code for sampling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPE = ("num_steps", "batch_size", "ema_decay", "compute_dtype", "drop_rate", 
 
 
 def write_card(portable: Portable, target: Path, name: str, weights: str, image: bool) -> None:
-    """`README.md` in the exported folder, as the hub shows it."""
+    """Write `README.md` of the exported folder, shown by the hub."""
     described = describe_trained(portable.meta)
     exported = described.conditioning.exported()
     assert exported is not None  # `check_representable`
@@ -36,7 +36,7 @@ def write_card(portable: Portable, target: Path, name: str, weights: str, image:
 
 
 def _front_matter(described: Trained, exported: Exported) -> str:
-    """The hub's own fields. A licence that it has no identifier for is named beside `other`."""
+    """The hub's fields. A licence without an identifier on the hub is `other` with its name."""
     licence = described.manifest.license
     identifier = licence.lower().replace(" ", "-")
     lines = [
@@ -65,7 +65,7 @@ def _summary(portable: Portable, described: Trained, exported: Exported, weights
 def _usage(described: Trained, exported: Exported, has_vae: bool) -> str:
     vae = [] if has_vae else [f'vae=AutoencoderKL.from_pretrained("{described.manifest.vae.name}")']
     parts = "`, `".join([*vae, *exported.parts])
-    needed = f"\n\nNot in the folder, to be passed to `from_pretrained`: `{parts}`." if parts else ""
+    needed = f"\n\nNot in the folder, pass to `from_pretrained`: `{parts}`." if parts else ""
     return f"""## Use
 
 ```python
@@ -81,7 +81,7 @@ image = {exported.call}.images[0]
 def _data(described: Trained) -> dict[str, Any]:
     manifest = described.manifest
     records = (
-        {split: manifest.num_records(split) for split in ("train", "validation")} if manifest.shards else "not known"
+        {split: manifest.num_records(split) for split in ("train", "validation")} if manifest.shards else "unknown"
     )
     facts = {"records": records, "licence": manifest.license or "not stated", "attribution": manifest.attribution}
     facts |= {"image size": manifest.image_size, "VAE": manifest.vae.name or "not named"}

@@ -1,4 +1,4 @@
-"""Files of the original repositories: facebookresearch/DiT, willisma/SiT, PixArt-alpha/PixArt-alpha and PixArt-sigma."""
+"""Reading files of the original repositories: facebookresearch/DiT, willisma/SiT, PixArt-alpha and PixArt-sigma."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from flowdit.fields import shown
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.foreign import Found, assemble
@@ -19,75 +18,75 @@ from flowdit.interop.portable import Portable
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.layers import sincos_positions
-from flowdit.models.pretrained import listed
+from flowdit.models.pretrained import listed, shown
 from flowdit.models.transformer import ModelConfig
 
-# The papers' shapes; a file does not say how its channels are divided into heads.
+# Heads by width in the papers; the files do not contain the number of heads.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
-def read_original(file: Path, weights: str, said: ForeignConfig) -> Portable:
-    """A file of facebookresearch/DiT, willisma/SiT or PixArt-alpha / sigma: `.pt`, `.pth` or safetensors."""
+def read_original(file: Path, weights: str, hints: ForeignConfig) -> Portable:
+    """Read a file of facebookresearch/DiT, willisma/SiT or PixArt-alpha / sigma: `.pt`, `.pth` or safetensors."""
     notes: list[str] = []
     if file.suffix == ".safetensors":
         tensors, arguments = pretrained.read_tensors([file]), {}
     else:
         tensors, arguments = read_torch_file(file, weights, notes)
-    said = _with_format(file, said, arguments)
-    layout = _original_layout(file, tensors, said.format)
-    model, latent_shape = _original_shape(file, layout, tensors, said)
-    prediction = said.prediction or ("velocity" if said.format == "sit" else "noise")
+    hints = _with_format(file, hints, arguments)
+    layout = _original_layout(file, tensors, hints.format)
+    model, latent_shape = _original_shape(file, layout, tensors, hints)
+    prediction = hints.prediction or ("velocity" if hints.format == "sit" else "noise")
     found = Found(str(file), layout, tensors, model, latent_shape, prediction, notes)
-    return assemble(found, said, fold_sit if said.format == "sit" else None)
+    return assemble(found, hints, fold_sit if hints.format == "sit" else None)
 
 
-def _with_format(file: Path, said: ForeignConfig, arguments: dict[str, Any]) -> ForeignConfig:
-    """With the project that the arguments in a training checkpoint tell. Raises `ValueError` for an unlike SiT.
+def _with_format(file: Path, hints: ForeignConfig, arguments: dict[str, Any]) -> ForeignConfig:
+    """Add the format from the arguments in a training checkpoint. Raises `ValueError` for an unsupported SiT variant.
 
-    SiT also trains on curved paths, and networks that predict noise or scores on its own paths.
+    SiT also supports curved paths, and networks that predict noise or scores.
     """
     name = str(arguments.get("model"))
     found = next((form for form in ("dit", "sit") if name.lower().startswith(f"{form}-")), None)
-    if found and said.format not in (None, found):
-        raise ValueError(f"format: must be {found} for {file}, which was trained as {name}, got {said.format}")
+    if found and hints.format not in (None, found):
+        raise ValueError(f"format: must be {found} for {file}, which was trained as {name}, got {hints.format}")
     for argument, needed in (("path_type", "Linear"), ("prediction", "velocity")):
         if found == "sit" and (value := arguments.get(argument, needed)) != needed:
             raise ValueError(f"source: {file} must be a SiT trained with {argument}={needed}, got {shown(value)}")
-    return dataclasses.replace(said, format=said.format or found)
+    return dataclasses.replace(hints, format=hints.format or found)
 
 
-def _original_layout(file: Path, tensors: Arrays, told: str | None) -> Layout:
-    layout = ORIGINAL_PIXART if told == "pixart" or "t_block.1.weight" in tensors else ORIGINAL_DIT
+def _original_layout(file: Path, tensors: Arrays, given: str | None) -> Layout:
+    layout = ORIGINAL_PIXART if given == "pixart" or "t_block.1.weight" in tensors else ORIGINAL_DIT
     if layout is ORIGINAL_DIT and "y_embedder.embedding_table.weight" not in tensors:
         is_diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
         advice = "; a diffusers model is read as a folder, with its config.json" if is_diffusers else ""
         some = listed(sorted(tensors), 3)
         raise ValueError(f"source: {file} must be a checkpoint of DiT, SiT or PixArt, it holds {some}{advice}")
-    if layout is ORIGINAL_DIT and told not in ("dit", "sit"):
+    if layout is ORIGINAL_DIT and given not in ("dit", "sit"):
         raise ValueError(
-            f"format: must be dit or sit for {file}, whose tensors have the same names in both, got {told}"
+            f"format: must be dit or sit for {file}, whose tensors have the same names in both, got {given}"
         )
-    if layout is ORIGINAL_PIXART and told not in (None, "pixart"):
-        raise ValueError(f"format: must be pixart for {file}, got {told}")
+    if layout is ORIGINAL_PIXART and given not in (None, "pixart"):
+        raise ValueError(f"format: must be pixart for {file}, got {given}")
     return layout
 
 
 def _original_shape(
-    file: Path, layout: Layout, tensors: Arrays, said: ForeignConfig
+    file: Path, layout: Layout, tensors: Arrays, hints: ForeignConfig
 ) -> tuple[ModelConfig, tuple[int, int, int]]:
     patches = tensors.get("x_embedder.proj.weight", np.zeros(0))
     if patches.ndim != 4 or 0 in patches.shape:
         raise ValueError(f"source: {file}: x_embedder.proj.weight must have 4 axes, got shape {list(patches.shape)}")
     dim, channels, patch_size, _ = patches.shape
-    heads = said.num_heads or HEADS.get(dim)
+    heads = hints.num_heads or HEADS.get(dim)
     if heads is None or dim % heads:
         raise ValueError(
-            f"num_heads: must be given and divide the width {dim}, which is none of the papers', got {heads}"
+            f"num_heads: must be given and divide the width {dim}, which is not in the papers, got {heads}"
         )
     positions = _positions(file, tensors, dim)
-    size = said.latent_size or (None if positions is None else math.isqrt(len(positions)) * patch_size)
+    size = hints.latent_size or (None if positions is None else math.isqrt(len(positions)) * patch_size)
     if size is None:
-        raise ValueError("latent_size: must be given, as the file holds no table of positions")
+        raise ValueError("latent_size: must be given, as the file holds no position table")
     null_caption = tensors.get("y_embedder.y_embedding")
     model = ModelConfig(
         name=layout.model,
@@ -97,15 +96,16 @@ def _original_shape(
         patch_size=patch_size,
         qk_norm=False,
         micro_conditioning=any(name.startswith("csize_embedder") for name in tensors),
-        interpolation_scale=said.interpolation_scale or _position_scale(file, layout, positions, dim, size, patch_size),
-        time_scale=1.0 if said.format == "sit" else 1000.0,
+        interpolation_scale=hints.interpolation_scale
+        or _position_scale(file, layout, positions, dim, size, patch_size),
+        time_scale=1.0 if hints.format == "sit" else 1000.0,
         null_tokens=1 if null_caption is None or null_caption.ndim == 1 else len(null_caption),
     )
     return model, (channels, size, size)
 
 
 def _positions(file: Path, tensors: Arrays, dim: int) -> np.ndarray | None:
-    """The table of positions, (tokens, dim), if the file holds one."""
+    """The position table (tokens, dim) of the file, or None."""
     positions = tensors.get("pos_embed")
     if positions is None:
         return None
@@ -117,18 +117,18 @@ def _positions(file: Path, tensors: Arrays, dim: int) -> np.ndarray | None:
 def _position_scale(
     file: Path, layout: Layout, positions: np.ndarray | None, dim: int, size: int, patch_size: int
 ) -> float:
-    """The scale whose sin-cos table the file holds. PixArt's rule by size where it holds none for this size."""
+    """The scale of the sin-cos table in the file; without a table for this size, PixArt's rule by size."""
     grid, scales = size // patch_size, ARCHITECTURES[layout.model].position_scales
     if positions is None or len(positions) != grid**2:
         return min(max(size / 64, min(scales)), max(scales))
     for scale in scales:
         if np.allclose(positions, sincos_positions(dim, grid, grid, scale), atol=1e-2):
             return scale
-    raise ValueError(f"source: {file}: pos_embed must be the fixed sin-cos table of its grid, it is another")
+    raise ValueError(f"source: {file}: pos_embed must be the fixed sin-cos table of its grid")
 
 
 def fold_sit(arrays: Arrays) -> Arrays:
-    """SiT's reversed time and sign into the weights: v(x, t) here is -v(x, 1 - t) there.
+    """Fold SiT's reversed time and sign into the weights: v(x, t) here is -v(x, 1 - t) in SiT.
 
     SiT embeds its time s = 1 - t without a factor of 1000. With frequencies f, cos(s f) = cos(f) cos(t f) + sin(f)
     sin(t f) and sin(s f) = sin(f) cos(t f) - cos(f) sin(t f): a rotation of the rows of the first linear layer.

@@ -1,6 +1,6 @@
-"""A model between formats: its arrays on the host by flowdit's names, and the metadata of a checkpoint.
+"""The common form of a model between formats: arrays on the host under flowdit's names, and checkpoint metadata.
 
-Every reader makes one and every writer takes one, so any format that comes in can go out as any other.
+Every reader returns a `Portable` and every writer takes one, so any format can be converted to any other.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
 from flowdit.checkpoint.writer import save_slim
 from flowdit.diffusion.sampling import PREDICTIONS
-from flowdit.fields import shortened, shown
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
-from flowdit.models.pretrained import check_finite, listed, read_tensors
+from flowdit.models.pretrained import check_finite, listed, read_tensors, shortened, shown
 
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")
-# No tensor has these sizes, which take memory when a sample is drawn. 1,024 are images of 8,192 pixels.
+# The latents' size is not that of any tensor, but sampling allocates it. 1,024 is an image of 8,192 pixels.
 MAX_SAMPLED_SIDE = 1024
 
 
 class Portable(NamedTuple):
-    """Arrays by dotted name (blocks lead with the depth axis), checkpoint metadata, and what to tell the user."""
+    """Arrays by dotted name (blocks have a leading depth axis), checkpoint metadata, and notes for the user."""
 
     arrays: Arrays
     meta: dict[str, Any]
@@ -40,7 +39,7 @@ class Portable(NamedTuple):
 
 
 def read_checkpoint(folder: Path, weights: str) -> Portable:
-    """A flowdit checkpoint, whole or slim, verified; its "ema" or "model" weights in float32."""
+    """Verify and read a flowdit checkpoint, full or slim: its "ema" or "model" weights in float32."""
     meta = read_meta(folder)
     arrays = host_arrays(restore_weights(folder, describe(meta, str(folder)).model, weights=weights))
     check_finite(arrays, f"source: {folder}")
@@ -52,7 +51,7 @@ def host_arrays(model: Any) -> Arrays:
 
 
 def read_single(file: Path) -> Portable | None:
-    """One safetensors file as `write_single` makes it; None if it carries no flowdit metadata."""
+    """Read a safetensors file written by `write_single`; None if it has no flowdit metadata."""
     try:
         with safetensors.safe_open(file, framework="np") as stored:
             text = (stored.metadata() or {}).get(METADATA_KEY)
@@ -65,7 +64,7 @@ def read_single(file: Path) -> Portable | None:
 
 
 def checked(portable: Portable, source: str) -> Portable:
-    """The same, once metadata and arrays agree. Raises `ValueError` telling of the arrays that do not fit."""
+    """Return `portable` if metadata and arrays agree. Raises `ValueError` listing the arrays that do not."""
     described = describe(portable.meta, source)
     check_shapes(array_shapes(described), {n: a.shape for n, a in portable.arrays.items()}, source)
     check_finite(portable.arrays, f"source: {source}")
@@ -73,9 +72,9 @@ def checked(portable: Portable, source: str) -> Portable:
 
 
 def describe(meta: dict[str, Any], source: str) -> Trained:
-    """What checkpoint metadata tell, with the shapes of the model's arrays in place of the model.
+    """Parse checkpoint metadata, with the shapes of the model's arrays instead of the model.
 
-    Raises `ValueError` in one line for what is not a flowdit checkpoint's, or would be too large to sample.
+    Raises `ValueError` with one line for metadata that are not a flowdit checkpoint's, or are too large to sample.
     """
     try:
         described = describe_trained(meta)
@@ -86,7 +85,7 @@ def describe(meta: dict[str, Any], source: str) -> Trained:
 
 
 def _check_limits(described: Trained) -> None:
-    """Raise `ValueError` for what samples with this model would be made of, where no tensor has its size."""
+    """Raise `ValueError` for values used in sampling that no tensor size confirms."""
     channels, *sides = described.manifest.latent_shape
     if max(sides) > MAX_SAMPLED_SIDE:
         raise ValueError(
@@ -100,12 +99,12 @@ def _check_limits(described: Trained) -> None:
 
 
 def array_shapes(described: Trained) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays of a model that was described."""
+    """The shapes of the model's arrays by name."""
     return {name: leaf.shape for name, leaf in named_arrays(described.model).items()}
 
 
 def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
-    """Raise `ValueError` telling how many tensors are missing, unexpected or of another shape, with the first."""
+    """Raise `ValueError` with the number of tensors that are missing, unexpected or of another shape, and the first ones."""
     misfits = [f"{n} {list(found[n])} for {list(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
     faults = {
         "missing": wanted.keys() - found.keys(),
@@ -118,35 +117,35 @@ def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int,
 
 
 def cast(arrays: Arrays, dtype: str) -> Arrays:
-    """In another precision. Raises `ValueError` for a value that the dtype cannot hold."""
+    """Cast to another precision. Raises `ValueError` for a value that overflows."""
     target = jnp.dtype(dtype)
     with np.errstate(over="ignore"):
         result = {name: array.astype(target, copy=False) for name, array in arrays.items()}
     for name, array in result.items():
         if not np.isfinite(array).all() and np.isfinite(arrays[name]).all():
-            raise ValueError(f"dtype: {name} has values beyond the range of {dtype}; take bfloat16 or float32")
+            raise ValueError(f"dtype: {name} has values beyond the range of {dtype}; use bfloat16 or float32")
     return result
 
 
 def write_checkpoint(portable: Portable, target: Path, dtype: str) -> None:
-    """An ordinary flowdit checkpoint of weights and metadata, without optimizer state."""
+    """Write a slim flowdit checkpoint: weights and metadata, without optimizer state."""
     save_slim(target, cast(portable.arrays, dtype), portable.meta, dtype)
 
 
 def write_single(portable: Portable, target: Path, dtype: str) -> None:
-    """One safetensors file: the arrays under our names, the metadata as JSON in its header."""
+    """Write one safetensors file: arrays under our names, metadata as JSON in its header."""
     metadata = {METADATA_KEY: json.dumps(portable.meta), "format": "np"}
     save_tensors(cast(portable.arrays, dtype), target, metadata)
 
 
 def save_tensors(tensors: Arrays, file: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file that others may read: the library's own are the owner's alone."""
+    """Write a safetensors file readable by all users; the library restricts it to the owner."""
     safetensors.numpy.save_file(tensors, file, metadata)
     file.chmod(0o644)
 
 
 def to_trained(portable: Portable, device: Any = None) -> Trained:
-    """The model in float32 on the first device, or wherever `jax.device_put` takes it, ready to sample."""
+    """The model in float32 for sampling, on the first device or a target of `jax.device_put`."""
     trained = describe_trained(portable.meta)
     arrays = {
         name: jax.device_put(array.astype(np.float32, copy=False), device) for name, array in portable.arrays.items()

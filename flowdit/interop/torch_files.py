@@ -1,8 +1,8 @@
-"""Tensors out of PyTorch's own files (`.pt`, `.pth`, `.bin`), without running anything that is in them.
+"""Reading tensors from PyTorch files (`.pt`, `.pth`, `.bin`) without running code from them.
 
-Such a file is a pickle. `torch.load(weights_only=True)` reads it with an unpickler that knows tensors and plain
-containers and refuses every other name; `argparse.Namespace`, in which DiT and SiT keep their arguments, is let in
-because it only holds attributes. torch is an extra, and only this module imports it.
+Such a file is a pickle. `torch.load(weights_only=True)` reads it with an unpickler that accepts only tensors and plain
+containers; `argparse.Namespace`, which holds the arguments of DiT and SiT, is allowed because it has only attributes.
+torch is an optional extra, and only this module imports it.
 """
 
 from __future__ import annotations
@@ -15,39 +15,38 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from flowdit.fields import shown
-from flowdit.models.pretrained import check_finite
+from flowdit.models.pretrained import check_finite, shown
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# In which entry training scripts keep the weights: DiT and SiT, then PixArt.
+# The entries with the weights in training checkpoints: of DiT and SiT, then of PixArt.
 ENTRIES = {"ema": ("ema", "state_dict_ema"), "model": ("model", "state_dict")}
 
 
 class TorchFile(NamedTuple):
-    """Tensors by name, on the host, and the arguments of the training run, of a checkpoint that holds them."""
+    """Tensors by name, on the host, and the arguments of the training run if the file holds them."""
 
     tensors: dict[str, np.ndarray]
     arguments: dict[str, Any]
 
 
 def read_torch_file(file: Path, weights: str, notes: list[str]) -> TorchFile:
-    """What a file of tensors by name holds; of a training checkpoint the tensors of `weights` ("ema" or "model").
+    """Read tensors by name; from a training checkpoint the tensors of `weights` ("ema" or "model").
 
-    Raises `ValueError` naming the file that is damaged, would import something, does not hold tensors by name, or would
-    take more memory than it is long.
+    Raises `ValueError` naming the file if it is damaged, would import something, does not hold tensors by name, or
+    would take more memory than its size.
     """
     try:
         import torch
     except ImportError:
-        raise ValueError(f"source: {file} needs torch to be read: pip install 'flowdit[interop]'") from None
+        raise ValueError(f"source: {file} needs torch: pip install 'flowdit[interop]'") from None
     try:
         is_zip = _is_zip(file)
         if is_zip:
             _check_stored(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as problem:  # pickle, zip and torch each raise their own
-        raise ValueError(f"source: {file} is not a file of tensors alone: {_reason(problem)}") from None
+    except Exception as problem:  # pickle, zip and torch raise different types
+        raise ValueError(f"source: {file} must hold tensors only: {_reason(problem)}") from None
     tensors = _choose(file, content, weights, notes)
     wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if wrong:
@@ -62,24 +61,24 @@ def read_torch_file(file: Path, weights: str, notes: list[str]) -> TorchFile:
 
 
 def _check_stored(file: Path) -> None:
-    """Raise `ValueError` for a compressed entry, which torch never writes: it may be a thousand times its length."""
+    """Raise `ValueError` for a compressed entry, which torch never writes and which may expand a thousandfold."""
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("a compressed entry")
 
 
 def _check_memory(file: Path, tensors: dict[str, Any], strided: Any) -> None:
-    """Raise `ValueError` for tensors that claim more numbers than the file holds: by strides of 0, or over and over.
+    """Raise `ValueError` for tensors with more elements than the file holds, through strides of 0 or shared storage.
 
-    The blocks of a diffusers model may share one embedder. It is one tensor in memory and is read once.
+    The blocks of a diffusers model may share one embedder, which is one tensor in memory.
     """
     stored, claimed = {}, 0
     for name, tensor in tensors.items():
         if tensor.layout != strided or tensor.device.type != "cpu":
-            raise ValueError(f"source: {file} must hold plain tensors, {shown(name)} is another kind")
+            raise ValueError(f"source: {file} must hold dense CPU tensors, {shown(name)} is not one")
         storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
         if size > storage.nbytes():
-            raise ValueError(f"source: {file}: {shown(name)} must not be longer than what is stored of it")
+            raise ValueError(f"source: {file}: {shown(name)} must not be longer than its storage")
         stored[storage.data_ptr()] = storage.nbytes()
         is_shared_embedder = ".norm1.emb." in str(name) and tensor.is_contiguous()
         claimed += 0 if is_shared_embedder else size
@@ -93,7 +92,7 @@ def _is_zip(file: Path) -> bool:
 
 
 def _reason(problem: Exception) -> str:
-    """torch's advice is to switch the protection off; the name that was refused is what helps."""
+    """The line with the refused name; torch's advice to switch off the protection is left out."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     refused = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
     return (refused or lines or [type(problem).__name__])[0][:200]
@@ -109,20 +108,20 @@ def _choose(file: Path, content: Any, weights: str, notes: list[str]) -> dict[st
         return content
     kind = weights if found[weights] else next(kind for kind, name in found.items() if name)
     if kind != weights:
-        notes.append(f"{file} holds no {weights} weights; its {found[kind]!r} is taken")
+        notes.append(f"{file} holds no {weights} weights; {found[kind]!r} is used")
     return content[found[kind]]
 
 
 def _plain_name(name: str) -> str:
-    """Without what wrappers put in front: DistributedDataParallel and torch.compile."""
+    """Remove the prefixes added by DistributedDataParallel and torch.compile."""
     return name.removeprefix("module.").removeprefix("_orig_mod.")
 
 
 def _to_numpy(file: Path, name: str, tensor: Any, int16: Any) -> np.ndarray:
     tensor = tensor.detach().contiguous()
-    if str(tensor.dtype) == "torch.bfloat16":  # numpy has none of its own, and torch does not know JAX's
+    if str(tensor.dtype) == "torch.bfloat16":  # torch cannot convert to the bfloat16 that JAX adds to numpy
         return tensor.view(int16).numpy().view(jnp.bfloat16)
     try:
         return tensor.numpy()
     except (TypeError, RuntimeError):
-        raise ValueError(f"source: {file}: {shown(name)} must be of a dtype of numpy, got {tensor.dtype}") from None
+        raise ValueError(f"source: {file}: {shown(name)} must have a numpy dtype, got {tensor.dtype}") from None

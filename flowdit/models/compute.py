@@ -1,4 +1,4 @@
-"""How a network is run on the devices that a program is compiled for."""
+"""Compute dtype and attention kernels of a network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flowdit.sharding import on_mesh
 
 
 class Compute(NamedTuple):
-    """How a network is run: the dtype that its parameters are cast to, and the attention kernels of the target."""
+    """How a network is run: the dtype to which its parameters are cast, and the attention kernels."""
 
     dtype: str = "float32"
     kernels: Kernels = NO_KERNELS
 
     def cast(self, tree: Any) -> Any:
-        """Floating-point arrays of `tree` in `dtype`."""
+        """Cast the floating-point arrays of `tree` to `dtype`."""
 
         def cast_leaf(x):
             return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -29,7 +29,7 @@ class Compute(NamedTuple):
         return jax.tree.map(cast_leaf, tree)
 
     def on(self, mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, about to be jitted, traced with these kernels and with `mesh` known to every `gather` in it."""
+        """Wrap `function`, before jit, to be traced with these kernels and with `mesh` set for `gather`."""
 
         @functools.wraps(function)
         def with_kernels(*arguments: Any) -> Any:
@@ -40,13 +40,13 @@ class Compute(NamedTuple):
 
 
 FLOAT32 = Compute()
-"""Float32 and XLA's kernels, which every device has."""
+"""Float32 and XLA's kernels, available on every device."""
 
 
 def choose_compute(mesh: Mesh | None, dtype: str, shapes: Iterable[AttentionShape]) -> Compute:
-    """`dtype`, with the kernels that suit the devices of `mesh`, or the first device where that is None.
+    """Choose the kernels for `dtype` and the devices of `mesh`, or the first device if None.
 
-    The devices need not be there: a mesh may be of a topology to compile for. Call it outside of any trace.
+    The devices need not be attached: a mesh may be of a topology to compile for. Do not call it while tracing.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return Compute(dtype, choose_kernels(device.platform, dtype, shapes))

@@ -1,4 +1,4 @@
-"""What a function costs: the floating-point operations of its matrix products, counted without running it."""
+"""Counting the floating-point operations of a function's matrix products without running it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 def training_flops(loss: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of `loss` and its gradient, as model FLOPs utilisation counts them (Chowdhery et al. 2022, appendix B).
 
-    The backward pass has two products for each one of the forward pass, for the gradients of both its factors. What is
-    computed again to save memory does not count, nor what is not in `loss`, such as a frozen text encoder.
+    The backward pass has two products for each product of the forward pass, for the gradients of both factors.
+    Recomputation to save memory does not count, nor does anything outside `loss`, such as a frozen text encoder.
     """
     return 3 * matmul_flops(loss, *arguments)
 
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """Floating-point operations, two a multiply-add, of all matrix products and convolutions in `function`.
+    """Floating-point operations (two per multiply-add) of all matrix products and convolutions in `function`.
 
     `arguments` are pytrees of arrays or `jax.ShapeDtypeStruct`s. The count is taken from the jaxpr; nothing is compiled
-    or run. Of the branches of a `cond` the largest counts. Custom calls other than cuDNN's attention count nothing.
+    or run. Of the branches of a `cond` the largest counts. Custom calls other than cuDNN's attention are not counted.
     Raises `ValueError` for products in a loop of unknown length.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
@@ -45,7 +45,7 @@ def _count_equation(equation: JaxprEqn) -> int:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * sum(inner)
     if name == "while" and sum(inner):
-        raise ValueError("matmul_flops: a while loop with matrix products has no length known before it runs; use scan")
+        raise ValueError("matmul_flops: the length of a while loop with matrix products is unknown; use scan")
     return sum(inner)
 
 
@@ -56,7 +56,7 @@ def _dot(equation: JaxprEqn) -> int:
 
 
 def _convolution(equation: JaxprEqn) -> int:
-    """Every output is a sum over the kernel's window and its input channels (of one group)."""
+    """Every output is a sum over the kernel's window and the input channels of its group."""
     kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
     out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     return 2 * math.prod(out) * math.prod(kernel) // out_channels
@@ -76,6 +76,6 @@ def _shape(operand: Any) -> tuple[int, ...]:
 PRODUCTS: dict[str, Callable[[JaxprEqn], int]] = {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
-    # The kernel is a primitive of JAX's own, without a jaxpr to look into.
+    # A primitive of JAX without an inner jaxpr.
     "dot_product_attention_fwd_wrapper": _cudnn_attention,
 }

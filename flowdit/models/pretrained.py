@@ -1,7 +1,8 @@
-"""Pretrained networks from Hugging Face folders (`config.json` and safetensors) into Equinox modules, without torch.
+"""Loading pretrained networks from Hugging Face folders (`config.json` and safetensors) into Equinox modules, without
+torch.
 
-A network is built as shapes alone and then filled from the files by key: a parameter's path in the module tree is its
-key. Every file read here is untrusted: JSON and safetensors hold data only, and an index cannot lead out of its folder.
+A network is built as shapes only and then filled from the files by key: a parameter's path in the module tree is its
+key. All files are untrusted: JSON and safetensors hold data only, and an index cannot point outside its folder.
 """
 
 import json
@@ -18,16 +19,24 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from flowdit.fields import FieldError, shortened, shown
-
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
-    """The first names of a list for an error message, which a damaged file could make millions of characters long.
+    """The first names of a list for an error message, as a damaged file may have millions of them.
 
-    "a, b, c, d, e ... and 484 more"; a long name is cut, and one with line breaks or control characters quoted.
+    "a, b, c, d, e ... and 484 more"; long names are cut, and names with line breaks or control characters are quoted.
     """
     first = ", ".join(shortened(name if name.isprintable() else repr(name)) for name in names[:limit])
     return f"{first} ... and {len(names) - limit} more" if len(names) > limit else first
+
+
+def shown(value: Any) -> str:
+    """A value from an untrusted file for an error message: its `repr`, shortened."""
+    return shortened(repr(value))
+
+
+def shortened(text: str, length: int = 120) -> str:
+    """`text`, cut to `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def find_folder(
@@ -39,18 +48,18 @@ def find_folder(
     subfolder: str = "",
     also: Sequence[str] = (),
 ) -> Path:
-    """The local folder of a network, downloaded from the hub where needed.
+    """Find the local folder of a network, or download it from the hub.
 
     Args:
-        field: what the caller calls the setting, for the error message.
-        name: a key of `embedded`, a local folder, or a Hugging Face hub id, looked for in this order.
+        field: name of the setting, for the error message.
+        name: a key of `embedded`, a local folder, or a Hugging Face hub id, tried in this order.
         stem: the weights' file name up to `.safetensors` or `-00001-of-00002.safetensors`.
-        embedded: networks that ship with the package.
-        subfolder: where a pipeline keeps this network; used where it holds a `config.json`.
-        also: further files to download beside `config.json` and the weights.
+        embedded: networks that are part of the package.
+        subfolder: the network's folder in a pipeline; used if it holds a `config.json`.
+        also: files to download in addition to `config.json` and the weights.
 
     Raises:
-        FieldError: no such folder, and the hub does not have the name or cannot be reached.
+        ValueError: no such folder, and not found on the hub, or the hub cannot be reached.
     """
     embedded = embedded or {}
     folder = embedded[name] if isinstance(name, str) and name in embedded else Path(name)
@@ -66,10 +75,9 @@ def find_folder(
 def _download(field: str, name: str, patterns: list[str], accepted: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # The client lets the errors of its HTTP library through, whichever that is.
+    except Exception as error:  # the client raises the errors of its HTTP library
         reason = str(error).strip().partition("\n")[0]
-        problem = f"must be {accepted}, got {name!r} ({type(error).__name__}: {reason})"
-        raise FieldError(field, problem) from error
+        raise ValueError(f"{field} must be {accepted}, not {name!r} ({type(error).__name__}: {reason})") from error
 
 
 def _every_key(key: str) -> bool:
@@ -79,12 +87,12 @@ def _every_key(key: str) -> bool:
 def find_weights(
     folder: Path, stem: str, wanted: Callable[[str], bool] = _every_key, suffix: str = ".safetensors"
 ) -> list[Path]:
-    """The files of weights in a folder, sorted: the single one, or the shards that its index lists.
+    """Find the weight files in a folder, sorted: the single one, or the shards listed in its index.
 
-    Of shards, those alone that hold a tensor whose key is `wanted`: the others need not be there.
+    Only shards that hold a tensor whose key is `wanted` are returned; the others need not exist.
 
     Raises:
-        ValueError: neither is there, or the index names something that is not a file beside it.
+        ValueError: neither exists, or the index lists something that is not a file in its folder.
     """
     single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
     if single.is_file():
@@ -99,12 +107,12 @@ def find_weights(
 
 def _shard(index: Path, name: Any) -> Path:
     if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-        raise ValueError(f"{index}: weight_map must name files beside it, not {shown(name)}")
+        raise ValueError(f"{index}: weight_map must name files in its folder, not {shown(name)}")
     return index.parent / name
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; `ValueError` naming the file where there is none."""
+    """Read the object in a JSON file. Raises `ValueError` naming the file if there is none."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -115,20 +123,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_shapes(files: Sequence[Path], wanted: Callable[[str], bool] = _every_key) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of some safetensors files whose key is `wanted`, from the files' headers alone.
+    """Read the shapes of the tensors whose key is `wanted`, from the headers of safetensors files.
 
     Raises:
-        ValueError: naming a file that is truncated or something else.
+        ValueError: naming a file that is truncated or not a safetensors file.
     """
     return _read(files, wanted, lambda stored, key: tuple(stored.get_slice(key).get_shape()))
 
 
 def read_tensors(files: Sequence[Path], wanted: Callable[[str], bool] = _every_key) -> dict[str, np.ndarray]:
-    """The tensors of some safetensors files whose key is `wanted`, in host memory; the others are not read.
+    """Read the tensors whose key is `wanted` from safetensors files into host memory; the others are not read.
 
-    Raises:
-        ValueError: naming a file that is truncated, something else, or of a dtype that numpy does not have, or a tensor
-            that holds NaN or infinity.
+    Raises: ValueError: naming a file that is truncated, not a safetensors file, or has a dtype that numpy does not
+    support, or a tensor with NaN or infinity.
     """
     tensors = _read(files, wanted, lambda stored, key: stored.get_tensor(key))
     check_finite(tensors, files[0].parent if len(files) > 1 else files[0])
@@ -139,7 +146,7 @@ def _read(files: Sequence[Path], wanted: Callable[[str], bool], get: Callable[[A
     found = {}
     for file in files:
         try:
-            # numpy knows bfloat16 by name because JAX registers it.
+            # numpy supports bfloat16 because JAX registers it.
             with safetensors.safe_open(file, framework="np") as stored:
                 found |= {key: get(stored, key) for key in stored.keys() if wanted(key)}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError, TypeError, AttributeError) as error:
@@ -148,22 +155,22 @@ def _read(files: Sequence[Path], wanted: Callable[[str], bool], get: Callable[[A
 
 
 def numbers_after(prefix: str, keys: Iterable[str]) -> set[str]:
-    """What stands in the keys between `prefix` and the next dot: "0", "1" and so on, as text, for those of a list.
+    """The parts of the keys between `prefix` and the next dot, as strings: "0", "1", ... for a list.
 
-    How many there are is bounded by the file; the largest of them is not.
+    Their number is bounded by the file size, the largest number is not.
     """
     return {key.removeprefix(prefix).partition(".")[0] for key in keys if key.startswith(prefix)}
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], source: str | Path) -> None:
-    """Raise `ValueError` naming the tensors that hold NaN or infinity: a network with one of them computes only NaN."""
+    """Raise `ValueError` naming the tensors that hold NaN or infinity: such a network only computes NaN."""
     broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise ValueError(f"{source}: tensors must hold finite numbers, but NaN or infinity is in {listed(broken)}")
 
 
 def _is_finite(tensor: np.ndarray, step: int = 1 << 24) -> bool:
-    # In pieces: the answer for each number takes memory too.
+    # In pieces, as the result of `isfinite` takes memory too.
     flat = tensor.reshape(-1)
     return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
 
@@ -176,18 +183,18 @@ def fill(
     source: Path,
     shardings: PyTree[Sharding] | None = None,
 ) -> PyTree[Array]:
-    """The module `shapes` with each parameter taken from `tensors` by its path and cast to `dtype`.
+    """Fill the module `shapes` with parameters from `tensors`, by path and cast to `dtype`.
 
-    `tensors` is emptied on the way, so that host memory never holds the network twice. With `shardings`, a tree like
-    `shapes`, a device gets its own part of a parameter and nothing else.
+    `tensors` is emptied in the process, so that host memory never holds the network twice. With `shardings`, a tree
+    like `shapes`, each device gets only its part of a parameter.
 
     Raises:
-        ValueError: telling how many tensors are missing, unexpected, or of another shape, with `source` named.
+        ValueError: naming `source`, with the number of tensors that are missing, unexpected, or of another shape.
     """
     check_tensors(shapes, tensors, source=source)
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: Sharding | None = None) -> Array:
-        # Reshaped and cast in host memory, where a new shape does not cost a compilation.
+        # Reshaped and cast in host memory, where a new shape needs no compilation.
         value = tensors.pop(_key(path)).reshape(leaf.shape).astype(dtype, copy=False)
         if sharding is None:
             return jnp.asarray(value)
@@ -197,7 +204,7 @@ def fill(
 
 
 def check_tensors(shapes: PyTree[jax.ShapeDtypeStruct], tensors: Mapping[str, np.ndarray], *, source: Path) -> None:
-    """Raise `ValueError`, telling all faults, unless `tensors` are the parameters of `shapes` by path and shape."""
+    """Raise `ValueError` listing all errors unless `tensors` are the parameters of `shapes` by path and shape."""
     parameters = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     faults = {
         "missing": sorted(parameters.keys() - tensors.keys()),
@@ -223,5 +230,5 @@ def _misfits(parameters: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[st
 
 
 def _stored_shape(key: str, parameter: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    # Equinox keeps the bias of a convolution as (channels, 1, 1), the files as (channels,).
+    # Equinox stores the bias of a convolution as (channels, 1, 1), the files as (channels,).
     return parameter.shape[:1] if key.endswith(".bias") else parameter.shape

@@ -1,11 +1,11 @@
 """The frozen encoder of T5Gemma, read from its Hugging Face files without torch; the decoder is never read.
 
-A module's attributes carry the names of the state dict and weights keep its (out, in) layout, so that a parameter's
-path in the tree *is* its key in the files, but for the layers: they are stacked along a leading depth axis and
-scanned, which compiles one layer instead of 26. Everything acts on one text, (length, width); callers `vmap`.
+Attributes have the names of the state dict and weights its (out, in) layout, so a parameter's path in the tree is its
+key in the files. Only the layers differ: they are stacked along a leading depth axis and scanned, which compiles one
+layer instead of 26. Everything acts on one text, (length, width); callers `vmap`.
 
 Source: Zhang et al., "Encoder-Decoder Gemma" (arXiv:2504.06225), Gemma 2 (arXiv:2408.00118) for the layers, and
-transformers' `models/t5gemma/modeling_t5gemma.py`, which the tests hold it to.
+transformers' `models/t5gemma/modeling_t5gemma.py`, the reference of the tests.
 """
 
 import re
@@ -25,8 +25,8 @@ from flowdit.models import pretrained
 from flowdit.models.t5gemma_config import T5GemmaConfig
 
 WEIGHTS_STEM = "model"
-# A whole model's keys start with "model.encoder." or "encoder.", those of a bare encoder with nothing. The decoder's
-# and the language model head's do not match.
+# Keys of a full model start with "model.encoder." or "encoder.", keys of a bare encoder have no prefix. Those of the
+# decoder and the language model head do not match.
 ENCODER_KEY = re.compile(r"(?:(?:model\.)?encoder\.)?((?:embed_tokens|layers|norm)\..+)")
 
 
@@ -52,7 +52,7 @@ class Linear(eqx.Module):
 
 
 class Embedding(eqx.Module):
-    """A row for each token of the vocabulary."""
+    """An embedding table of the vocabulary."""
 
     weight: Float[Array, "vocabulary width"]
 
@@ -61,7 +61,7 @@ class Embedding(eqx.Module):
 
 
 class SelfAttention(eqx.Module):
-    """Grouped-query attention: each key and value head serves several query heads. Logits are capped by a tanh."""
+    """Grouped-query attention: several query heads share a key and value head. Logits are soft-capped by a tanh."""
 
     q_proj: Linear
     k_proj: Linear
@@ -85,10 +85,10 @@ class SelfAttention(eqx.Module):
             proj(x).reshape(x.shape[0], -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, angles), rotate(key, angles)
-        # Query heads that share a key head stand next to each other.
+        # Query heads that share a key head are adjacent.
         query = query.reshape(x.shape[0], self.config.num_key_value_heads, -1, self.config.head_dim)
         logits = self._cap(jnp.einsum("qhgd,khd->hgqk", query, key, preferred_element_type=jnp.float32))
-        # A large negative number and not infinity: where nothing is allowed the weights are even instead of NaN.
+        # A large negative number instead of infinity: rows without an allowed key have uniform weights instead of NaN.
         logits = jnp.where(allowed[None, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits).astype(x.dtype)
         mixed = jnp.einsum("hgqk,khd->qhgd", weights, value)
@@ -117,7 +117,7 @@ class GeGLU(eqx.Module):
 
 
 class EncoderLayer(eqx.Module):
-    """Attention and feed-forward network, each with a norm before it and one before the residual sum."""
+    """Attention and feed-forward network, each with a norm before it and a norm before the residual sum."""
 
     self_attn: SelfAttention
     mlp: GeGLU
@@ -143,7 +143,7 @@ class EncoderLayer(eqx.Module):
 
 
 class T5GemmaEncoder(eqx.Module):
-    """Token ids to features. `load_t5gemma` builds one; the constructor only says which shapes it has."""
+    """From token ids to features. `load_t5gemma` reads one; the constructor only defines the shapes."""
 
     embed_tokens: Embedding
     layers: EncoderLayer
@@ -161,10 +161,10 @@ class T5GemmaEncoder(eqx.Module):
     def __call__(self, ids: Int[Array, " length"], mask: Bool[Array, " length"]) -> Float[Array, "length width"]:
         """The last hidden state of one text padded on the right, in the dtype of the parameters.
 
-        `mask` is True at tokens of the text. What stands at the others in the result means nothing.
+        `mask` is True at tokens of the text. The result at other tokens is meaningless.
         """
         positions = jnp.arange(ids.shape[0])
-        # The window counts to both sides and includes its end, as in transformers.
+        # The window extends to both sides and includes its end, as in transformers.
         near = jnp.abs(positions[:, None] - positions[None]) <= self.config.sliding_window
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
@@ -179,7 +179,7 @@ class T5GemmaEncoder(eqx.Module):
 
 
 def rotary_angles(positions: Int[Array, " length"], head_dim: int, theta: float) -> Float[Array, "length half"]:
-    """How far each pair of channels is turned at each position, in radians (RoPE, Su et al., arXiv:2104.09864)."""
+    """Rotation angle of each pair of channels at each position, in radians (RoPE, Su et al., arXiv:2104.09864)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return positions.astype(jnp.float32)[:, None] * jnp.asarray(1 / np.float32(theta) ** exponents)[None]
 
@@ -187,7 +187,7 @@ def rotary_angles(positions: Int[Array, " length"], head_dim: int, theta: float)
 def rotate(
     x: Float[Array, "length heads dim"], angles: Float[Array, "length half"]
 ) -> Float[Array, "length heads dim"]:
-    """Turn channel i together with channel i + dim / 2 by the angles of their token."""
+    """Rotate channels i and i + dim / 2 by the angles of their token."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -205,9 +205,9 @@ def load_t5gemma(folder: Path, dtype: DTypeLike, mesh: Mesh | None = None) -> T5
     """Read the encoder of a T5Gemma checkpoint, its parameters cast to `dtype`.
 
     Args:
-        folder: with `config.json` and `model.safetensors` or its shards, of a whole model or of its encoder alone.
+        folder: with `config.json` and `model.safetensors` or its shards, of a full model or of an encoder only.
         dtype: of the parameters and of the computation: bfloat16 or float32.
-        mesh: where given, the parameters are laid out on it by `sharding.RULES`.
+        mesh: if given, the parameters are laid out on it by `sharding.RULES`.
 
     Raises:
         ValueError: another architecture, damaged files, or tensors that do not match the configuration (the first of
@@ -218,7 +218,7 @@ def load_t5gemma(folder: Path, dtype: DTypeLike, mesh: Mesh | None = None) -> T5
     config = _read_config(folder, raw, files)
     stored = pretrained.read_tensors(files, _is_encoder_key)
     tensors = {ENCODER_KEY.sub(r"\1", key): tensor for key, tensor in stored.items()}
-    del stored  # else the layers would stay in memory while they are stacked
+    del stored  # to free the single layers while they are stacked
     fingerprint = hashing.fingerprint(f"{config} {hashing.tensors_fingerprint(tensors)}")
     shapes = eqx.filter_eval_shape(T5GemmaEncoder, config, fingerprint)
     pretrained.check_tensors(_with_single_layers(shapes), tensors, source=folder)
@@ -242,12 +242,12 @@ def _read_config(folder: Path, raw: dict[str, Any], files: list[Path]) -> T5Gemm
 
 
 def _with_single_layers(shapes: T5GemmaEncoder) -> T5GemmaEncoder:
-    """The tree as the files have it, `layers.0` to `layers.25`, so that faults are told by the files' keys."""
+    """The tree as in the files, `layers.0` to `layers.25`, so that errors have the keys of the files."""
     layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes.layers)
     return eqx.tree_at(lambda tree: tree.layers, shapes, [layer] * shapes.config.num_hidden_layers)
 
 
 def _stack_layers(tensors: dict[str, np.ndarray], depth: int) -> None:
-    """Replace `layers.<i>.<name>` by a stacked `layers.<name>`, one name at a time to spare memory."""
+    """Replace `layers.<i>.<name>` by a stacked `layers.<name>`, one name at a time to save memory."""
     for name in [key.removeprefix("layers.0.") for key in tensors if key.startswith("layers.0.")]:
         tensors[f"layers.{name}"] = np.stack([tensors.pop(f"layers.{i}.{name}") for i in range(depth)])

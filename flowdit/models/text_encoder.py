@@ -1,7 +1,7 @@
-"""Frozen text encoders behind one interface: texts to token ids on the host, token ids to features on the devices.
+"""A common interface of frozen text encoders: from texts to token ids on the host, to features on the devices.
 
-Two kinds: T5Gemma, from a Hugging Face folder, and `wordllama`, the 256-wide static token embeddings that the package of
-that name carries in its wheel, for runs that must do without a download.
+There are two: T5Gemma, from a Hugging Face folder, and `wordllama`, 256-wide static token embeddings from the wheel of
+that package, which need no further download.
 """
 
 import dataclasses
@@ -19,15 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
 from flowdit import hashing, sharding
-from flowdit.fields import FieldError, require, require_choice
 from flowdit.models import pretrained
 from flowdit.models.t5gemma import WEIGHTS_STEM, load_t5gemma
 
 WORDLLAMA = "wordllama"
 DTYPES = ("bfloat16", "float32")
-"""Not float16: activations of the T5 family overflow it."""
 TOKENIZER_FILE = "tokenizer.json"
-# Everything is compiled once for each length and number of texts: few of both.
+# Each length and number of texts is compiled separately, so there are few of both.
 SHORTEST = 16
 MAX_BATCH = 32
 
@@ -36,7 +34,7 @@ Network = Callable[[Int[Array, " length"], Bool[Array, " length"]], Float[Array,
 
 @dataclasses.dataclass
 class TextConfig:
-    """Which frozen network reads the captions.
+    """Settings of the frozen text encoder.
 
     `encoder` is "wordllama", a folder with a T5Gemma model, or its Hugging Face hub id. Captions are cut to `max_length`
     tokens. `dtype` is that of weights and features.
@@ -47,15 +45,18 @@ class TextConfig:
     dtype: str = "bfloat16"
 
     def check(self) -> None:
-        """Raise `FieldError` naming the first field that no encoder could follow."""
-        named = bool(self.encoder.strip())
-        require("encoder", self.encoder, named, "must be 'wordllama', a folder or a hub id")
-        require("max_length", self.max_length, self.max_length >= 1, "must be at least 1")
-        require_choice("dtype", self.dtype, DTYPES)
+        """Raise `ValueError` naming the first invalid field."""
+        if not self.encoder.strip():
+            raise ValueError(f"text.encoder: must be 'wordllama', a folder or a hub id, got {self.encoder!r}")
+        if self.max_length < 1:
+            raise ValueError(f"text.max_length: must be at least 1, got {self.max_length}")
+        if self.dtype not in DTYPES:
+            why = "; activations of the T5 family overflow float16" if self.dtype == "float16" else ""
+            raise ValueError(f"text.dtype: must be one of {', '.join(DTYPES)}, got {self.dtype!r}{why}")
 
 
 class Tokens(NamedTuple):
-    """Texts as token ids, padded on the right. `truncated`: the text had more tokens than there was room for."""
+    """Texts as token ids, padded on the right. `truncated`: the text had more tokens than the length."""
 
     ids: Int[np.ndarray, "n length"]
     mask: Bool[np.ndarray, "n length"]
@@ -63,7 +64,7 @@ class Tokens(NamedTuple):
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder makes of texts. Features where `mask` is False mean nothing."""
+    """Features of texts. They are meaningless where `mask` is False."""
 
     features: Float[np.ndarray, "n length width"]
     mask: Bool[np.ndarray, "n length"]
@@ -71,7 +72,7 @@ class TextFeatures(NamedTuple):
 
 
 class TokenTable(eqx.Module):
-    """Static embeddings: a token has the same features wherever it stands."""
+    """Static embeddings: a token has the same features at every position."""
 
     weight: Float[Array, "vocabulary width"]
 
@@ -83,7 +84,7 @@ class TokenTable(eqx.Module):
 def encode_tokens(
     network: Network, ids: Int[Array, "n length"], mask: Bool[Array, "n length"]
 ) -> Float[Array, "n length width"]:
-    """`network` over a batch; jitted, and usable within another jit such as the training step's."""
+    """Apply `network` to a batch; jitted, also within another jit such as the training step's."""
     return jax.vmap(network)(ids, mask)
 
 
@@ -91,8 +92,8 @@ def encode_tokens(
 class TextEncoder:
     """A frozen text encoder.
 
-    `fingerprint` is 16 hex digits over weights, configuration and tokenizer: equal where features are. `network` maps
-    the tokens of one text, (length,) ids and mask, to features (length, width) in `dtype`; callers `vmap`.
+    `fingerprint` is 16 hex digits over weights, configuration and tokenizer, and identifies the features. `network`
+    maps the tokens of one text, (length,) ids and mask, to features (length, width) in `dtype`; callers `vmap`.
     """
 
     name: str
@@ -108,7 +109,7 @@ class TextEncoder:
     def tokenize(self, texts: Sequence[str], length: int | None = None) -> Tokens:
         """Token ids padded to `length` (default `max_length`); longer texts are cut, special tokens kept.
 
-        A text that is empty or only white space has no token, not even a special one. Threads may share an encoder.
+        An empty or blank text has no tokens, not even special ones. The method is thread-safe.
         """
         length = self.max_length if length is None else length
         room = length - (self.tokenizer.num_special_tokens_to_add(False) if self.add_special_tokens else 0)
@@ -124,14 +125,15 @@ class TextEncoder:
         return Tokens(ids, mask, truncated)
 
     def encode(self, texts: Sequence[str], length: int | None = None) -> TextFeatures:
-        """Features of `texts` in host memory, padded to `length`, or the smallest of a few that holds the longest text.
+        """Features of `texts` in host memory, padded to `length`, by default to one of a few lengths that fits the
+        longest.
 
-        At a given length and number of texts nothing is compiled again, and no text's features depend on the others.
+        Each length and number of texts is compiled once, and the features of a text do not depend on the other texts.
         """
         tokens = self.tokenize(texts)
         length = length or self._padded_length(int(tokens.mask.sum(1).max(initial=0)))
         ids, mask = tokens.ids[:, :length], tokens.mask[:, :length]
-        # A power of two: few sizes to compile, and a single prompt does not cost a full batch.
+        # A power of two, so that few sizes are compiled and a single prompt does not need a full batch.
         batch = min(MAX_BATCH, 1 << max(0, len(texts) - 1).bit_length())
         features = np.empty((len(texts), length, self.width), jnp.dtype(self.dtype))
         for start in range(0, len(texts), batch):
@@ -157,24 +159,23 @@ def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncod
     """Read tokenizer and weights of `config.encoder`; with `mesh`, the weights are laid out on it.
 
     Raises:
-        FieldError: naming `encoder` and the file or tensors at fault, or another field of `config`.
+        ValueError: with one line, naming `text.encoder` and the invalid file or tensors, or another field of `config`.
     """
     config.check()
     if config.encoder == WORDLLAMA:
         return _load_wordllama(config, mesh)
-    folder = pretrained.find_folder("encoder", config.encoder, stem=WEIGHTS_STEM, also=[TOKENIZER_FILE])
+    folder = pretrained.find_folder("text.encoder", config.encoder, stem=WEIGHTS_STEM, also=[TOKENIZER_FILE])
     try:
         encoder = _load_t5gemma(config, folder, mesh)
     except ValueError as error:
-        raise FieldError("encoder", str(error)) from error
-    specials = encoder.tokenizer.num_special_tokens_to_add(False)
-    rule = f"must leave room beside {specials} special tokens"
-    require("max_length", config.max_length, config.max_length > specials, rule)
+        raise ValueError(f"text.encoder: {error}") from error
+    if (specials := encoder.tokenizer.num_special_tokens_to_add(False)) >= config.max_length:
+        raise ValueError(f"text.max_length: must be above the {specials} special tokens, got {config.max_length}")
     return encoder
 
 
 def _load_t5gemma(config: TextConfig, folder: Path, mesh: Mesh | None) -> TextEncoder:
-    # Before the weights, which take long: most faults of a folder show here.
+    # Before the weights, which are slow to read: most errors of a folder are found here.
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
     network = load_t5gemma(folder, config.dtype, mesh)
     largest = max(tokenizer.get_vocab().values(), default=0)
@@ -197,15 +198,15 @@ def _load_t5gemma(config: TextConfig, folder: Path, mesh: Mesh | None) -> TextEn
 
 
 def _load_wordllama(config: TextConfig, mesh: Mesh | None) -> TextEncoder:
-    # Found and not imported: the package's own code is not needed, and pulls in others that are.
+    # Located but not imported: the package's code is not needed, and has further dependencies.
     spec = importlib.util.find_spec(WORDLLAMA)
     if spec is None or not spec.submodule_search_locations:
-        raise FieldError("encoder", "'wordllama' needs the package of that name: pip install wordllama")
+        raise ValueError("text.encoder: 'wordllama' needs the package of that name: pip install wordllama")
     folder = Path(next(iter(spec.submodule_search_locations)))
     tokenizer_file = folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
     weights = folder / "weights" / "l2_supercat_256.safetensors"
     tokenizer = _read_tokenizer(tokenizer_file)
-    # Taken as they are: their standard deviation is 0.9 already.
+    # Not rescaled, as their standard deviation is 0.9.
     tensors = {key.removeprefix("embedding."): tensor for key, tensor in pretrained.read_tensors([weights]).items()}
     shapes = eqx.filter_eval_shape(lambda: TokenTable(jnp.zeros((tokenizer.get_vocab_size(), 256))))
     shardings = None if mesh is None else sharding.parameter_shardings(mesh, shapes)
@@ -218,7 +219,7 @@ def _load_wordllama(config: TextConfig, mesh: Mesh | None) -> TextEncoder:
         width=network.weight.shape[1],
         network=network,
         tokenizer=tokenizer,
-        add_special_tokens=False,  # its "<s>" carries no meaning without a network behind it
+        add_special_tokens=False,  # its "<s>" is meaningless without a network
         pad_id=0,
     )
 
@@ -228,9 +229,9 @@ def _read_tokenizer(file: Path) -> Tokenizer:
         raise ValueError(f"{file.parent}: must hold {file.name}, as transformers saves a fast tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing more specific.
+    except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{file}: not a readable tokenizer ({error})") from error
-    # Whatever the file says: Gemma's pads on the left.
+    # Override the file: Gemma's pads on the left.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -1,15 +1,15 @@
-"""The frozen image autoencoder: the `AutoencoderKL` family of diffusers, read from its own files without torch.
+"""The frozen image autoencoder: the `AutoencoderKL` family of diffusers, read from its files without torch.
 
-The modules carry the names of the diffusers state dict, so a parameter's path in the tree *is* its key in the file.
-Everything acts on one example, (channels, height, width); callers `vmap`. Latents here are raw: as the network makes
-them, before the shift and scale of the configuration, which belong to whoever trains or samples on them.
+Attributes have the names of the diffusers state dict, so a parameter's path in the tree is its key in the file.
+Everything acts on one example, (channels, height, width); callers `vmap`. Latents here are raw network outputs: callers
+apply the shift and scale of the configuration.
 
 Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752), and
-diffusers' `models/autoencoders/autoencoder_kl.py`, which the tests hold it to.
+diffusers' `models/autoencoders/autoencoder_kl.py`, the reference of the tests.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flowdit import hashing
-from flowdit.fields import require, shown
 from flowdit.models import pretrained
 from flowdit.models.vae_blocks import DownBlock, MidBlock, UpBlock, chain, conv, norm
 
@@ -33,7 +32,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    """What a diffusers `config.json` says about an `AutoencoderKL`; the defaults are those of diffusers."""
+    """The fields of a diffusers `config.json` of an `AutoencoderKL`, with diffusers' defaults."""
 
     block_out_channels: tuple[int, ...] = (64,)
     layers_per_block: int = 1
@@ -54,14 +53,14 @@ class VaeConfig:
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> "VaeConfig":
-        """The configuration in a parsed diffusers `config.json`.
+        """Parse a diffusers `config.json`.
 
         Args:
             raw: the file's content.
-            shapes: of the tensors beside it. A network of other sizes is refused before one is built.
+            shapes: of the tensors in the weight files. Other sizes are refused before a network is built.
 
         Raises:
-            FieldError: naming the first field that is damaged, belongs to another architecture or fits no tensor.
+            ValueError: naming the first field that is invalid, of another architecture, or does not match the tensors.
         """
         values: dict[str, Any] = {field.name: raw.get(field.name, field.default) for field in dataclasses.fields(cls)}
         if values["shift_factor"] is None:
@@ -81,23 +80,21 @@ class VaeConfig:
 def _check_architecture(raw: Mapping[str, Any]):
     _require_equal(raw, "_class_name", "AutoencoderKL")
     _require_equal(raw, "act_fn", "silu", default="silu")
-    # Per-channel affines take the place of scaling_factor where they are given.
+    # If given, per-channel affines replace scaling_factor.
     _require_equal(raw, "latents_mean", None)
     _require_equal(raw, "latents_std", None)
 
 
 def _check_values(values: Mapping[str, Any]):
     for name in ("layers_per_block", "latent_channels", "norm_num_groups", "in_channels", "out_channels"):
-        require(name, values[name], _is_count(values[name]), "must be a whole number above 0")
+        _require(name, values[name], _is_count, "a whole number above 0")
     for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
-        require(name, values[name], isinstance(values[name], bool), "must be true or false")
-    scale, shift = values["scaling_factor"], values["shift_factor"]
-    require("scaling_factor", scale, _is_number(scale) and scale > 0, "must be above 0")
-    require("shift_factor", shift, _is_number(shift), "must be a finite number")
+        _require(name, values[name], lambda value: isinstance(value, bool), "true or false")
+    _require("scaling_factor", values["scaling_factor"], lambda value: _is_number(value) and value > 0, "above 0")
+    _require("shift_factor", values["shift_factor"], _is_number, "a finite number")
     widths, groups = values["block_out_channels"], values["norm_num_groups"]
-    require("block_out_channels", widths, _are_counts(widths), "must be a list of whole numbers above 0")
-    are_multiples = not any(width % groups for width in widths)
-    require("block_out_channels", widths, are_multiples, f"must be multiples of {groups}")
+    _require("block_out_channels", widths, _are_counts, "a list of whole numbers above 0")
+    _require("block_out_channels", widths, lambda ws: not any(w % groups for w in ws), f"multiples of {groups}")
 
 
 def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
@@ -105,18 +102,21 @@ def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     layers = len(pretrained.numbers_after("encoder.down_blocks.0.resnets.", shapes))
     largest = max((size for shape in shapes.values() if 0 not in shape for size in shape), default=0)
     widths, count = values["block_out_channels"], values["layers_per_block"]
-    rule = f"must be a list of {levels}, as its tensors have it"
-    require("block_out_channels", widths, len(widths) == levels, rule)
-    require("layers_per_block", count, count == layers, f"must be {layers}, as its tensors have it")
-    fits = f"must be at most {largest}, the largest size of a tensor"
-    require("block_out_channels", widths, max(widths) <= largest, fits)
+    _require("block_out_channels", widths, lambda ws: len(ws) == levels, f"a list of {levels}, as in its tensors")
+    _require("layers_per_block", count, lambda n: n == layers, f"{layers}, as in its tensors")
+    fits = f"at most {largest}, the largest size of a tensor"
+    _require("block_out_channels", widths, lambda ws: max(ws) <= largest, fits)
     for name in ("latent_channels", "in_channels", "out_channels"):
-        require(name, values[name], values[name] <= largest, fits)
+        _require(name, values[name], lambda n: n <= largest, fits)
+
+
+def _require(name: str, value: Any, is_valid: Callable[[Any], bool], rule: str):
+    if not is_valid(value):
+        raise ValueError(f"{name} must be {rule}, not {pretrained.shown(value)}")
 
 
 def _require_equal(raw: Mapping[str, Any], name: str, expected: Any, default: Any = None):
-    value = raw.get(name, default)
-    require(name, value, value == expected, f"must be {shown(expected)}")
+    _require(name, raw.get(name, default), lambda value: value == expected, pretrained.shown(expected))
 
 
 def _is_count(value: Any) -> bool:
@@ -128,7 +128,7 @@ def _are_counts(values: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # NaN compares false, and an int of hundreds of digits is no float.
+    # NaN compares false, and an int of hundreds of digits does not fit a float.
     return type(value) in (int, float) and abs(value) < 1e100
 
 
@@ -140,7 +140,7 @@ class Posterior(NamedTuple):
 
 
 class Encoder(eqx.Module):
-    """Image to the mean and log variance of the latents, stacked along the channels."""
+    """Encodes an image to mean and log variance of the latents, stacked along the channels."""
 
     conv_in: eqx.nn.Conv2d
     down_blocks: list[DownBlock]
@@ -165,7 +165,7 @@ class Encoder(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """Latents to an image."""
+    """Decodes latents to an image."""
 
     conv_in: eqx.nn.Conv2d
     mid_block: MidBlock
@@ -196,9 +196,9 @@ def _steps(widths: tuple[int, ...]) -> Iterator[tuple[int, int, bool]]:
 
 
 class AutoencoderKL(eqx.Module):
-    """Encoder and decoder between images in [-1, 1] and raw latents; `load_vae` makes one with its weights.
+    """Encoder and decoder between images in [-1, 1] and raw latents; `load_vae` reads one with its weights.
 
-    It computes in the dtype of its parameters and returns float32. `fingerprint` says which files it was read from.
+    It computes in the dtype of its parameters and returns float32. `fingerprint` identifies the files it was read from.
     """
 
     encoder: Encoder
@@ -220,8 +220,8 @@ class AutoencoderKL(eqx.Module):
     def encode(self, image: Float[Array, "channels height width"]) -> Posterior:
         """The posterior over raw latents, (latent_channels, height / stride, width / stride), of one image in [-1, 1].
 
-        Diffusion trains on `(latent - shift_factor) * scaling_factor`, which is left to the caller. Raises
-        `ValueError` where the image has other channels than the network or sides that its stride does not divide.
+        Diffusion models are trained on `(latent - shift_factor) * scaling_factor`, computed by the caller. Raises
+        `ValueError` if the number of channels differs from the network's, or the sides are not divisible by the stride.
         """
         stride, channels = self.config.stride, self.config.in_channels
         if image.shape[0] != channels or image.shape[1] % stride or image.shape[2] % stride:
@@ -235,8 +235,8 @@ class AutoencoderKL(eqx.Module):
     def decode(self, latent: Float[Array, "latent_channels height width"]) -> Float[Array, "channels _ _"]:
         """The image of one *raw* latent, about [-1, 1] (not clipped) and `stride` times as large along each side.
 
-        The caller has undone shift and scale: `latent = scaled / scaling_factor + shift_factor`. Raises `ValueError`
-        where the latent has other channels than the network.
+        The caller inverts shift and scale: `latent = scaled / scaling_factor + shift_factor`. Raises `ValueError` if
+        the number of channels differs from the network's.
         """
         if latent.shape[0] != self.config.latent_channels:
             raise ValueError(f"latent must have {self.config.latent_channels} channels, not shape {latent.shape}")
@@ -249,10 +249,8 @@ class AutoencoderKL(eqx.Module):
 def load_vae(name: str | Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
     """Read an `AutoencoderKL` in diffusers format, its parameters cast to `dtype`.
 
-    Args:
-        name: "openmoji" (the network that ships with the package), a local folder, or a Hugging Face hub id. Folder
-            and repository may be the network's own or a whole pipeline with a `vae` folder.
-        dtype: of the parameters and of the computation.
+    Args: name: "openmoji" (the embedded network), a local folder, or a Hugging Face hub id. Folder and repository may
+    hold the network itself or a pipeline with a `vae` folder. dtype: of the parameters and of the computation.
 
     Raises:
         ValueError: nothing found under that name, another architecture, damaged files, or tensors that do not match

@@ -1,6 +1,6 @@
 """The blocks of the `AutoencoderKL` family, acting on one example, (channels, height, width).
 
-Fields carry the names of the diffusers state dict (`models/unets/unet_2d_blocks.py` there), by which they are filled.
+Attributes have the names of the diffusers state dict (`models/unets/unet_2d_blocks.py`), which is used to load them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +14,18 @@ from jaxtyping import Array, Float
 NORM_EPS = 1e-6
 
 
-# Weights always come from a file and the network is first built as shapes alone, so any key will do.
+# Weights are always read from a file, and the network is first built as shapes only, so any key works.
 _ANY_SEED = 0
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 3, **options: Any) -> eqx.nn.Conv2d:
-    """A convolution that keeps the size, unless `options` say otherwise."""
+    """A convolution that keeps the size by default."""
     options.setdefault("padding", kernel_size // 2)
     return eqx.nn.Conv2d(in_channels, out_channels, kernel_size, key=jax.random.key(_ANY_SEED), **options)
 
 
 def norm(channels: int, groups: int) -> eqx.nn.GroupNorm:
-    """A group norm; Equinox computes it in float32 whatever the parameters are."""
+    """A group norm; Equinox computes it in float32 for any parameter dtype."""
     return eqx.nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
@@ -34,7 +34,7 @@ def _linear(channels: int) -> eqx.nn.Linear:
 
 
 class ResnetBlock(eqx.Module):
-    """Two normalised 3x3 convolutions around a skip, which is a 1x1 convolution where the width changes."""
+    """Two normalised 3x3 convolutions with a skip connection, a 1x1 convolution if the width changes."""
 
     norm1: eqx.nn.GroupNorm
     conv1: eqx.nn.Conv2d
@@ -56,7 +56,7 @@ class ResnetBlock(eqx.Module):
 
 
 class Attention(eqx.Module):
-    """Single-head self-attention over all positions, with a skip."""
+    """Single-head self-attention over all positions, with a skip connection."""
 
     group_norm: eqx.nn.GroupNorm
     to_q: eqx.nn.Linear
@@ -71,7 +71,7 @@ class Attention(eqx.Module):
 
     def __call__(self, x: Float[Array, "channels height width"]) -> Float[Array, "channels height width"]:
         tokens = self.group_norm(x).reshape(x.shape[0], -1).T
-        # In float32 whatever the parameters are: XLA on CPU cannot run this product in bfloat16.
+        # In float32 for any parameter dtype: XLA on CPU cannot run this product in bfloat16.
         q, k, v = (
             jax.vmap(project)(tokens)[:, None].astype(jnp.float32) for project in (self.to_q, self.to_k, self.to_v)
         )
@@ -80,7 +80,7 @@ class Attention(eqx.Module):
 
 
 class Downsample(eqx.Module):
-    """Halve height and width; the padding stands on the right and the bottom only, as in the original training."""
+    """Halve height and width; padding only on the right and the bottom, as in the original training."""
 
     conv: eqx.nn.Conv2d
 
@@ -104,7 +104,7 @@ class Upsample(eqx.Module):
 
 
 class DownBlock(eqx.Module):
-    """Residual blocks at one resolution, then a step down unless it is the last."""
+    """Residual blocks at one resolution, then downsampling unless it is the last."""
 
     resnets: list[ResnetBlock]
     downsamplers: list[Downsample]
@@ -118,7 +118,7 @@ class DownBlock(eqx.Module):
 
 
 class UpBlock(eqx.Module):
-    """Residual blocks at one resolution, then a step up unless it is the last."""
+    """Residual blocks at one resolution, then upsampling unless it is the last."""
 
     resnets: list[ResnetBlock]
     upsamplers: list[Upsample]
@@ -150,7 +150,7 @@ def _resnets(in_channels: int, out_channels: int, count: int, groups: int) -> li
 
 
 def chain(layers: Sequence[Callable[[Array], Array]], x: Array) -> Array:
-    """`x` through each of `layers` in turn."""
+    """Apply `layers` to `x` in order."""
     for layer in layers:
         x = layer(x)
     return x

@@ -1,4 +1,4 @@
-"""The data set that the tests of this folder share."""
+"""The shared data set of the tests in this folder."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ NUM_CLASSES = 5
 
 
 def record_of(index: int) -> dict:
-    """A record that can be told by its values: all are `index`."""
+    """A record that can be identified by its values: all are `index`."""
     return {"latent": np.full(LATENT_SHAPE, index, np.float16), "label": index % NUM_CLASSES}
 
 
@@ -40,7 +40,7 @@ def open_captioned(folder: Path, text, split: Split = "train") -> Source:
 
 
 def word_encoder(*, width: int = 3, dtype: str = "bfloat16", max_length: int = 4, seed: int = 0) -> TextEncoder:
-    """One token a word; the features of a token are numbers of its own."""
+    """One token per word; each token has distinct features."""
     words = [f"w{i}" for i in range(200)] + ["long", *"abcd"]
     tokenizer = Tokenizer(models.WordLevel({"": 0} | {word: i for i, word in enumerate(words, 1)}, unk_token=""))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

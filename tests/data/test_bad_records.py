@@ -1,4 +1,4 @@
-"""Bad records that are passed over: what is read in their place, what is said of them, and when there are too many."""
+"""Skipping bad records: their replacement, the warnings, and the limit."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +91,7 @@ def test_a_flipped_bit_costs_one_record(folder):
     assert f"{FILES[0]}: record 7: the file is damaged: " in message
 
 
-def test_the_search_goes_on_around_the_end(folder):
+def test_the_search_wraps_around_the_end(folder):
     replace(folder / FILES[1], _5=PAYLOADS["label"], _6=PAYLOADS["foreign"])
     replace(folder / FILES[0], _0=PAYLOADS["not finite"])
     source = opened(folder, limit=3)
@@ -99,7 +99,7 @@ def test_the_search_goes_on_around_the_end(folder):
     assert [record["label"] for record in source.read([19, 2])] == [
         0,
         2,
-    ]  # of record 0, whose numbers are not looked at
+    ]  # of record 0, whose content is not checked
     assert len(source.bad_records) == 3
 
 
@@ -123,7 +123,7 @@ def test_the_stream_is_the_same_on_any_layout_and_after_a_resume(folder, process
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_one_too_many_ends_the_run_and_names_the_limit(folder, threads):
+def test_one_above_the_limit_ends_the_run_and_reports_the_limit(folder, threads):
     replace(folder / FILES[0], _4=PAYLOADS["not finite"], _9=PAYLOADS["label"])
     replace(folder / FILES[1], _5=PAYLOADS["foreign"])
     stream = TrainStream(opened(folder, limit=2), seed=0, batch_size=4, num_threads=threads)
@@ -133,7 +133,7 @@ def test_one_too_many_ends_the_run_and_names_the_limit(folder, threads):
 
 
 @pytest.mark.parametrize(("limit", "option"), [(None, ""), (0, r" \(bad records: 1, data.max_bad_records=0\)")])
-def test_without_leave_the_first_bad_record_ends_the_run(folder, limit, option):
+def test_by_default_the_first_bad_record_ends_the_run(folder, limit, option):
     replace(folder / FILES[0], _4=PAYLOADS["label"])
     for read in (opened(folder, limit).read, opened(folder, limit).read_batch):
         with pytest.raises(RecordError, match=rf"record 4: label: must be in \[0, 5\), got 9{option}$"):
@@ -148,7 +148,7 @@ def test_data_without_any_readable_record_are_named(folder):
         opened(folder, 3, "validation")
 
 
-def test_many_threads_name_a_bad_record_once(folder):
+def test_many_threads_report_a_bad_record_once(folder):
     replace(folder / FILES[0], **{f"_{i}": PAYLOADS["label"] for i in range(2, 8)})
     source = opened(folder, limit=6)
     with ThreadPoolExecutor(8) as pool:
@@ -166,7 +166,7 @@ def test_validation_batches_keep_their_size(folder):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-65536] + bytes(65536)])
-def test_a_shard_that_is_not_whole_is_refused_at_the_start_all_the_same(folder, damage):
+def test_an_incomplete_shard_is_still_refused_at_the_start(folder, damage):
     path = folder / FILES[1]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{path.name}: is not a whole ArrayRecord file"):
@@ -184,7 +184,7 @@ DRAWS = np.array([0.9, 0.1, 0.9, 0.1])
 """Short and long captions in turn."""
 
 
-def test_captions_go_with_the_record_that_is_read(captions):
+def test_captions_belong_to_the_record_that_is_read(captions):
     replace(captions / FILES[0], _3=encode(captioned(3) | {"long_caption": 5}))
     text = TokenizedCaptions(word_encoder().tokenize, 0.5)
     source = texts(captions, text, limit=1)
@@ -212,7 +212,7 @@ def cached(captions):
     return opened
 
 
-def test_a_damaged_record_of_the_cache_passes_over_image_and_text(captions, cached):
+def test_a_damaged_record_of_the_cache_skips_image_and_text(captions, cached):
     source = cached(1)
     batch, expected = (source.read_batch(rows, DRAWS) for rows in ([2, 2, 3, 3], [2, 2, 3, 4]))
     for name in ("latent", "text_features", "text_mask"):

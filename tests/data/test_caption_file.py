@@ -1,4 +1,4 @@
-"""The captions of a folder of images: what the file may hold, and what is said about a bad one."""
+"""The caption file of an image folder: valid contents, and errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which caption is read, and what becomes of empty and long ones."""
+"""The choice of captions, and the handling of empty and long ones."""
 
 from concurrent.futures import ThreadPoolExecutor
 

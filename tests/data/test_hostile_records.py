@@ -14,7 +14,7 @@ from flowdit.data.opcodes import MAX_OPCODES, MAX_SHARED_TUPLES
 from flowdit.data.records import RecordError, decode, encode
 
 SECONDS, MEGABYTES = 2.0, 200
-"""Of CPU for a record, and beside what the process takes anyway. Most of these records took gigabytes, or had no end."""
+"""Limits of CPU time per record, and of memory above the process's own. Unchecked, most of these records need gigabytes, or never finish."""
 
 DECODE = """
 import json, resource, sys, time
@@ -34,7 +34,7 @@ for line in open(sys.argv[1]):
 
 
 def decode_apart(payloads: list[bytes], folder: Path) -> list[tuple[str, float]]:
-    """What comes of each record, and the seconds that it took, in a process of limited memory."""
+    """The result of each record and its seconds, in a process with limited memory."""
     path = folder / "payloads"
     path.write_text("".join(payload.hex() + "\n" for payload in payloads))
     command = [sys.executable, "-c", DECODE, str(path), str(MEGABYTES)]
@@ -58,23 +58,23 @@ def call(module: str, name: str, *arguments: bytes) -> bytes:
 
 
 def field(value: bytes) -> bytes:
-    """A record with this value and nothing else."""
+    """A record with only this value."""
     return b"\x80\x05}" + text("x") + value + b"s."
 
 
 def key(value: bytes) -> bytes:
-    """A record with this key and nothing else."""
+    """A record with only this key."""
     return b"\x80\x05}" + value + b"Ns."
 
 
 def doubled(levels: int, between: bytes = b"\x94") -> bytes:
-    """A tuple of 2**levels leaves in a few bytes a level. `between` keeps each tuple in the memo before it is doubled."""
+    """A tuple of 2**levels leaves in a few bytes per level. `between` stores each tuple in the memo before it is doubled."""
     entries = between.count(b"\x94")
     return b")" + b"".join(between + b"h" + number(entries * (i + 1) - 1, 1) + b"\x86" for i in range(levels))
 
 
 def doubled_lists(levels: int) -> bytes:
-    """A list of 2**levels numbers in the same manner; the outermost is the first entry in the memo."""
+    """A list of 2**levels numbers in the same way; the outermost is the first entry in the memo."""
     return b"]\x94" * (levels + 1) + b"K\x00a" + b"".join(b"ah" + number(i, 1) + b"a" for i in range(levels, 0, -1))
 
 

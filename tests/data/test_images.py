@@ -1,4 +1,4 @@
-"""Images as they are opened and cropped: depth, transparency, size, and what is too large."""
+"""Opening and cropping images: bit depth, transparency, size and size limits."""
 
 import shutil
 import struct
@@ -20,7 +20,7 @@ GREY, COLOUR, GREY_ALPHA = 0, 2, 4
 
 
 def png(values: np.ndarray, colour: int, transparent: bytes = b"", size: tuple[int, int] | None = None) -> bytes:
-    """A PNG of unsigned integers (height, width, ...), which Pillow cannot write itself where they have 16 bits."""
+    """A PNG of unsigned integers (height, width, ...), as Pillow cannot write all 16-bit types."""
     height, width = values.shape[:2]
     big_endian = values.astype(values.dtype.newbyteorder(">"))
     header = struct.pack(">IIBBBBB", *(size or (width, height)), 8 * values.itemsize, colour, 0, 0, 0)
@@ -38,7 +38,7 @@ def png(values: np.ndarray, colour: int, transparent: bytes = b"", size: tuple[i
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens a file of these bytes, or what Pillow saves of an image, as `prepare` does."""
+    """Open a file of these bytes, or an image saved by Pillow, as `prepare` does."""
 
     def open_as(content: bytes | Image.Image, suffix: str = ".png", **options) -> np.ndarray:
         shutil.rmtree(tmp_path / "source", ignore_errors=True)
@@ -61,7 +61,7 @@ def grey(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, axis=-1)
 
 
-def test_sixteen_bits_become_their_upper_eight(opened):
+def test_16_bit_images_are_reduced_to_their_upper_eight_bits(opened):
     colour = np.stack([RAMP, RAMP.T, RAMP[::-1]], -1)
     np.testing.assert_array_equal(opened(png(RAMP, GREY)), grey(EXPECTED))
     np.testing.assert_array_equal(opened(png(colour, COLOUR)), np.stack([EXPECTED, EXPECTED.T, EXPECTED[::-1]], -1))
@@ -70,14 +70,14 @@ def test_sixteen_bits_become_their_upper_eight(opened):
         np.testing.assert_array_equal(opened(image, ".tif"), grey(EXPECTED))
 
 
-def test_a_turned_image_of_sixteen_bits_is_upright(opened):
+def test_a_rotated_16_bit_image_is_upright(opened):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image = Image.frombytes("I;16", (16, 16), RAMP.astype("<u2").tobytes())
     np.testing.assert_array_equal(opened(image, exif=exif), grey(EXPECTED[::-1, ::-1]))
 
 
-def test_transparent_values_of_sixteen_bits_are_white(opened):
+def test_transparent_16_bit_values_are_white(opened):
     clear = np.equal(RAMP, RAMP[3, 4])
     white, alpha = np.where(clear, 255, EXPECTED), np.where(clear, 0, 2**16 - 1).astype(np.uint16)
     value = struct.pack(">H", RAMP[3, 4])
@@ -96,7 +96,7 @@ def test_other_modes_keep_their_colours(opened):
     np.testing.assert_array_equal(opened(palette), red_and_blue)
     white_and_blue = np.where(half[..., None] == 0, (255, 255, 255), (0, 0, 255))
     np.testing.assert_array_equal(opened(palette, transparency=0), white_and_blue)
-    # Of what lies below the veil, half is left.
+    # The pixel is half transparent.
     veiled = Image.merge("LA", [Image.fromarray(np.zeros_like(half)), Image.fromarray(np.full_like(half, 128))])
     np.testing.assert_array_equal(opened(veiled), np.full((8, 8, 3), 127))
     ink = Image.merge("CMYK", [Image.fromarray(half), *[Image.new("L", (8, 8))] * 3])
@@ -120,7 +120,7 @@ def test_an_image_that_declares_too_many_pixels_is_named(opened):
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
-    """`center_crop_arr` of openai/guided-diffusion, as it stands there."""
+    """`center_crop_arr` of openai/guided-diffusion, unchanged."""
     while min(*image.size) >= 2 * size:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
     scale = size / min(*image.size)
@@ -142,7 +142,7 @@ def test_images_are_cropped_as_adm_does(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(401, 7), (2, 99), (3000, 37), (1, 500)])
 def test_the_square_of_a_very_long_image_is_nearly_the_same(width, height):
-    """On noise, where another order of the passes over columns and rows shows most. A shift would make tens a pixel."""
+    """On noise, where the order of the passes over columns and rows matters most. A shift would change pixels by tens."""
     image = noise(width, height)
     ours, theirs = (np.asarray(crop(image, 16), int) for crop in (center_crop, adm_crop))
     assert ours.shape == (16, 16, 3) and np.abs(ours - theirs).mean() < 1 and np.abs(ours - theirs).max() < 16
@@ -162,4 +162,4 @@ def test_a_very_long_image_takes_no_more_memory_than_it_has():
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=root, check=True
     )
-    assert int(finished.stdout) < 50_000  # kilobytes; the whole at that height would be three million
+    assert int(finished.stdout) < 50_000  # kilobytes; the full image at that height would be three million

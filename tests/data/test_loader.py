@@ -1,4 +1,4 @@
-"""The loader: order, resumption, and what is said about damaged files."""
+"""The loader: order, resume, and errors for damaged files."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from flowdit.data.records import RecordError
 
 
 def ids(batch):
-    """Which records a batch holds."""
+    """Indices of the records in a batch."""
     return batch["latent"][:, 0, 0, 0].astype(int).tolist()
 
 
@@ -65,7 +65,7 @@ def test_state_continues_exactly_on_other_threads_and_processes(folder, consumed
     first = TrainStream(source, seed=1, batch_size=8, num_threads=3, prefetch=5)
     assert take(first, consumed) == whole[:consumed]
     state = json.loads(json.dumps(first.get_state()))
-    # What was read ahead must not count.
+    # Prefetched batches must not count.
     assert state == {"next_batch": consumed, "seed": 1, "batch_size": 8, "num_records": 20}
     parts = []
     for i in range(2):
@@ -102,7 +102,7 @@ def test_the_state_of_another_stream_is_refused(folder, change, message):
         ({"batch_size": 0}, "train.batch_size: must be a positive multiple"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(folder, settings, message):
+def test_invalid_settings_are_refused(folder, settings, message):
     with pytest.raises(ValueError, match=message):
         TrainStream(open_train(folder), seed=0, **settings)
 
@@ -189,7 +189,7 @@ def test_a_foreign_record_is_named_by_file_and_number(folder):
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"PK" * 50_000])
-def test_a_shard_that_is_no_array_record_file_is_named(folder, damage):
+def test_a_shard_that_is_not_an_array_record_file_is_named(folder, damage):
     path = folder / "train-00001-of-00002.array_record"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{path.name}: is not a whole ArrayRecord file: ") as error:
@@ -233,7 +233,7 @@ def open_text(folder, long_caption_prob=0.5, split="train"):
 
 
 def drawn(batch):
-    """Which record each row holds, and which caption of it: its ids, without padding."""
+    """The record of each row, and its caption's ids without padding."""
     assert set(batch) - {"weight"} == {"latent", "text_ids", "text_mask"}
     texts = [tuple(ids[mask].tolist()) for ids, mask in zip(batch["text_ids"], batch["text_mask"], strict=True)]
     assert all(text[0] == record + 1 for text, record in zip(texts, ids(batch), strict=True))
@@ -245,14 +245,14 @@ def take_drawn(stream, count):
 
 
 @pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
-def test_as_many_captions_are_long_as_asked_for(captions, probability, share):
+def test_the_share_of_long_captions_is_as_configured(captions, probability, share):
     stream = TrainStream(open_text(captions, probability), seed=0, batch_size=50)
     long = np.mean([len(text) > 1 for batch in take_drawn(stream, 8) for _, text in batch])
     # The standard deviation of the share over 400 draws is at most 0.025.
     assert long == share if share in (0, 1) else abs(long - share) < 0.08
 
 
-def test_another_visit_of_a_record_may_read_its_other_caption(captions):
+def test_a_record_may_have_its_other_caption_in_another_epoch(captions):
     stream = TrainStream(open_text(captions), seed=0, batch_size=20)
     visits = [dict(batch) for batch in take_drawn(stream, 8)]
     assert all(len({visit[record] for visit in visits}) == 2 for record in range(20))

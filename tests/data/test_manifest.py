@@ -1,4 +1,4 @@
-"""The manifest: read strictly, written whole, and compared with the shards."""
+"""The manifest: strict reading, atomic writing, and verification of the shards."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Preparing a data set: what is written, what an interruption costs, and what is said about bad input."""
+"""Preparing a data set: output, interruptions, and errors for bad input."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_training_records_are_shuffled_over_the_shards(config):
     assert labels != sorted(labels)
 
 
-def test_options_add_mirrored_copies_deviations_and_single_precision(config):
+def test_options_add_mirrored_copies_standard_deviations_and_single_precision(config):
     plain, full = prepare(config), prepare(
         replaced(config, out=config.out + "-full", hflip=True, posterior_std=True, dtype="float32")
     )  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_killed_run_continues_to_the_same_data_set(config):
     assert prepare(config).id == whole.id
 
 
-def test_a_finished_data_set_is_left_alone(config, capsys):
+def test_a_finished_data_set_is_not_changed(config, capsys):
     manifest = prepare(config)
     assert "training and" in capsys.readouterr().out
     times = {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
@@ -205,8 +205,8 @@ def test_a_folder_of_foreign_shards_is_refused(config):
         ({"records_per_shard": 0}, "records_per_shard: must be at least 1, got 0"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction: must be in \[0, 1\), got 1.0"),
         ({"held_out_fraction": 0.9999}, "held_out_fraction: 0.9999 leaves no image to train on"),
-        ({"dtype": "int8"}, "dtype: must be one of float16, float32, got 'int8'"),
-        ({"text_dtype": "float16"}, "text_dtype: must be one of bfloat16, float32, got 'float16'"),
+        ({"dtype": "int8"}, "dtype: must be float16 or float32, got 'int8'"),
+        ({"text_dtype": "float16"}, "text_dtype: must be bfloat16 or float32, got 'float16'"),
         ({"text_max_length": 0}, "text_max_length: must be at least 1, got 0"),
         ({"text_encoder": "wordllama"}, "text_encoder: .*source has no captions to encode, got 'wordllama'"),
         ({"captions": "nowhere.jsonl"}, "captions: cannot read nowhere.jsonl: No such file"),
@@ -263,7 +263,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_shard(config):
     assert os.listdir(config.out) == ["prepare.json"]
 
 
-def test_transparent_and_rotated_images_are_seen_as_people_see_them(config, source):
+def test_transparent_and_rotated_images_are_read_as_displayed(config, source):
     folder = source / "red"
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "a.png")
     half = np.zeros((16, 16, 3), np.uint8)
@@ -293,7 +293,7 @@ def write_captions(source, path, **changes):
     return str(path)
 
 
-def test_captions_go_with_their_images_beside_the_classes(config, source, tmp_path):
+def test_captions_belong_to_their_images_and_classes_stay(config, source, tmp_path):
     captions = write_captions(source, tmp_path / "captions.jsonl")
     plain, captioned = prepare(config), prepare(replaced(config, captions=captions, out=config.out + "-text"))
     assert (plain.has_captions, captioned.has_captions) == (False, True)
@@ -328,7 +328,7 @@ def test_other_captions_in_the_same_folder_are_refused(config, source, tmp_path)
         prepare(replaced(config, captions=moved))
 
 
-def test_captions_that_are_not_those_of_the_images_leave_nothing_behind(config, source, tmp_path):
+def test_captions_of_other_images_leave_no_files(config, source, tmp_path):
     captions = write_captions(source, tmp_path / "captions.jsonl")
     (source / "red" / "00.png").unlink()
     with pytest.raises(ValueError, match=r"captions.jsonl has 1 captions without an image in .*: 'red/00.png'"):
@@ -356,7 +356,7 @@ def test_text_features_are_added_to_a_finished_data_set(config, source, tmp_path
     assert (other / "text_features.json").exists()
 
 
-def test_a_run_without_an_encoder_leaves_the_text_features_alone(config, source, tmp_path, capsys):
+def test_a_run_without_an_encoder_does_not_change_the_text_features(config, source, tmp_path, capsys):
     captioned = replaced(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
     prepare(replaced(captioned, text_encoder="wordllama"))
     times = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
@@ -366,14 +366,14 @@ def test_a_run_without_an_encoder_leaves_the_text_features_alone(config, source,
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == times
 
 
-def test_a_faulty_text_encoder_is_named_before_latents_are_encoded(config, source, tmp_path):
+def test_an_invalid_text_encoder_is_reported_before_latents_are_encoded(config, source, tmp_path):
     captioned = replaced(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
     for changes, message in (
         ({"text_encoder": " "}, "^text_encoder: must be 'wordllama', a folder or a hub id, got ' '"),
         ({"text_encoder": str(source)}, "^text_encoder: .*source: must hold tokenizer.json"),
         (
             {"text_encoder": str(write_t5gemma(tmp_path / "t5gemma")), "text_max_length": 1},
-            "^text_max_length: must leave room beside 1 special tokens, got 1$",
+            "^text_max_length: must be above the 1 special tokens, got 1$",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -390,7 +390,7 @@ def test_a_text_cache_that_cannot_be_written_is_named(config, source, tmp_path):
         )
 
 
-def test_openmoji_has_classes_of_eight_and_holds_whole_families_out():
+def test_openmoji_classes_have_eight_images_and_whole_families_are_held_out():
     data = openmoji.load()
     assert data.tiles.shape == (2216, 64, 64, 3) and len(data.class_names) == 87
     assert np.bincount(data.labels).min() >= 8

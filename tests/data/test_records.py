@@ -1,4 +1,4 @@
-"""Records: what a data file can hold, what it cannot make happen, and what is said about a bad one."""
+"""Records: allowed contents, security, and errors for bad ones."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ def good_record(**changes):
 
 
 def as_numpy1(data: bytes) -> bytes:
-    """The same pickle with the module names of numpy 1; text lengths are adapted where the protocol states them."""
+    """The same pickle with the module names of numpy 1; string lengths are adapted if the protocol has them."""
     for name in (b"numpy._core.multiarray", b"numpy._core.numeric"):
         old = name.replace(b"_core", b"core")
         data = data.replace(b"\x8c" + bytes([len(name)]) + name, b"\x8c" + bytes([len(old)]) + old).replace(name, old)
@@ -32,7 +32,7 @@ def test_reads_arrays_and_scalars_of_every_protocol_and_numpy(protocol, rename, 
     array = np.arange(24).reshape(2, 3, 4).astype(dtype)
     record = {"latent": array, "fortran": np.asfortranarray(array), "label": np.int64(7), "text": "é", "none": None}
     data = pickle.dumps(record, protocol)
-    # Frames state their length, which the renaming changes.
+    # Frames have a length, which the renaming changes.
     renamed = rename(pickletools.optimize(data) if protocol < 4 else without_frames(data))
     assert (rename is as_numpy1) == (b"_core" not in renamed)
     decoded = decode(renamed)
@@ -58,7 +58,7 @@ def test_encode_then_decode_returns_the_record():
 
 
 class Calls:
-    """Pickles into a call of `function`."""
+    """Its pickle calls `function`."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -91,7 +91,7 @@ def test_arrays_that_are_not_plain_numbers_are_refused(protocol, dtype):
 
 
 def test_the_state_of_a_dtype_cannot_be_forged():
-    # A float16 whose state claims fields; and one that claims flags of an object array, which numpy itself would take.
+    # A float16 whose state claims fields; and one that claims flags of an object array, which numpy accepts.
     with_fields = b"\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00f2\x85R(K\x03X\x01\x00\x00\x00<NX\x01\x00\x00\x00aNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb."
     with pytest.raises(RecordError, match="fields is refused"):
         decode(with_fields)
@@ -162,7 +162,7 @@ def test_schema_names_field_rule_and_value(changes, message):
 
 
 @pytest.mark.parametrize("byte_order", "<>")
-def test_a_schema_may_demand_one_dtype(byte_order):
+def test_a_schema_may_require_one_dtype(byte_order):
     half, single = (good_record(latent=np.ones((4, 2, 2), byte_order + code)) for code in ("f2", "f4"))
     for record in (half, single):
         SCHEMA.check(record)
@@ -221,7 +221,7 @@ def captioned_record(**changes):
         ({"latent": [1.0]}, "^latent: must be a float16 or float32 array, got list$"),
     ],
 )
-def test_schema_names_a_caption_that_is_no_text(changes, message):
+def test_schema_names_a_caption_that_is_not_a_string(changes, message):
     schema = record_schema((4, 2, 2), CAPTION_FIELDS)
     schema.check(decode(encode(captioned_record())))
     with pytest.raises(RecordError, match=message):

@@ -1,4 +1,4 @@
-"""Cached text features: equal to those of the encoder, written once, and refused when they are not this run's."""
+"""Cached text features: equal to those of the encoder, written once, and refused if they do not match the run."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_a_cache_gives_the_captions_and_features_of_its_encoder(captions, dtype,
         np.testing.assert_array_equal(features["text_features"], np.where(ids["text_mask"][..., None], expected, 0))
 
 
-def test_captions_of_like_length_share_a_batch_and_keep_their_places(captions, tmp_path, monkeypatch):
+def test_captions_of_similar_length_share_a_batch_and_keep_their_order(captions, tmp_path, monkeypatch):
     encoder = load_text_encoder(TextConfig(str(write_t5gemma(tmp_path / "t5gemma")), 24, "float32"))
     encode, lengths = TextEncoder.encode, []
 
@@ -62,7 +62,7 @@ def test_captions_of_like_length_share_a_batch_and_keep_their_places(captions, t
         patch.setattr(text_features, "CHUNK", 6)
         patch.setattr(text_features, "MAX_BATCH", 4)
         write_cache(captions / "text", captions, Manifest.read(captions), encoder)
-    # Six records are twelve captions, so that the 13 records of the first shard make 3, 3 and 1 batches.
+    # Six records have twelve captions, so the 13 records of the first shard make 3, 3 and 1 batches.
     assert [len(batch) for batch in lengths[:7]] == [4] * 6 + [2]
     for chunk in (np.concatenate(lengths[:3]), np.concatenate(lengths[3:6])):
         assert (np.diff(chunk) >= 0).all() and chunk[0] < chunk[-1]
@@ -106,7 +106,7 @@ def test_the_manifest_and_the_summary_count_captions(captions, capsys):
     assert "features of 54 captions by words in bfloat16" in out and "10 captions truncated to 4 tokens" in out
 
 
-def test_a_finished_cache_is_left_alone(captions, cache, capsys):
+def test_a_finished_cache_is_not_changed(captions, cache, capsys):
     times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     write_cache(cache, captions, Manifest.read(captions), word_encoder())
     assert "nothing to do" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def rewrite(cache, change):
 def test_a_bad_record_is_named_by_file_and_number(captions, cache, change, message):
     rewrite(cache, lambda entry: entry | change)
     source = open_captioned(captions, reopened(captions))
-    source.read_batch([14, 15, 16], np.array([0.9, 0.1, 0.9]))  # the long caption lies in a record of its own
+    source.read_batch([14, 15, 16], np.array([0.9, 0.1, 0.9]))  # the long caption is in a separate record
     with pytest.raises(RecordError, match=f"text/train-00001-of-00002.array_record: record 4: {message}") as error:
         source.read_batch([14, 15], np.array([0.9, 0.9]))
     assert "\n" not in str(error.value)

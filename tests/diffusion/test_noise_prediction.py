@@ -1,4 +1,4 @@
-"""Networks that predict noise: exact velocities out of exact noise, and diffusers' DDIM at the end of the same solve."""
+"""Networks that predict noise: exact velocities from exact noise, and the same results as diffusers' DDIM."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ pytest.importorskip("torch", reason="needs torch")
 import diffusers
 import torch
 
-# `set_alpha_to_one`: the last step goes to data, as a flow does at t = 0. Without it DDIM stops at the noise of step 0.
+# `set_alpha_to_one`: the last step goes to data, like the flow at t = 0. Without it DDIM stops at the noise of step 0.
 DDIM = diffusers.DDIMScheduler(
     beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True,
     timestep_spacing="trailing",
@@ -33,7 +33,8 @@ NOISE = image_noise(0, jnp.arange(2), (2, 4, 4))
 def mixture_noise(xp, x, time, center, half_distance, spread):
     """E[noise | x] when data are spread by s around m + c or m - c alike, for DDPM's latent x and its step / 1000.
 
-    Over alpha, the latent is spread by total = s^2 + (sigma / alpha)^2 around either; tanh weighs them. In numpy and JAX.
+    Divided by alpha, the latent has variance total = s^2 + (sigma / alpha)^2 around each mode; tanh weights them. For
+    numpy and JAX.
     """
     ratio = xp.exp(xp.interp(time * 1000, np.arange(1000, dtype=np.float32), LOG_RATIOS))
     x = x * xp.sqrt(1 + ratio**2) - center
@@ -78,7 +79,7 @@ def relative(got, expected):
     return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
-def test_steps_are_ddpms_and_go_on_between_them():
+def test_steps_are_ddpms_and_interpolated_between_them():
     np.testing.assert_allclose(ddpm_step(jnp.asarray(STEP_TIMES)), np.arange(1000), atol=5e-3)
     between = 1 / (1 + np.exp(-(LOG_RATIOS[1:] + LOG_RATIOS[:-1]) / 2))
     np.testing.assert_allclose(ddpm_step(jnp.asarray(between)), np.arange(999) + 0.5, atol=5e-3)
@@ -108,7 +109,7 @@ def test_solve_ends_where_the_exact_flow_of_a_gaussian_does():
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_euler_on_ddims_times_is_ddim(guidance):
-    """Both move along the straight line through the predicted data and noise, so nothing but rounding is between."""
+    """Both move along the line through the predicted data and noise, so they are equal up to rounding."""
     DDIM.set_timesteps(20)
     times = np.append(STEP_TIMES[DDIM.timesteps.numpy()], 0).astype(np.float32)
     velocity = velocity_from_noise(network)
@@ -123,13 +124,13 @@ def test_euler_on_ddims_times_is_ddim(guidance):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_solve_and_ddim_meet_as_their_steps_grow(guidance):
-    """They differ in their times, and below DDPM's first step, where only the flow goes on asking the network."""
+    """They differ in their times, and below DDPM's first step, where only the flow evaluates the network."""
     apart = [relative(euler_latents(n, guidance), ddim_latents(n, guidance)) for n in (50, 200, 1000)]
     assert apart[0] > 2 * apart[1] > 4 * apart[2] and apart[2] < 2e-3
 
 
 def test_velocity_is_the_default_and_starts_from_the_noise_itself():
-    """A field that depends on the time alone: one Euler step from t = 1 shows time, start and end."""
+    """A field that depends only on the time: one Euler step from t = 1 shows time, start and end."""
     labels, config = jnp.asarray(LABELS), SamplerConfig(solver="euler", steps=1, guidance=1.0)
     field = lambda x, t, label: t * jnp.ones_like(x)
     plain = sample(field, NOISE, labels, labels, config).latents
@@ -138,7 +139,7 @@ def test_velocity_is_the_default_and_starts_from_the_noise_itself():
 
 
 @pytest.mark.parametrize("settings", [dict(solver="euler"), dict(time_shift=2.0), dict(solver="tsit5", rtol=1e-2)])
-def test_network_is_asked_for_times_of_the_schedule_only(settings):
+def test_network_is_only_evaluated_at_times_of_the_schedule(settings):
     seen = []
 
     def recording(x, time, label):

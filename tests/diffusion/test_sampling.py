@@ -1,4 +1,4 @@
-"""The ODE solve: exact where it must be, converging at each solver's order, with its evaluations counted."""
+"""The ODE solve: exact cases, the order of each solver, and counts of evaluations."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_converges_to_the_exact_flow_at_the_solvers_order(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_evaluations_are_those_that_happen(solver):
+def test_evaluations_are_counted_correctly(solver):
     calls = []
 
     def counting_velocity(x, t, label):
@@ -96,14 +96,14 @@ def test_an_image_does_not_depend_on_how_many_are_drawn():
     ],
 )
 def test_impossible_samplers_are_refused_by_name(settings, field):
-    with pytest.raises(ValueError, match=f"^{field}: "):
-        SamplerConfig(**settings).check()
+    with pytest.raises(ValueError, match=f"^sampler.{field}: "):
+        SamplerConfig(**settings).check("sampler.")
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [(0, "at least 1, got 0"), (2.5, "a whole number, got 2.5"), (True, "a whole")]
+    ("value", "message"), [(0, "at least 1, got 0"), (2.5, "a whole number, got 2.5"), (True, "a whole")]
 )
-def test_counts_are_whole_numbers(value, told):
+def test_counts_are_whole_numbers(value, message):
     check_count("steps", np.int64(3))
-    with pytest.raises(ValueError, match=f"^steps: must be {told}"):
+    with pytest.raises(ValueError, match=f"^steps: must be {message}"):
         check_count("steps", value)

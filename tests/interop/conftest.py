@@ -18,7 +18,7 @@ def meta(whole_run) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory) -> Path:
-    """Good folders and a good file of other projects, `write_stock`. Tests change copies."""
+    """Valid folders and a valid file of other projects, from `write_stock`. Tests change copies."""
     pytest.importorskip("torch", reason="needs torch")
     from interop.stock_folders import write_stock
 

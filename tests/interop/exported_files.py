@@ -1,4 +1,4 @@
-"""The two files that an exported folder carries, loaded by their paths: no part of the package may import torch."""
+"""The two code files of an exported folder, loaded by path: no part of the package may import torch."""
 
 import importlib.util
 import sys

@@ -24,7 +24,7 @@ def copied(stock: Path, name: str, tmp_path: Path) -> Path:
 
 
 def refused(source: Path, *options: str) -> str:
-    """The line with which a conversion ends that must not have left anything behind."""
+    """The error line of a conversion, which must leave no files."""
     target = source.parent / "out" / "target"
     line = error_line(call(convert, f"source={source}", f"target={target}", *options))
     assert not target.parent.exists() or not list(target.parent.iterdir())
@@ -36,10 +36,10 @@ def short(line: str) -> str:
     return line
 
 
-def unreadable(source: Path, **said: Any) -> str:
-    """The line that `read_source` says. Hundreds of commands would take too long."""
+def unreadable(source: Path, **hints: Any) -> str:
+    """The error line of `read_source`. Hundreds of commands would take too long."""
     with pytest.raises(ValueError) as caught:
-        read_source(str(source), said=ForeignConfig(**said))
+        read_source(str(source), hints=ForeignConfig(**hints))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -56,7 +56,7 @@ def with_json(file: Path, **changes: Any) -> None:
 
 
 def without(file: Path, *names: str) -> None:
-    """Take fields out of a JSON file."""
+    """Remove fields from a JSON file."""
     file.write_text(
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in names})
     )

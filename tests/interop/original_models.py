@@ -1,6 +1,6 @@
 """The networks of the original repositories in torch, under their own names: DiT, SiT, PixArt-alpha.
 
-Written from the papers and the facts of the repositories, on a batch. They are references for what is converted.
+Written from the papers and the repositories, for a batch. They are references for the conversion.
 """
 
 import math
@@ -97,7 +97,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """DiT, and SiT, which differs in the times that it is given."""
+    """DiT, and SiT, which gets other times."""
 
     def __init__(self, depth=2, dim=48, heads=4, patch=2, channels=4, size=8, classes=10):
         super().__init__()
@@ -177,7 +177,7 @@ class PixArt(nn.Module):
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every trained parameter random, those too that start at zero, with activations of about one at any width."""
+    """Set all trained parameters to random values, with activations of about one at any width."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Small models with random weights and the metadata of a run, and what diffusers and flowdit compute with them."""
+"""Small models with random weights and the metadata of a run, and their outputs in diffusers and flowdit."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def random_model(
 ) -> Portable:
     """A model of these fields on the data of `meta`, every parameter normal(0.1), scales of norms around 1.
 
-    `conditioning` is by default the one that was first for the model.
+    `conditioning` is by default the first kind of the model.
     """
     conditioning = conditioning or {"ccdit": "labels", "mmdit": "text"}[model["name"]]
     config = meta["config"] | {"conditioning": conditioning}
@@ -49,7 +49,7 @@ def random_model(
 
 
 def saved(portable: Portable, path: Path) -> str:
-    """The name of a checkpoint of it or, where the path ends so, of a `.safetensors` file, which is quicker."""
+    """Write a checkpoint or, depending on the path, a `.safetensors` file, which is faster; return its name."""
     write = write_single if path.suffix == ".safetensors" else write_checkpoint
     write(portable, path, "float32")
     return str(path)
@@ -83,7 +83,7 @@ def ours_null(portable: Portable, condition: Any) -> Any:
 
 
 def torch_condition(portable: Portable, labels=(1, 3), lengths=(TOKENS, 2)) -> dict[str, Any]:
-    """The same as `ours_condition`, as keyword arguments of a transformer of diffusers."""
+    """The conditions of `ours_condition` as keyword arguments of a diffusers transformer."""
     import torch
 
     if portable.meta["text"] is None:
@@ -101,10 +101,10 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 def output_error(transformer: Any, portable: Portable) -> float:
-    """Relative error of our output against that of the torch module, on two examples at two times."""
+    """Relative error of our output compared with the torch module's, on two examples at two times."""
     import torch
 
-    x, t = noise(), np.asarray([0.5, 0.875], np.float32)  # 1000 t is exact as well
+    x, t = noise(), np.asarray([0.5, 0.875], np.float32)  # 1000 t is exact too
     condition = torch_condition(portable)
     with torch.no_grad():
         expected = transformer(torch.from_numpy(x), timestep=torch.from_numpy(1000 * t), **condition).sample
@@ -113,13 +113,13 @@ def output_error(transformer: Any, portable: Portable) -> float:
 
 
 def converted(source: str | Path, target: Path, **fields: Any) -> Path:
-    """What `flowdit.convert` writes, without an image unless one is asked for."""
+    """Run `flowdit.convert`, by default without an image, and return the target."""
     convert(ConvertConfig(source=str(source), target=str(target), **({"image": "none"} | fields)))
     return target
 
 
 def assert_same(one: Portable, other: Portable) -> None:
-    """Arrays bit by bit with their dtypes, and metadata."""
+    """Compare arrays bit by bit with their dtypes, and metadata."""
     assert one.meta == other.meta
     assert one.arrays.keys() == other.arrays.keys()
     for name, array in one.arrays.items():

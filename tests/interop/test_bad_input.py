@@ -1,4 +1,4 @@
-"""What is damaged, foreign or dangerous: one clear line, nothing written, nothing run."""
+"""Damaged, unsupported and dangerous input: one clear line, nothing written, nothing run."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ def test_missing_and_extra_tensors_are_all_listed(stock, tmp_path):
     assert "2 unexpected: extra, transformer_blocks.0.attn1.norm_q.weight" in line
 
 
-def test_shapes_that_do_not_fit(stock, tmp_path):
+def test_tensors_of_another_shape(stock, tmp_path):
     def change(tensors):
         tensors["proj_out_1.bias"] = np.zeros(7, np.float32)
         tensors["transformer_blocks.1.ff.net.2.weight"] = np.zeros((32, 64), np.float32)
@@ -41,7 +41,7 @@ def test_shapes_that_do_not_fit(stock, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"_class_name": "UNet2DConditionModel"},
@@ -50,10 +50,10 @@ def test_shapes_that_do_not_fit(stock, tmp_path):
         ({"sample_size": 7}, "model.patch_size: must divide the latents' height and width"),
     ],
 )
-def test_another_architecture(stock, tmp_path, changes, told):
+def test_another_architecture(stock, tmp_path, changes, message):
     folder = copied(stock, "dit", tmp_path)
     with_json(folder / "config.json", **changes)
-    assert re.search(told, refused(folder))
+    assert re.search(message, refused(folder))
 
 
 def test_file_of_another_network(tmp_path):
@@ -84,7 +84,7 @@ def test_half_written_folder(stock, tmp_path):
     shard.write_bytes(content[: len(content) // 2])
     assert shard.name in refused(folder) and "not a readable safetensors file" in refused(folder)
     shard.unlink()
-    assert f"weight_map must name files beside it, not '{shard.name}'" in refused(folder)
+    assert f"weight_map must name files in its folder, not '{shard.name}'" in refused(folder)
     (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
     assert "must hold diffusion_pytorch_model.safetensors" in refused(folder)
 
@@ -92,7 +92,7 @@ def test_half_written_folder(stock, tmp_path):
 def test_truncated_torch_file(stock, tmp_path):
     content = (stock / "dit.pt").read_bytes()
     (tmp_path / "dit.pt").write_bytes(content[: len(content) // 2])
-    assert "dit.pt is not a file of tensors alone: " in refused(tmp_path / "dit.pt", "format=dit")
+    assert "dit.pt must hold tensors only: " in refused(tmp_path / "dit.pt", "format=dit")
 
 
 class Dangerous:
@@ -104,16 +104,16 @@ class Dangerous:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickle_that_wants_to_import_runs_nothing(tmp_path, zipped):
+def test_pickle_that_imports_runs_nothing(tmp_path, zipped):
     touched, file = tmp_path / "touched", tmp_path / "dit.pt"
     torch.save({"ema": Dangerous(touched)}, file, _use_new_zipfile_serialization=zipped)
     line = refused(file, "format=dit")
-    assert "dit.pt is not a file of tensors alone: " in line and "system" in line
+    assert "dit.pt must hold tensors only: " in line and "system" in line
     assert not touched.exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "told"),
+    ("arguments", "options", "message"),
     [
         ({"model": "SiT-B/2", "path_type": "GVP"}, (), "must be a SiT trained with path_type=Linear, got 'GVP'"),
         (
@@ -124,10 +124,10 @@ def test_pickle_that_wants_to_import_runs_nothing(tmp_path, zipped):
         ({"model": "DiT-B/2"}, ("format=sit",), "which was trained as DiT-B/2, got sit"),
     ],
 )
-def test_training_arguments_of_a_checkpoint(tmp_path, arguments, options, told):
+def test_training_arguments_of_a_checkpoint(tmp_path, arguments, options, message):
     state = randomised(DiT(dim=32, heads=2)).state_dict()
     torch.save({"ema": state, "args": argparse.Namespace(**arguments)}, file := tmp_path / "trained.pt")
-    assert refused(file, "num_heads=2", *options).endswith(told)
+    assert refused(file, "num_heads=2", *options).endswith(message)
 
 
 def test_target_that_exists(stock, tmp_path):
@@ -135,11 +135,11 @@ def test_target_that_exists(stock, tmp_path):
     target.mkdir()
     (target / "mine").write_text("kept")
     line = error_line(call(convert, f"source={stock / 'dit'}", f"target={target}"))
-    assert line == f"error: target: {target} exists already, and nothing is written over"
+    assert line == f"error: target: must not exist, got {target}"
     assert (target / "mine").read_text() == "kept"
 
 
-def test_what_a_file_does_not_say_must_be_said(stock, tmp_path):
+def test_missing_information_must_be_given(stock, tmp_path):
     source = Path(shutil.copy(stock / "dit.pt", tmp_path))
     assert "format: must be dit or sit for " in refused(source)
     assert "num_heads: must be given and divide the width 32" in refused(source, "format=dit")

@@ -72,9 +72,7 @@ def test_metadata_of_an_exported_folder(own, tmp_path):
     folder = copied(own, "exported", tmp_path)
     meta = json.loads((folder / "flowdit.json").read_text())
     (folder / "flowdit.json").write_text(json.dumps(changed(meta, ("config", "model", "depth"), BILLION)))
-    assert "model.depth must be 2 in flowdit's metadata, as config.json says, got 1000000000" in short(
-        unreadable(folder)
-    )
+    assert "model.depth must be 2 in flowdit's metadata, as in config.json, got 1000000000" in short(unreadable(folder))
 
 
 def test_good_files_are_read(own):

@@ -1,4 +1,4 @@
-"""What comes in: networks of diffusers and of the original repositories, converted, compute what the originals do."""
+"""Import: converted networks of diffusers and of the original repositories give the outputs of the originals."""
 
 import argparse
 from pathlib import Path
@@ -28,7 +28,7 @@ TEXT_DIM = 20
 
 
 def converted(source: Path, *options: str) -> tuple[Trained, str]:
-    """The checkpoint that the command makes, and what it prints."""
+    """The checkpoint made by the command, and its output."""
     target = source.parent / "converted"
     finished = call(convert, f"source={source}", f"target={target}", *options)
     assert finished.status == 0, finished.err
@@ -112,7 +112,7 @@ def test_diffusers_pixart(tmp_path, heads, head_dim, micro, tokens, shards):
     [(diffusers.DDIMScheduler(beta_schedule="linear", beta_end=0.02), "noise"),
      (diffusers.FlowMatchEulerDiscreteScheduler(), "velocity")],
 )  # fmt: skip
-def test_pipeline_folder_says_what_is_predicted_and_brings_its_vae(tmp_path, scheduler, prediction):
+def test_pipeline_folder_has_the_prediction_type_and_the_vae(tmp_path, scheduler, prediction):
     folder = tmp_path / "pipeline"
     diffusers_dit(out_channels=4).save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")
@@ -135,7 +135,7 @@ def test_pipeline_folder_says_what_is_predicted_and_brings_its_vae(tmp_path, sch
 
 
 def write(model: torch.nn.Module, file: Path, form: str, name: str = "DiT-XL/2") -> Path:
-    """As the repositories and their users save weights of a model `name`; what is not asked for is worthless."""
+    """Save weights of a model `name` like the repositories; other entries hold wrong weights."""
     state, other = model.state_dict(), {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
     if form == "safetensors":
         safetensors.torch.save_file(state, file := file.with_suffix(".safetensors"))
@@ -174,14 +174,14 @@ def test_bfloat16_file(tmp_path):
     model = randomised(DiT()).bfloat16()
     trained, _ = converted(write(model, tmp_path / "dit.pt", "plain"), "format=dit", "num_heads=4")
     rounded = {name: tensor.float() for name, tensor in model.state_dict().items() if name != "pos_embed"}
-    reference = DiT().eval()  # positions are computed, and not rounded
+    reference = DiT().eval()  # positions are computed, not rounded
     reference.load_state_dict(rounded, strict=False)
     expected = reference(torch.from_numpy(latents()), torch.from_numpy(1000 * TIMES), torch.from_numpy(LABELS))
     assert_equal(trained, latents(), LABELS, expected)
 
 
-@pytest.mark.parametrize(("form", "options"), [("plain", ["format=sit"]), ("ema", [])], ids=["said", "in the file"])
-def test_sit_runs_backwards_and_with_the_other_sign(tmp_path, form, options):
+@pytest.mark.parametrize(("form", "options"), [("plain", ["format=sit"]), ("ema", [])], ids=["given", "in the file"])
+def test_sit_has_reversed_time_and_the_opposite_sign(tmp_path, form, options):
     model = randomised(DiT())
     trained, _ = converted(write(model, tmp_path / "sit.pt", form, "SiT-XL/2"), "num_heads=4", *options)
     expected = -model(torch.from_numpy(latents()), torch.from_numpy(1 - TIMES), torch.from_numpy(LABELS))
@@ -201,11 +201,11 @@ def test_original_pixart(tmp_path, scale, sizes):
     )
     assert_equal(trained, latents(), TextCondition(features, mask, dropped, pixels), expected)
     assert (trained.config.model.null_tokens, trained.config.model.interpolation_scale) == (7, scale)
-    assert "holds no ema weights; its 'state_dict' is taken" in out
+    assert "holds no ema weights; its 'state_dict' is used" in out
 
 
 def test_imported_noise_model_samples_and_starts_a_run(tiny_data, tmp_path):
-    """On the latents of the embedded VAE, whose configuration the command is given."""
+    """On latents of the embedded VAE, with its configuration."""
     file = write(randomised(DiT(dim=32, heads=2, channels=16, classes=4)), tmp_path / "dit.pt", "plain")
     converted(file, "format=dit", "num_heads=2", "vae=openmoji")
     out, checkpoint = tmp_path / "samples", tmp_path / "converted"

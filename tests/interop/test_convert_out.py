@@ -1,4 +1,4 @@
-"""flowdit checkpoints out as diffusers folders, safetensors files and slim checkpoints, and back in bit by bit."""
+"""Export of flowdit checkpoints as diffusers folders, safetensors files and slim checkpoints, and bit-exact import."""
 
 import logging
 import re
@@ -33,7 +33,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def diffusers_log(caplog):
-    """What diffusers warns of; it keeps its messages from the root logger."""
+    """Warnings of diffusers, which are not passed to the root logger."""
     logger = logging.getLogger("diffusers")
     logger.addHandler(caplog.handler)
     yield caplog
@@ -105,7 +105,7 @@ def test_ema_and_raw_weights_are_those_of_the_checkpoint(whole_run, tmp_path, to
         wanted = {name.removeprefix(prefix): array for name, array in stored.items() if name.startswith(prefix)}
         assert_same(read_source(str(out)), Portable(wanted, read_meta(whole_run / "6")))
         differing += sum(not np.array_equal(array, stored[f"model_ema.{name}"]) for name, array in wanted.items())
-    assert differing > 10  # the raw weights are no copy of the EMA
+    assert differing > 10  # the raw weights differ from the EMA
 
 
 def test_slim_checkpoint_has_no_raw_weights(whole_run, tmp_path):
@@ -134,7 +134,7 @@ def test_half_precision(meta, tmp_path, dtype, model):
     tensors = safetensors.numpy.load_file(folder / WEIGHTS)
     assert {str(tensor.dtype) for tensor in tensors.values()} == {dtype}
     back = read_source(str(folder)).arrays
-    exact = portable.arrays | {"null_caption": back.get("null_caption")}  # lies in JSON, in float32
+    exact = portable.arrays | {"null_caption": back.get("null_caption")}  # in JSON, as float32
     for name, array in back.items():
         np.testing.assert_array_equal(array, exact[name] if name == "null_caption" else rounded[name], err_msg=name)
 
@@ -156,13 +156,13 @@ def test_overflow_is_refused(meta, tmp_path, to):
         main, f"source={source}", f"target={out}", f"to={to}", "dtype=float16", "image=none"
     )  # fmt: skip
     assert error_line(finished) == (
-        "error: dtype: blocks.mlp.up.weight has values beyond the range of float16; take bfloat16 or float32"
+        "error: dtype: blocks.mlp.up.weight has values beyond the range of float16; use bfloat16 or float32"
     )
     assert listing(tmp_path) == before
     converted(source, out, to=to, dtype="bfloat16")
 
 
-# --- out and in again ---
+# --- export and import ---
 
 CHAIN = ("diffusers", "safetensors", "checkpoint", "diffusers")
 
@@ -196,13 +196,13 @@ def test_round_trips_are_bit_identical(meta, tmp_path, model, own_class):
             DEFAULT_CLASS | OTHERS,
             "DiTTransformer2DModel cannot represent this model: model.qk_norm must be False, got True; model.mlp_ratio "
             "must be 4.0, got 3.0; model.time_scale must be 1000.0, got 1.0; model.time_freq_shift must be 1.0, got "
-            "0.5; model.interpolation_scale must be 1.0, got 0.5; own_class=true writes a class that has it",
+            "0.5; model.interpolation_scale must be 1.0, got 0.5; own_class=true writes a class that can",
         ),
         (
             DEFAULT_TEXT | OTHERS,
             "PixArtTransformer2DModel cannot represent this model: model.qk_norm must be False, got True; "
             "model.mlp_ratio must be 4.0, got 3.0; model.time_scale must be 1000.0, got 1.0; model.time_freq_shift "
-            "must be 0.0, got 0.5; model.mlp_norm_eps must be 1e-06, got 0.01; own_class=true writes a class that has it",
+            "must be 0.0, got 0.5; model.mlp_norm_eps must be 1e-06, got 0.01; own_class=true writes a class that can",
         ),
     ],
     ids=["class", "text"],
@@ -223,14 +223,14 @@ def test_latents_that_are_not_square_are_refused(meta, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["checkpoint", "safetensors", "diffusers"])
-def test_existing_target_is_left_alone(meta, tmp_path, to):
+def test_existing_target_is_not_changed(meta, tmp_path, to):
     source = saved(random_model(meta, STOCK_CLASS), tmp_path / "source.safetensors")
     target = tmp_path / "mine.safetensors"
     target.mkdir()
     (target / "notes.txt").write_text("mine")
     before = listing(tmp_path)
     finished = call(main, f"source={source}", f"target={target}", f"to={to}")
-    assert error_line(finished) == f"error: target: {target} exists already, and nothing is written over"
+    assert error_line(finished) == f"error: target: must not exist, got {target}"
     assert listing(tmp_path) == before
 
 
@@ -243,7 +243,7 @@ def test_existing_target_is_left_alone(meta, tmp_path, to):
         ("to=safetensors", "target: must end in .safetensors with to=safetensors, got out"),
     ],
 )
-def test_fields_are_checked_before_the_source_is_looked_for(field, message):
+def test_fields_are_checked_before_the_source(field, message):
     assert error_line(call(main, "source=nowhere", "target=out", field)) == f"error: {message}"
     assert listing(Path()) == []
 
@@ -287,7 +287,7 @@ def test_vae_of_another_layout_than_the_datas_is_refused(whole_run, tmp_path, ot
     "config", [{"scaling_factor": 0.13025}, {"latent_channels": 8}, {"block_out_channels": (4, 4)}]
 )
 def test_vae_of_another_layout_than_an_imported_models_is_refused(tmp_path, other_vae, config):
-    """Such a model may come without a VAE; what is known of its latents must then agree."""
+    """Such a model may have no VAE; then the known layout of its latents must match."""
     torch = pytest.importorskip("torch", reason="needs torch")
     import diffusers
 

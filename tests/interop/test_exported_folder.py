@@ -1,4 +1,4 @@
-"""What an exported diffusers folder holds beside weights: configuration, scheduler, VAE, images and the model card."""
+"""The other files of an exported diffusers folder: configuration, scheduler, VAE, images and the model card."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from flowdit.models.transformer import ModelConfig
 
 @pytest.fixture(scope="module")
 def drawn_folder(whole_run, tmp_path_factory) -> Path:
-    """The run's checkpoint with an image of its own."""
+    """The run's checkpoint, exported with a sample image."""
     target = tmp_path_factory.mktemp("exported") / "openmoji"
     return converted(whole_run / "6", target, to="diffusers", own_class=True, image="draw")
 
@@ -64,7 +64,7 @@ def test_scheduler_has_the_samplers_shift(meta, tmp_path):
     assert scheduler.config.shift == 2.5 and scheduler.config.num_train_timesteps == 1000
 
 
-def test_noise_prediction_comes_with_ddim(meta, tmp_path):
+def test_noise_prediction_has_ddim(meta, tmp_path):
     pytest.importorskip("torch", reason="needs torch")
     import diffusers
 
@@ -77,7 +77,7 @@ def test_noise_prediction_comes_with_ddim(meta, tmp_path):
     assert_same(read_source(str(folder)), portable)
 
 
-def test_card_tells_of_data_licence_recipe_and_sampler(drawn_folder, meta):
+def test_card_has_data_licence_recipe_and_sampler(drawn_folder, meta):
     card = (drawn_folder / "README.md").read_text()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert 'license: other\nlicense_name: "CC0"' in front and "library_name: diffusers" in front
@@ -118,7 +118,7 @@ def test_image_of_the_user_or_none(meta, tmp_path):
     assert not (none / "sample.png").exists() and "![" not in (none / "README.md").read_text()
 
 
-def test_image_that_cannot_be_drawn_withholds_nothing(meta, tmp_path):
+def test_image_that_cannot_be_drawn_does_not_prevent_the_export(meta, tmp_path):
     """The text model of this run has no prompts to preview."""
     source = saved(random_model(meta, STOCK_TEXT), tmp_path / "source.safetensors")
     finished = call(main, f"source={source}", f"target={tmp_path / 'out'}", "to=diffusers")
@@ -128,8 +128,8 @@ def test_image_that_cannot_be_drawn_withholds_nothing(meta, tmp_path):
     assert (tmp_path / "out" / "transformer" / "config.json").is_file()
 
 
-def test_every_field_of_the_model_is_exported_or_of_training_alone(meta, tmp_path):
-    """A new field of `ModelConfig` must be given a place, or it would be dropped silently."""
+def test_every_field_of_the_model_is_exported_or_for_training_only(meta, tmp_path):
+    """A new field of `ModelConfig` must be exported, or it would be silently dropped."""
     portable = random_model(meta, DEFAULT_TEXT)
     out = converted(saved(portable, tmp_path / "source.safetensors"), tmp_path / "out", to="diffusers", own_class=True)
     config = read_json(out / "transformer" / "config.json")
@@ -137,7 +137,7 @@ def test_every_field_of_the_model_is_exported_or_of_training_alone(meta, tmp_pat
         "name": "_class_name", "depth": "num_layers", "hidden_dim": "cross_attention_dim",
         "num_heads": "num_attention_heads", "micro_conditioning": "use_additional_conditions",
     }  # fmt: skip
-    elsewhere = {"remat", "null_tokens"}  # how it is trained; the shape of the null caption in model_index.json
+    elsewhere = {"remat", "null_tokens"}  # training only; the shape of the null caption in model_index.json
     fields = set(ModelConfig.__dataclass_fields__) - elsewhere
     assert {renamed.get(field, field) for field in fields} <= config.keys()
     assert SMALL["depth"] == config["num_layers"]

@@ -1,4 +1,4 @@
-"""Models by their name: up to and down from a hub that is a folder here, and two lines of Python to images."""
+"""Upload to and download from a hub, which is a folder here, and images from two lines of Python."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ SETTINGS = {"labels": ["heart", 1], "steps": 2, "seed": 3}
 
 @pytest.fixture(scope="module")
 def checkpoint(meta, tmp_path_factory) -> str:
-    """A class model whose images depend on its weights, which those of six steps hardly do."""
+    """A class model whose images depend on its weights; after six steps they hardly would."""
     return saved(random_model(meta, STOCK_CLASS), tmp_path_factory.mktemp("source") / "slim")
 
 
@@ -38,7 +38,7 @@ def drawn(name: str) -> list[np.ndarray]:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """The hub's calls on folders: `<hub>/<user>/<model>` is a repository. It records what was made private."""
+    """The hub's API on folders: `<hub>/<user>/<model>` is a repository. It records private repositories."""
     folder = tmp_path / "hub"
 
     def snapshot_download(repo_id, **patterns):
@@ -85,12 +85,12 @@ def test_pushed_model_draws_the_same_images(hub, checkpoint, images, tmp_path, c
     fetched = find_source(REPOSITORY)
     assert fetched == hub / ".cache" / REPOSITORY
     assert read_source(REPOSITORY).meta == read_meta(Path(checkpoint))
-    # Code in a repository is not even fetched, nor is what only people read.
+    # Neither code nor documentation of a repository is downloaded.
     assert not [path for path in fetched.rglob("*") if path.suffix in (".py", ".md", ".png")]
 
 
 def test_whole_checkpoint_of_a_run_can_be_shared(hub, whole_run):
-    """Uploaded by hand, with the optimizer state, which is fetched too: the checksums are of all files."""
+    """Uploaded by hand, with the optimizer state, which is downloaded too: the checksums cover all files."""
     push(whole_run / "6", REPOSITORY, private=True)
     ours, fetched = from_pretrained(str(whole_run / "6"), "model"), from_pretrained(REPOSITORY, "model")
     np.testing.assert_array_equal(ours.trained.model.final_linear.weight, fetched.trained.model.final_linear.weight)
@@ -105,7 +105,7 @@ def test_text_encoder_of_a_pipeline_is_not_fetched(hub):
 
 
 @pytest.mark.parametrize("folder", ["transformer/", ""], ids=["pipeline", "transformer"])
-def test_torchs_files_are_fetched_where_there_are_no_others(hub, folder):
+def test_torchs_files_are_fetched_if_there_are_no_others(hub, folder):
     weights = f"{folder}diffusion_pytorch_model"
     for file in (f"{folder}config.json", f"{weights}.bin", f"{weights}.safetensors", "vae/diffusion_pytorch_model.bin"):
         (hub / REPOSITORY / file).parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def test_missing_repository_is_one_line(hub):
 
 
 @pytest.mark.parametrize("step", ["create_repo", "upload_file"])
-def test_unreachable_hub_leaves_the_target(hub, checkpoint, tmp_path, monkeypatch, step):
+def test_unreachable_hub_keeps_the_target(hub, checkpoint, tmp_path, monkeypatch, step):
     def refuse(*_, **__):
         raise ConnectionError("no route to the hub\nat all")
 
@@ -168,7 +168,7 @@ def test_images_are_those_of_the_command(checkpoint, images, tmp_path):
     assert np.ptp(images[0]) > 50 and not np.array_equal(*images)
 
 
-def test_sample_returns_images_and_refuses_what_it_does_not_know(checkpoint):
+def test_sample_returns_images_and_refuses_unknown_settings(checkpoint):
     model = from_pretrained(checkpoint)
     (image,) = model.sample(labels=["cat"], steps=1)
     assert isinstance(image, Image.Image) and image.size == (64, 64) and image.mode == "RGB"

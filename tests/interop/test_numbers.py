@@ -1,4 +1,4 @@
-"""Exported folders compute what flowdit computes: whole samples by diffusers' scheduler, and steps of training in torch."""
+"""Exported folders compute the same as flowdit: samples with diffusers' scheduler, and training steps in torch."""
 
 import functools
 
@@ -37,7 +37,7 @@ OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.05}
 
 @pytest.fixture(scope="module", params=[STOCK_CLASS, STOCK_TEXT], ids=["class", "text"])
 def exported(request, meta, tmp_path_factory):
-    """A model and the diffusers folder that it was exported to."""
+    """A model and its exported diffusers folder."""
     folder = tmp_path_factory.mktemp("numbers")
     portable = random_model(meta, request.param, sampler={"time_shift": SHIFT})
     source, target = saved(portable, folder / "slim"), folder / "out"
@@ -48,7 +48,7 @@ def exported(request, meta, tmp_path_factory):
 def load_transformer(portable, folder):
     is_text = portable.meta["text"] is not None
     stock = diffusers.PixArtTransformer2DModel if is_text else diffusers.DiTTransformer2DModel
-    # Evaluation mode: the only thing that training mode adds is DiT's own dropout of labels, a random one.
+    # Evaluation mode: training mode only adds DiT's random dropout of labels.
     return stock.from_pretrained(folder / "transformer", low_cpu_mem_usage=False).eval()
 
 
@@ -56,7 +56,7 @@ def load_transformer(portable, folder):
 
 
 def torch_null(portable, condition):
-    """What the folder says of the null condition: the last row of the class table, or the null caption."""
+    """The null condition of the folder: the last row of the class table, or the null caption."""
     if portable.meta["text"] is None:
         return {"class_labels": torch.full_like(condition["class_labels"], 4)}
     features = condition["encoder_hidden_states"]
@@ -91,7 +91,7 @@ def test_same_noise_gives_the_same_latents(exported):
     error = relative_error(got.latents, expected)
     print(f"relative error after {STEPS} steps {error:.2e}, largest {np.abs(got.latents - expected.numpy()).max():.2e}")
     assert error < 1e-4
-    assert relative_error(expected, noise()) > 0.1  # the network had a say
+    assert relative_error(expected, noise()) > 0.1  # the network has an effect
 
 
 # --- training ---
@@ -100,14 +100,14 @@ def test_same_noise_gives_the_same_latents(exported):
 def share_embedders(transformer):
     """One time and class embedder for all blocks, as in flowdit and in DiT's own code.
 
-    diffusers gives each block of a DiT a copy, which it would train apart from the others.
+    diffusers gives each block of a DiT its own copy, which would be trained separately.
     """
     for block in transformer.transformer_blocks[1:] if isinstance(transformer, diffusers.DiTTransformer2DModel) else []:
         block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
 
 
 def batch():
-    """Latents, noise and times that are exact in float32, and so are a thousand times them."""
+    """Latents, noise and times that are exact in float32, also when multiplied by 1000."""
     return noise(4, seed=1), noise(4, seed=2), np.asarray([1, 3, 5, 7], np.float32) / 8
 
 
@@ -138,7 +138,7 @@ def losses_here(portable, steps: int) -> list[float]:
     def step(model, state):
         loss = lambda model: jax.vmap(functools.partial(predict, model))(x_0, eps, t, condition).error.mean()
         value, gradients = jax.value_and_grad(loss)(model)
-        with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to the power of its integer count
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes a float and its integer count
             updates, state = optimizer.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, value
 
@@ -149,7 +149,7 @@ def losses_here(portable, steps: int) -> list[float]:
     return losses
 
 
-def test_training_on_gives_the_same_losses(exported):
+def test_further_training_gives_the_same_losses(exported):
     portable, folder = exported
     expected, got = losses_in_torch(portable, folder, 5), losses_here(portable, 5)
     errors = [abs(a / b - 1) for a, b in zip(got, expected, strict=True)]

@@ -1,4 +1,4 @@
-"""The two files that an exported folder carries, as diffusers loads them from there, against flowdit itself."""
+"""The two code files of an exported folder, loaded by diffusers and compared with flowdit."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ SMALL = {"depth": 2, "hidden_dim": 48, "num_heads": 4}
 
 
 def randomise(model):
-    """Every parameter random, also those that start at zero; scales of norms around 1, embedders equal in all blocks."""
+    """Set all parameters to random values; scales of norms around 1, embedders equal in all blocks."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -156,7 +156,7 @@ def scheduler():
 
 
 def reload(pipeline, folder, **components):
-    """The pipeline as a user gets it from the folder that it is saved in."""
+    """The pipeline as loaded by a user from a saved folder."""
     pipeline.save_pretrained(folder)
     loaded = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **components)
     loaded.set_progress_bar_config(disable=True)
@@ -199,7 +199,7 @@ def text_conditions(features, mask, size=None):
     return condition, jax.vmap(conditioning.null)(condition)
 
 
-# Bounds between the times of the steps: at a time itself, rounding would decide.
+# Bounds between the times of the steps, as rounding decides at the times themselves.
 INTERVALS = [{}, {"guidance_low": 0.3, "guidance_high": 0.8}]
 
 
@@ -232,7 +232,7 @@ def test_text_latents_equal_flowdit(text_pipeline, rows):
     assert error < 1e-4
 
 
-def test_noise_prediction_equals_diffusers_own_pipeline():
+def test_noise_prediction_equals_diffusers_pipeline():
     """A stock DiT with DDIM, learned variance and the VAE's scaling factor: the images of `DiTPipeline`."""
     transformer = randomise(
         diffusers.DiTTransformer2DModel(2, 8, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=1000)
@@ -282,7 +282,7 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_pipeline(text_pipeline, encoder_folder):
-    """All components, those beside the transformer given by the user as the errors tell."""
+    """All components, with those besides the transformer passed as in the error messages."""
     return diffusers.DiffusionPipeline.from_pretrained(
         text_pipeline.config._name_or_path, trust_remote_code=True, vae=tiny_vae(),
         tokenizer=transformers.AutoTokenizer.from_pretrained(encoder_folder),
@@ -331,7 +331,7 @@ def test_negative_and_blank_prompts(whole_pipeline):
     )  # fmt: skip
     plain, negative = draw("red").images, draw("red", negative_prompt="a flag").images
     assert relative_error(negative, plain) > 1e-3
-    # A blank prompt is the null caption, which guidance cannot lead away from.
+    # A blank prompt is the null caption, so guidance has no effect.
     torch.testing.assert_close(draw(" ").images, draw("", guidance_scale=1.0).images, rtol=1e-5, atol=1e-5)
     blank = whole_pipeline._text_condition(" ", None, None)
     np.testing.assert_array_equal(blank["encoder_hidden_states"][0].detach(), null_caption().repeat(TOKENS, 0))
@@ -345,7 +345,7 @@ def test_negative_and_blank_prompts(whole_pipeline):
 
 
 @pytest.mark.parametrize("custom", [".", "pipeline.py"])
-def test_folder_or_file_can_be_named_as_custom_pipeline(class_pipeline, custom):
+def test_folder_or_file_can_be_a_custom_pipeline(class_pipeline, custom):
     folder = Path(class_pipeline.config._name_or_path)
     loaded = diffusers.DiffusionPipeline.from_pretrained(
         folder, custom_pipeline=str(folder / custom), trust_remote_code=True
@@ -388,7 +388,7 @@ EMBEDS = torch.zeros(1, TOKENS, TEXT_DIM)
         ),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(class_pipeline, text_pipeline, kind, arguments, message):
+def test_invalid_arguments_are_refused(class_pipeline, text_pipeline, kind, arguments, message):
     pipeline = class_pipeline if kind == "class" else text_pipeline
     with pytest.raises(ValueError, match=f"^{message}"):
         pipeline(**({} if message.startswith("vae") else {"output_type": "latent"}) | arguments)
@@ -396,7 +396,9 @@ def test_what_does_not_fit_the_model_is_refused(class_pipeline, text_pipeline, k
 
 def test_encoders_that_cannot_be_loaded_are_explained(text_pipeline):
     parts = {"transformer": text_pipeline.transformer, "scheduler": scheduler()}
-    with pytest.raises(ValueError, match="^prompt: wordllama is no text encoder of transformers, pass prompt_embeds"):
+    with pytest.raises(
+        ValueError, match="^prompt: wordllama is not a text encoder of transformers, pass its features as prompt_embeds"
+    ):
         FlowDiTPipeline(**parts, text_encoder_name="wordllama")("red", output_type="latent")
     with pytest.raises(ValueError, match="^null_caption: must be given in model_index.json for guidance"):
         FlowDiTPipeline(**parts)(prompt_embeds=EMBEDS, output_type="latent")

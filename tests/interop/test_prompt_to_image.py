@@ -1,4 +1,4 @@
-"""An exported text model, its encoder and VAE in diffusers: from prompts to the images that flowdit draws."""
+"""An exported text model with encoder and VAE in diffusers gives the same images for prompts as flowdit."""
 
 import jax.numpy as jnp
 import numpy as np

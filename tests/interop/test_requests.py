@@ -1,4 +1,4 @@
-"""What a caller in Python says of a source and asks of a model: checked as the commands check it."""
+"""Hints about a source and requests for images from Python: checked like those of the commands."""
 
 import numpy as np
 import pytest
@@ -30,22 +30,22 @@ def sources(meta, tmp_path_factory) -> dict[str, str]:
     return {name: saved(random_model(meta, model), root / f"{name}.safetensors") for name, model in models.items()}
 
 
-@pytest.mark.parametrize(("field", "value", "told"), FIELDS)
-def test_what_is_said_of_a_source_is_checked_on_every_way_in(sources, tmp_path, field, value, told):
-    said = {} if field == "weights" else {field: value}
+@pytest.mark.parametrize(("field", "value", "message"), FIELDS)
+def test_hints_are_checked_by_every_entry_point(sources, tmp_path, field, value, message):
+    hints = {} if field == "weights" else {field: value}
     ways = [
         lambda: load(sources["class"], **{field: value}),
         lambda: convert(ConvertConfig(source=sources["class"], target=str(tmp_path / "out"), **{field: value})),
-        lambda: read_source(sources["class"], value if field == "weights" else "ema", ForeignConfig(**said)),
+        lambda: read_source(sources["class"], value if field == "weights" else "ema", ForeignConfig(**hints)),
     ]
     for way in ways:
         with pytest.raises(ValueError) as caught:
             way()
-        assert str(caught.value) == told
+        assert str(caught.value) == message
     assert not list(tmp_path.iterdir())
 
 
-def test_setting_that_there_is_not(sources):
+def test_unknown_setting(sources):
     with pytest.raises(ValueError, match="^predict: no such setting, must be one of format, prediction, latent_size, "):
         load(sources["class"], predict="noise")
     sampler = load(sources["class"])
@@ -56,7 +56,7 @@ def test_setting_that_there_is_not(sources):
 
 
 def asked(monkeypatch, sampler: Sampler, **settings) -> list[str]:
-    """The captions of the images that `sample` draws, as many as it returns; nothing is drawn."""
+    """The captions of the images that `sample` would draw, without drawing them."""
 
     def batches(self, requests, *_):
         yield Drawn(np.zeros((len(requests), 8, 8, 3), np.uint8), np.zeros(0), np.zeros(0), list(range(len(requests))))
@@ -72,8 +72,8 @@ def asked(monkeypatch, sampler: Sampler, **settings) -> list[str]:
     ("labels", "names"),
     [("dog", ["dog"]), (3, ["sun"]), (("dog", 3), ["dog", "sun"]), (np.asarray([0, 1]), ["cat", "dog"])],
 )
-def test_labels_that_are_no_list(sources, monkeypatch, labels, names):
-    """One label is one image, in Python and as the command reads it."""
+def test_labels_that_are_not_a_list(sources, monkeypatch, labels, names):
+    """One label is one image, in Python and on the command line."""
     sampler = load(sources["class"])
     assert asked(monkeypatch, sampler, labels=labels) == names
     assert sampler.requests(1, {"labels": SampleConfig(checkpoint="here", labels=labels).labels}).captions == names

@@ -1,4 +1,4 @@
-"""What a `config.json` of diffusers says, and what it must not say beside the tensors it lies with."""
+"""Fields of a diffusers `config.json`, and contradictions to its tensors."""
 
 import inspect
 import json
@@ -28,9 +28,9 @@ import diffusers
 import torch
 from interop.exported_files import CLASSES_OF
 
-# Fields of one class or the other; a class ignores those that are not its own.
+# Fields of one class or the other; a class ignores the other's.
 FOREIGN = {"time_freq_shift": 0.5, "time_scale": 1.0, "mlp_ratio": 3.0, "mlp_norm_eps": 0.1, "qk_norm": True}
-SAID = ForeignConfig(prediction="velocity", vae="openmoji")
+HINTS = ForeignConfig(prediction="velocity", vae="openmoji")
 HARMLESS = {"dropout", "norm_num_groups", "upcast_attention"}
 
 
@@ -59,21 +59,21 @@ def test_fields_and_defaults_are_those_of_the_class(name):
     ],
     ids=["class", "text", "text-defaults", "own-class-defaults", "own-text-defaults"],
 )
-def test_what_a_class_ignores_is_ignored_and_what_is_missing_has_its_default(meta, tmp_path, model, changes, removed):
+def test_unknown_fields_are_ignored_and_missing_ones_have_defaults(meta, tmp_path, model, changes, removed):
     source = saved(random_model(meta, model), tmp_path / "source.safetensors")
     folder = converted(source, tmp_path / "out", to="diffusers", own_class=model.get("qk_norm", True)) / "transformer"
     without(folder / "config.json", *removed)
     with_json(folder / "config.json", **changes)
     name = json.loads((folder / "config.json").read_text())["_class_name"]
     transformer = class_called(name).from_pretrained(folder, low_cpu_mem_usage=False)
-    error = output_error(transformer.eval(), read_source(str(folder), said=SAID))
+    error = output_error(transformer.eval(), read_source(str(folder), hints=HINTS))
     print(f"relative error {error:.2e}")
     assert error < 1e-5
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart"])
-def test_class_by_the_name_that_it_was_published_under(stock, tmp_path, name):
-    """DiT and PixArt on the hub are of `Transformer2DModel`, which diffusers reads as one or the other."""
+def test_class_by_its_published_name(stock, tmp_path, name):
+    """DiT and PixArt on the hub have the class `Transformer2DModel`, which diffusers maps to one or the other."""
     folder = copied(stock, name, tmp_path)
     with_json(folder / "config.json", _class_name="Transformer2DModel")
     loaded = diffusers.Transformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
@@ -137,7 +137,7 @@ def test_fields_of_another_type_or_architecture(stock, tmp_path, name, field, va
         ("pixart", "cross_attention_dim", 1152, "transformer_blocks.0.attn2.to_k.weight of shape [48, 48]"),
     ],
 )
-def test_sizes_that_the_tensors_have_not(stock, tmp_path, name, field, value, tensor):
+def test_sizes_that_the_tensors_do_not_have(stock, tmp_path, name, field, value, tensor):
     folder = copied(stock, name, tmp_path)
     with_json(folder / "config.json", **{field: value})
     line = unreadable(folder)
@@ -145,13 +145,13 @@ def test_sizes_that_the_tensors_have_not(stock, tmp_path, name, field, value, te
     assert line.endswith(f", got {value}")
 
 
-def test_heads_that_do_not_make_the_width(stock, tmp_path):
+def test_heads_that_contradict_the_width(stock, tmp_path):
     folder = copied(stock, "dit", tmp_path)
     with_json(folder / "config.json", num_attention_heads=3)
     assert "num_attention_heads x attention_head_dim must fit the tensor pos_embed.proj.weight" in unreadable(folder)
 
 
-def test_mlp_ratio_that_the_tensors_have_not(meta, tmp_path):
+def test_mlp_ratio_that_contradicts_the_tensors(meta, tmp_path):
     source = saved(random_model(meta, DEFAULT_CLASS), tmp_path / "source.safetensors")
     folder = converted(source, tmp_path / "out", to="diffusers", own_class=True) / "transformer"
     with_json(folder / "config.json", mlp_ratio=3.0)
@@ -161,7 +161,7 @@ def test_mlp_ratio_that_the_tensors_have_not(meta, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must be False, got True"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas must be None, got [0.1, 0.2]"),
@@ -171,16 +171,16 @@ def test_mlp_ratio_that_the_tensors_have_not(meta, tmp_path):
         ),
     ],
 )
-def test_schedules_of_another_kind(stock, tmp_path, changes, told):
+def test_schedules_of_another_kind(stock, tmp_path, changes, message):
     folder = tmp_path / "pipeline"
     shutil.copytree(stock / "dit", folder / "transformer")
     (folder / "model_index.json").write_text("{}")
     diffusers.DDIMScheduler(beta_schedule="linear", beta_end=0.02).save_pretrained(folder / "scheduler")
     with_json(folder / "scheduler" / "scheduler_config.json", **changes)
-    assert unreadable(folder).endswith(f"scheduler_config.json: {told}")
+    assert unreadable(folder).endswith(f"scheduler_config.json: {message}")
 
 
-# --- numbers that are none ---
+# --- NaN and infinity ---
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -191,8 +191,8 @@ def test_tensors_of_nan_or_infinity(stock, tmp_path, name, value):
 
     folder = with_tensors(copied(stock, name, tmp_path), change)
     file = folder / "diffusion_pytorch_model.safetensors"
-    told = "tensors must hold finite numbers, but NaN or infinity is in transformer_blocks.1.attn1.to_q.weight"
-    assert unreadable(folder) == f"{file}: {told}"
+    message = "tensors must hold finite numbers, but NaN or infinity is in transformer_blocks.1.attn1.to_q.weight"
+    assert unreadable(folder) == f"{file}: {message}"
 
 
 def test_nan_in_a_torch_file(stock, tmp_path):
@@ -203,22 +203,22 @@ def test_nan_in_a_torch_file(stock, tmp_path):
     assert line.endswith("dit.pt: tensors must hold finite numbers, but NaN or infinity is in blocks.0.mlp.fc1.bias")
 
 
-# --- what flowdit itself wrote ---
+# --- flowdit's metadata ---
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
-        ("depth", 3, "model.depth must be 2 in flowdit's metadata, as config.json says, got 3"),
+        ("depth", 3, "model.depth must be 2 in flowdit's metadata, as in config.json, got 3"),
         ("interpolation_scale", 2.0, "model.interpolation_scale must be 1.0 in flowdit's metadata, as"),
         ("time_scale", 1.0, "model.time_scale must be 1000.0 in flowdit's metadata, as"),
         ("qk_norm", False, "model.qk_norm must be True in flowdit's metadata, as"),
     ],
 )
-def test_metadata_that_disagree_with_the_config(meta, tmp_path, field, value, told):
+def test_metadata_that_disagree_with_the_config(meta, tmp_path, field, value, message):
     source = saved(random_model(meta, DEFAULT_CLASS), tmp_path / "source.safetensors")
     folder = converted(source, tmp_path / "exported", to="diffusers", own_class=True)
     stored = json.loads((folder / "flowdit.json").read_text())
     stored["config"]["model"][field] = value
     (folder / "flowdit.json").write_text(json.dumps(stored))
-    assert unreadable(folder).startswith(f"source: {folder}: {told}")
+    assert unreadable(folder).startswith(f"source: {folder}: {message}")

@@ -1,4 +1,4 @@
-"""An exported model that is trained on in torch, as docs/interchange.md says, and what flowdit reads of it then."""
+"""Training an exported model in torch as in docs/interchange.md, and importing the result."""
 
 import json
 import re
@@ -34,7 +34,7 @@ EMBEDDER = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table.weigh
 
 
 def documented() -> tuple[str, str, str]:
-    """The section's code: training, sharing the embedder before the optimizer, giving it back before saving."""
+    """The section's code: training, sharing the embedder before the optimizer, copying it before saving."""
     text = (REPOSITORY / "docs" / "interchange.md").read_text()
     section = text.split("### Further training in torch\n")[1].split("\n### ")[0]
     training, share, separate = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -42,7 +42,7 @@ def documented() -> tuple[str, str, str]:
 
 
 def train_as_documented(is_stock: bool, saving: str = 'pipe.save_pretrained("tuned")') -> torch.nn.Module:
-    """Two steps on `exported`, whose result lies in `tuned`; the transformer."""
+    """Train two steps from `exported` to `tuned`; return the transformer."""
     training, share, separate = documented()
     if is_stock:
         training = training.replace("optimizer = ", f"{share}optimizer = ", 1)
@@ -55,7 +55,7 @@ def train_as_documented(is_stock: bool, saving: str = 'pipe.save_pretrained("tun
 
 
 def exported(meta, model, tmp_path: Path):
-    """A random model, and the folder `exported` of it."""
+    """A random model, exported to the folder `exported`."""
     portable = random_model(meta, model)
     source = saved(portable, tmp_path / "source.safetensors")
     converted(source, Path("exported"), to="diffusers", own_class=model.get("qk_norm", True))
@@ -79,7 +79,7 @@ SAVINGS = {
     ],
     ids=["own", "stock", "bin", "shards"],
 )
-def test_class_model_comes_back_with_its_metadata(meta, tmp_path, model, saving):
+def test_class_model_is_imported_with_its_metadata(meta, tmp_path, model, saving):
     portable = exported(meta, model, tmp_path)
     transformer = train_as_documented(model is STOCK_CLASS, SAVINGS[saving])
     back = read_source("tuned")
@@ -90,7 +90,7 @@ def test_class_model_comes_back_with_its_metadata(meta, tmp_path, model, saving)
 
 
 @pytest.mark.parametrize("model", [DEFAULT_TEXT, STOCK_TEXT], ids=["own", "stock"])
-def test_text_model_comes_back_into_the_exported_folder(meta, tmp_path, model):
+def test_text_model_saved_into_the_exported_folder(meta, tmp_path, model):
     portable = exported(meta, model, tmp_path)
     pipe = diffusers.DiffusionPipeline.from_pretrained("exported", trust_remote_code=True)
     transformer = pipe.transformer
@@ -163,31 +163,33 @@ def test_own_class_drops_a_label_for_all_blocks_at_once():
     assert 5 <= is_null.sum() <= 40  # of 200, one in ten
 
 
-def test_embedders_that_were_trained_apart(meta, tmp_path):
+def test_embedders_that_were_trained_separately(meta, tmp_path):
     exported(meta, STOCK_CLASS, tmp_path)
     training, _, _ = documented()
     exec(training, {"batches": [(torch.randn(4, *LATENT_SHAPE), torch.tensor([0, 1, 2, 3]))] * 2})
     line = refused(Path("tuned"))
     assert re.search(
         r"tuned: transformer_blocks\.1\.norm1\.emb\.\S+ must equal transformer_blocks\.0\.norm1\.emb\.\S+: "
-        r"one embedder serves all blocks, and is to be shared before a model is trained on in torch \(docs/interchange\.md\)$",
+        r"all blocks must share one embedder during training in torch \(docs/interchange\.md\)$",
         line,
     )
 
 
-# --- what a folder must and may hold ---
+# --- required and optional files ---
 
 
 def test_saved_pipeline_without_its_metadata(meta, tmp_path):
-    """How the latents were normalised would be taken from the VAE, and be wrong without a word."""
+    """Otherwise the normalisation would be the VAE's, and silently wrong."""
     exported(meta, DEFAULT_CLASS, tmp_path)
     shutil.move("exported/flowdit.json", "flowdit.json")
     without(Path("exported/model_index.json"), "flowdit")
-    told = "must hold flowdit.json, as the folder does that its pipeline was loaded from"
-    assert refused(Path("exported")) == f"error: source: exported {told}"
-    said = ForeignConfig(prediction="velocity", vae="openmoji")
-    (note,) = read_source("exported/transformer", said=said).notes
-    assert note.startswith("the folder lacks flowdit's metadata: latents are taken to be normalised by shift and scale")
+    message = "must hold flowdit.json, like the folder that its pipeline was loaded from"
+    assert refused(Path("exported")) == f"error: source: exported {message}"
+    hints = ForeignConfig(prediction="velocity", vae="openmoji")
+    (note,) = read_source("exported/transformer", hints=hints).notes
+    assert note.startswith(
+        "the folder has no flowdit metadata: latents are assumed to be normalised by shift and scale"
+    )
     shutil.move("flowdit.json", "exported/flowdit.json")
     assert read_source("exported").meta["manifest"] == meta["manifest"]
 
@@ -203,14 +205,14 @@ def test_state_dict_that_torch_saved(stock, tmp_path):
         for key, array in read_source(str(folder)).arrays.items():
             np.testing.assert_array_equal(array, expected[key], err_msg=key)
         torch.save(state, tmp_path / "state.pt")
-        told = "; a diffusers model is read as a folder, with its config.json"
-        assert refused(tmp_path / "state.pt").endswith(told)
+        message = "; a diffusers model is read as a folder, with its config.json"
+        assert refused(tmp_path / "state.pt").endswith(message)
 
 
-def test_bin_file_beside_safetensors(stock, tmp_path):
+def test_bin_file_next_to_safetensors(stock, tmp_path):
     folder = Path(shutil.copytree(stock / "dit", tmp_path / "dit"))
     torch.save({}, folder / "diffusion_pytorch_model.bin")
-    note = f"{folder} holds diffusion_pytorch_model.bin too, which is left out: the safetensors file is read"
+    note = f"{folder} also holds diffusion_pytorch_model.bin, which is ignored: the safetensors file is read"
     assert note in read_source(str(folder)).notes
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    assert "dit must hold tensors of transformer_blocks.0, it holds none" in refused(folder)
+    assert "dit must hold tensors of transformer_blocks.0, none found" in refused(folder)

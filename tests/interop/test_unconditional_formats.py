@@ -1,4 +1,4 @@
-"""Models without condition through all forms of interchange, and files of other projects whose class table has one row."""
+"""Unconditional models in all formats, and files of other projects whose class table has one row."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ SAMPLER = {"solver": "euler", "steps": 8, "guidance": 4.0, "time_shift": 2.0}
 
 @pytest.fixture(scope="module")
 def portable(meta) -> Portable:
-    """On data that have classes, which it does not read."""
+    """Trained on data with classes, which are ignored."""
     model = random_model(meta, STOCK_CLASS, SAMPLER, conditioning="none")
     assert model.arrays["class_table"].shape[0] == 1 and model.meta["manifest"]["class_names"]
     return model
@@ -66,7 +66,7 @@ def pipeline(folder):
     return pipeline_of(folder)
 
 
-def test_every_form_comes_back_and_draws_the_same_images(portable, folder, tmp_path):
+def test_every_format_round_trips_and_draws_the_same_images(portable, folder, tmp_path):
     single = converted(folder, tmp_path / "single.safetensors", to="safetensors")
     source, slim = saved(portable, tmp_path / "source"), converted(single, tmp_path / "slim")
     for name in (source, folder, single, slim):
@@ -86,13 +86,13 @@ def test_diffusers_gives_the_same_latents(meta, tmp_path, own_class):
     error = relative_error(got, expected)
     print(f"relative error {error:.2e}")
     assert error < 1e-4
-    assert relative_error(got, noise()) > 0.1  # the network had a say
-    # What the pipeline saves is read as any other, with the weights that it has.
+    assert relative_error(got, noise()) > 0.1  # the network has an effect
+    # A folder saved by the pipeline is read with its own weights.
     pipeline.save_pretrained(tmp_path / "saved")
     assert_same(read_source(str(tmp_path / "saved")), portable)
 
 
-def test_pipeline_draws_as_many_as_asked_for(pipeline):
+def test_pipeline_draws_num_images(pipeline):
     assert len(pipeline(num_inference_steps=1).images) == 1
     assert [image.size for image in pipeline(num_images=3, num_inference_steps=1).images] == [(64, 64)] * 3
 
@@ -107,12 +107,12 @@ def test_pipeline_draws_as_many_as_asked_for(pipeline):
         ({"num_images": True}, "num_images: must be a whole number above 0, got True"),
     ],
 )
-def test_what_the_pipeline_does_not_take(pipeline, arguments, message):
+def test_arguments_that_the_pipeline_does_not_take(pipeline, arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         pipeline(**arguments)
 
 
-def test_folder_says_that_there_is_no_condition(folder):
+def test_folder_is_unconditional(folder):
     config = json.loads((folder / "transformer" / "config.json").read_text())
     assert config["num_embeds_ada_norm"] == 0
     assert "class_names" not in json.loads((folder / "model_index.json").read_text())
@@ -122,29 +122,29 @@ def test_folder_says_that_there_is_no_condition(folder):
 
 
 def test_table_of_one_row_is_an_unconditional_model(tmp_path):
-    """Of a diffusers folder and of DiT's own files: a class model would have no class to draw."""
-    said = {"dit": ForeignConfig(prediction="velocity"), "dit.pt": ForeignConfig(format="dit", num_heads=2)}
+    """In a diffusers folder and in original DiT files: a class model would have no class to draw."""
+    hints_by_name = {"dit": ForeignConfig(prediction="velocity"), "dit.pt": ForeignConfig(format="dit", num_heads=2)}
     stock = diffusers.DiTTransformer2DModel(2, 16, in_channels=4, num_layers=1, sample_size=8, num_embeds_ada_norm=0)
     randomised(stock).save_pretrained(tmp_path / "dit")
     torch.save(randomised(DiT(dim=32, heads=2, classes=0)).state_dict(), tmp_path / "dit.pt")
-    for name, hints in said.items():
-        found = read_source(str(tmp_path / name), said=hints)
+    for name, hints in hints_by_name.items():
+        found = read_source(str(tmp_path / name), hints=hints)
         assert found.arrays["class_table"].shape[0] == 1
         assert found.meta["config"]["conditioning"] == "none" and found.meta["manifest"]["class_names"] == []
         saved(found, tmp_path / f"{name}.safetensors")
         load(str(tmp_path / f"{name}.safetensors")).requests(2, {})
     (tmp_path / "names.txt").write_text("cat\n")
-    told = "classes: must name the 0 classes of the model"
-    assert unreadable(tmp_path / "dit", prediction="velocity", classes=str(tmp_path / "names.txt")).startswith(told)
+    message = "classes: must name the 0 classes of the model"
+    assert unreadable(tmp_path / "dit", prediction="velocity", classes=str(tmp_path / "names.txt")).startswith(message)
 
 
-def test_kind_that_the_pipeline_does_not_know_is_refused(portable, tmp_path, monkeypatch):
-    """A kind that says nothing of its export, as a new one does."""
+def test_kind_that_the_pipeline_does_not_support_is_refused(portable, tmp_path, monkeypatch):
+    """A kind without an export, as by default."""
     monkeypatch.setitem(KINDS, "numbers", type("Numbers", (Labels,), {"exported": lambda self: None}))
     config = portable.meta["config"] | {"conditioning": "numbers"}
     model = random_model(portable.meta | {"config": config}, STOCK_CLASS, conditioning="numbers")
     source = saved(model, tmp_path / "source.safetensors")
-    with pytest.raises(ValueError, match="^to: the diffusers pipeline has no place for conditioning=numbers$"):
+    with pytest.raises(ValueError, match="^to: the diffusers pipeline does not support conditioning=numbers$"):
         converted(source, tmp_path / "out", to="diffusers")
     assert_same(read_source(str(converted(source, tmp_path / "slim"))), model)
     assert not (tmp_path / "out").exists()

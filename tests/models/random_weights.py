@@ -1,4 +1,4 @@
-"""Weights as after training: nothing is zero any more, and blocks differ. By NumPy, which has nothing to compile."""
+"""Random weights as after training: none is zero, and blocks differ. By NumPy, which needs no compilation."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which kernel attention takes: chosen by the target's devices, dtype and shape; taken where it is traced."""
+"""The choice of attention kernels by the target's devices, dtype and shape, and their use when tracing."""
 
 from unittest.mock import Mock
 
@@ -42,7 +42,7 @@ def nothing_probed():
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[AttentionShape, str]]:
-    """What is asked of JAX's attention, by shape and kernel, which XLA computes in any case."""
+    """Records calls of JAX's attention by shape and kernel; XLA computes them in any case."""
     computed, seen = jax.nn.dot_product_attention, []
 
     def record(query, key, value, *, mask, implementation):
@@ -55,7 +55,7 @@ def calls(monkeypatch) -> list[tuple[AttentionShape, str]]:
 
 
 def fake_gpu(monkeypatch, error: float = 0.0) -> list[AttentionShape]:
-    """A GPU in this process whose kernel is off by `error`; the shapes that are probed on it."""
+    """A fake GPU in this process whose kernel has this `error`; the shapes that are checked on it."""
     probed = []
 
     def relative_error(kernels, shape):
@@ -69,7 +69,7 @@ def fake_gpu(monkeypatch, error: float = 0.0) -> list[AttentionShape]:
 
 
 def fake_mesh(platform: str) -> jax.sharding.Mesh:
-    """Of one device of this platform that is not there."""
+    """A mesh of one absent device of this platform."""
     device = Mock(spec=jax.Device, platform=platform, device_kind="a device")
     return jax.sharding.Mesh(np.array([[[device]]]), AXES)
 
@@ -116,14 +116,14 @@ def test_each_shape_is_probed_once_on_a_gpu(platform, monkeypatch, calls):
 
 
 @pytest.mark.parametrize("error", [0.06, float("nan")])
-def test_a_kernel_that_computes_something_else_is_told_in_one_line(error, monkeypatch):
+def test_a_wrong_kernel_gives_one_warning(error, monkeypatch):
     fake_gpu(monkeypatch, error)
     with pytest.warns(UserWarning, match=r"not used \(head size 8, 6 tokens to 5\): relative error") as warned:
         assert choose_kernels("gpu", "bfloat16", [CROSS, CROSS]) == frozenset()
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
 
 
-def test_a_kernel_that_refuses_is_told_in_one_line(monkeypatch):
+def test_a_failing_kernel_gives_one_warning(monkeypatch):
     def refuse(kernels, shape):
         raise RuntimeError("no plan\nfor this graph")
 
@@ -141,7 +141,7 @@ def test_the_target_decides_and_not_the_devices_of_this_process(monkeypatch, cal
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with jax.numpy_dtype_promotion("standard"):  # JAX's own gradient of its attention mixes bfloat16 with float32
         compute = choose_compute(fake_mesh("gpu"), "bfloat16", [SELF])
-    assert calls and {implementation for _, implementation in calls} == {"cudnn"}  # JAX is asked, by a trace alone
+    assert calls and {implementation for _, implementation in calls} == {"cudnn"}  # JAX is called by a trace only
     calls.clear()
     trace(compute)
     assert calls == [(SELF, "cudnn"), (CROSS, "xla")]
@@ -166,7 +166,7 @@ def test_where_jax_has_no_cudnn_a_compile_for_an_absent_gpu_does_without():
 # --- what is traced ---
 
 
-def test_a_model_takes_cudnn_for_the_chosen_shapes_alone(calls):
+def test_a_model_uses_cudnn_for_the_chosen_shapes_only(calls):
     for kernels in ({CROSS}, {SELF, AttentionShape(8, 6, LENGTH + 1), AttentionShape(16, 6, LENGTH)}):
         calls.clear()
         trace(Compute("bfloat16", frozenset(kernels)))
@@ -270,7 +270,7 @@ def test_attention_without_any_key_is_finite_with_finite_gradients():
 
 @pytest.mark.parametrize("shape", [SELF, CROSS])
 def test_kernel_probe_finds_a_kernel_equal_to_itself(shape, calls):
-    """What would run cuDNN against XLA on a GPU, here XLA against itself: shapes, mask and gradients go through."""
+    """The check that compares cuDNN with XLA on a GPU, here XLA with itself: shapes, mask and gradients are valid."""
     with jax.numpy_dtype_promotion("standard"):
         assert attention._relative_error(frozenset({shape}), shape) == 0
     assert [implementation for _, implementation in calls] == ["cudnn", "xla"]

@@ -1,4 +1,4 @@
-"""The class-conditional model against diffusers' DiT, and the promises of its options."""
+"""The class-conditional model compared with diffusers' DiT, and its options."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def reference(num_heads: int, head_dim: int, depth: int, patch_size: int) -> Any
 
 
 def test_time_features_are_diffusers():
-    """To one unit in the last place of the frequencies, which 1000 rad magnify to 1e-4."""
+    """Up to one unit in the last place of the frequencies, which 1000 rad amplify to 1e-4."""
     torch = pytest.importorskip("torch", reason="needs torch")
     from diffusers.models.embeddings import get_timestep_embedding
 
@@ -61,7 +61,7 @@ def array(tensor: Any) -> jax.Array:
 
 
 def linear(*modules: Any) -> Linear:
-    """One `Linear` out of one or more torch ones side by side."""
+    """One `Linear` from one or more concatenated torch layers."""
     weights = [array(m.weight).T for m in modules]
     return Linear(jnp.concatenate(weights, axis=1), jnp.concatenate([array(m.bias) for m in modules]))
 
@@ -113,7 +113,7 @@ def test_starts_as_no_velocity_and_learns_from_there():
 
 
 def randomised(config: ModelConfig) -> DiT:
-    """A model whose zero-initialised layers are not zero, so that every part matters."""
+    """A model with random weights also in zero-initialised layers, so that every part matters."""
     model = build_dit(config, LATENT, 10, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(7), len(leaves))
@@ -137,7 +137,7 @@ def test_remat_changes_memory_not_gradients(remat):
 
 
 def test_qk_norm_bounds_attention_logits():
-    """With Q/K norm, scaling the projections up leaves the output as it was; without, it does not."""
+    """With Q/K norm, scaling up the projections does not change the output; without, it does."""
 
     def change(qk_norm: bool) -> float:
         model = randomised(ModelConfig(depth=1, hidden_dim=48, num_heads=4, qk_norm=qk_norm))

@@ -1,4 +1,4 @@
-"""Counted FLOPs against closed forms: single operations, what wraps them, and both models as a whole."""
+"""Counted FLOPs compared with closed forms: single operations, wrappers, and both models."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_convolution(groups):
     assert counted == 2 * (2 * 6 * 4 * 4) * (3 * 3 * 4 // groups)
 
 
-def test_what_wraps_products():
+def test_wrapped_products():
     square = shape(4, 4)
     product = 2 * 4**3
     twice = lambda x: x @ x @ x
@@ -71,7 +71,7 @@ def test_what_wraps_products():
 def test_a_loop_without_a_known_length_is_refused_where_it_multiplies():
     loop = lambda body: lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, body, x)
     assert matmul_flops(loop(lambda x: x + 1), shape(4, 4)) == 0
-    with pytest.raises(ValueError, match="matmul_flops: a while loop"):
+    with pytest.raises(ValueError, match="matmul_flops: the length of a while loop"):
         matmul_flops(loop(lambda x: x @ x), shape(4, 4))
 
 

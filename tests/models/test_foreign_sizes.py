@@ -1,4 +1,4 @@
-"""Frozen networks whose files claim sizes that their tensors have not: one short line, before anything is built."""
+"""Frozen networks whose files claim sizes that their tensors do not have: one short line, before anything is built."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def t5gemma(tmp_path_factory) -> Path:
 
 
 def refusal(load) -> str:
-    """The line of an error that comes at once."""
+    """The line of an error that is raised at once."""
     start = time.monotonic()
     with pytest.raises(ValueError) as caught:
         load()
@@ -53,44 +53,44 @@ def with_fields(folder: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"layers_per_block": BILLION}, "layers_per_block: must be 1, as its tensors have it, got 1000000000"),
-        ({"layers_per_block": 2}, "layers_per_block: must be 1, as its tensors have it, got 2"),
+        ({"layers_per_block": BILLION}, "layers_per_block must be 1, as in its tensors, not 1000000000"),
+        ({"layers_per_block": 2}, "layers_per_block must be 1, as in its tensors, not 2"),
         (
             {"block_out_channels": [8] * 20_000, "down_block_types": ["DownEncoderBlock2D"] * 20_000},
-            "block_out_channels: must be a list of 2, as its tensors have it, got [8, 8, 8",
+            "block_out_channels must be a list of 2, as in its tensors, not [8, 8, 8",
         ),
-        ({"block_out_channels": [8, 10**12]}, "block_out_channels: must be at most 8, the largest size of a tensor"),
-        ({"latent_channels": 10**30}, "latent_channels: must be at most 8, the largest size of a tensor"),
-        ({"scaling_factor": 10**400}, "scaling_factor: must be above 0, got 1000"),
-        ({"down_block_types": ["x"] * 100_000}, "down_block_types: must be ['DownEncoderBlock2D', "),
+        ({"block_out_channels": [8, 10**12]}, "block_out_channels must be at most 8, the largest size of a tensor"),
+        ({"latent_channels": 10**30}, "latent_channels must be at most 8, the largest size of a tensor"),
+        ({"scaling_factor": 10**400}, "scaling_factor must be above 0, not 1000"),
+        ({"down_block_types": ["x"] * 100_000}, "down_block_types must be ['DownEncoderBlock2D', "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_vae(vae, tmp_path, changes, told):
+def test_vae(vae, tmp_path, changes, message):
     folder = with_fields(Path(shutil.copytree(vae, tmp_path / "vae")), **changes)
-    assert refusal(lambda: load_vae(folder)).startswith(f"{folder / 'config.json'}: {told}")
+    assert refusal(lambda: load_vae(folder)).startswith(f"{folder / 'config.json'}: {message}")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"num_hidden_layers": BILLION, "layer_types": None},
-            "num_hidden_layers: must be at most 3, the number of layers in its tensors, got 1000000000",
+            "num_hidden_layers must be at most 3, the number of layers in its tensors, not 1000000000",
         ),
-        ({"hidden_size": 10**12}, "hidden_size: must be at most 320, the largest size of a tensor, got 1000000000000"),
-        ({"head_dim": 10**30}, "head_dim: must be at most 320, the largest size of a tensor, got 1000"),
-        ({"sliding_window": 10**30}, "sliding_window: must be below 2**31, got 1000"),
-        ({"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar: must be a number above 0, got 1000"),
-        ({"layer_types": ["full_attention"] * 100_000}, "layer_types: must be a list of 3, each one of"),
+        ({"hidden_size": 10**12}, "hidden_size must be at most 320, the largest size of a tensor, not 1000000000000"),
+        ({"head_dim": 10**30}, "head_dim must be at most 320, the largest size of a tensor, not 1000"),
+        ({"sliding_window": 10**30}, "sliding_window must be below 2**31, not 1000"),
+        ({"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar must be a number above 0, not 1000"),
+        ({"layer_types": ["full_attention"] * 100_000}, "layer_types must be a list of 3, each one of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_text_encoder(t5gemma, tmp_path, changes, told):
+def test_text_encoder(t5gemma, tmp_path, changes, message):
     folder = with_fields(Path(shutil.copytree(t5gemma, tmp_path / "t5gemma")), **changes)
-    assert refusal(lambda: load_t5gemma(folder, "float32")).startswith(f"{folder}: {told}")
+    assert refusal(lambda: load_t5gemma(folder, "float32")).startswith(f"{folder}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_names_are_listed_up_to_five_and_nan_is_refused(request, tmp_path, name,
     assert refusal(lambda: load(folder)).endswith(f"but 489 unexpected: {first} ... and 484 more")
     key = sorted(tensors)[0]
     safetensors.numpy.save_file(tensors | {key: np.full_like(tensors[key], np.nan)}, file)
-    told = f"{file}: tensors must hold finite numbers, but NaN or infinity is in {key}"
-    assert refusal(lambda: load(folder)) == told
+    message = f"{file}: tensors must hold finite numbers, but NaN or infinity is in {key}"
+    assert refusal(lambda: load(folder)) == message
 
 
 def test_what_error_messages_show():

@@ -1,4 +1,4 @@
-"""The text-conditional model against diffusers' PixArt, and the promises of its conditions and options."""
+"""The text-conditional model compared with diffusers' PixArt, its conditions and its options."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def reference(config: ModelConfig) -> Any:
 def from_diffusers(
     state: Mapping[str, np.ndarray], config: ModelConfig, latent_shape: tuple[int, int, int], null_caption: jax.Array
 ) -> PixArt:
-    """Our model out of the tensors of diffusers' `PixArtTransformer2DModel`, by their names; it holds no null caption."""
+    """Our model from the tensors of diffusers' `PixArtTransformer2DModel`, by name; they include no null caption."""
 
     def linear(*names: str) -> Linear:
         weights, biases = zip(*((state[f"{n}.weight"].T, state[f"{n}.bias"]) for n in names), strict=True)
@@ -138,7 +138,7 @@ def test_equals_diffusers_pixart(depth, dim, heads, patch_size, scale, micro):
 
 
 def test_equals_diffusers_pixart_on_latents_that_are_not_square():
-    """diffusers squeezes such a grid into the range of its square base; bring each side's base to its own length."""
+    """diffusers scales such a grid to the range of its square base; set each side's base to its own length."""
     config = dataclasses.replace(SMALL, qk_norm=False)
     model = reference(config)
     square = model.pos_embed.pos_embed.reshape(4, 4, -1)  # positions of the rows and columns 0 to 3
@@ -202,7 +202,7 @@ def test_null_caption_learns_from_dropped_captions_only(model):
     assert gradient(model, shown, dropped).null_caption.any()
 
 
-def test_size_is_needed_and_seen_with_micro_conditioning():
+def test_size_is_required_and_used_with_micro_conditioning():
     model = randomised(build(dataclasses.replace(SMALL, micro_conditioning=True)))
     with pytest.raises(ValueError, match=r"^TextCondition\.size: must be given"):
         velocity(model, condition())
@@ -211,7 +211,7 @@ def test_size_is_needed_and_seen_with_micro_conditioning():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_features_of_any_float_dtype_are_taken(model, dtype):
+def test_features_of_any_float_dtype_are_accepted(model, dtype):
     text = condition()
     low = text._replace(features=text.features.astype(dtype))
     expected = text._replace(features=low.features.astype(jnp.float32))
@@ -226,7 +226,7 @@ def fresh() -> PixArt:
     return build(SMALL)(key=jax.random.key(0))
 
 
-def test_starts_as_no_velocity_and_without_a_say_for_the_text(fresh):
+def test_starts_with_zero_velocity_and_no_effect_of_the_text(fresh):
     assert not velocity(fresh, condition()).any()
     alive = eqx.tree_at(lambda m: m.final_linear.weight, fresh, replace_fn=jnp.ones_like)
     np.testing.assert_array_equal(velocity(alive, condition(key=0)), velocity(alive, condition(key=1, dropped=True)))
@@ -246,7 +246,7 @@ def test_initial_scales_are_those_of_pixart(fresh):
 
 
 def test_qk_norm_bounds_cross_attention_logits():
-    """With Q/K norm, scaling the query projection up leaves the output as it was; without, it does not."""
+    """With Q/K norm, scaling up the query projection does not change the output; without, it does."""
 
     def change(qk_norm: bool) -> float:
         blocks = randomised(build(dataclasses.replace(SMALL, depth=1, qk_norm=qk_norm))).blocks

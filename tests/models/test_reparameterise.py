@@ -1,4 +1,4 @@
-"""A text model made out of a class model equals it, without its class, at the chosen time."""
+"""A text model made from a class model equals it, without its class, at the chosen time."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def class_model() -> DiT:
 
 @pytest.fixture(scope="module")
 def text_model() -> PixArt:
-    """With random cross-attention outputs and size MLPs: that the text has no say at first is up to the recipe."""
+    """With random cross-attention outputs and size MLPs: the recipe must make them zero at first."""
     config = dataclasses.replace(TEXT, micro_conditioning=True)
     return randomised(functools.partial(build_pixart, config, LATENT, TEXT_DIM), 2)
 
@@ -39,7 +39,7 @@ jitted_drift = jax.jit(drift, static_argnums=4)
 
 @jax.jit
 def relative_error(class_model: DiT, text_model: PixArt, class_vector: jax.Array, t: float) -> jax.Array:
-    """The largest over two captions and none, each with another image size."""
+    """The largest difference over two captions and none, each with another image size."""
     class_model = dataclasses.replace(class_model, class_table=class_vector[None])
     texts = TextCondition(
         features=3 * jax.random.normal(jax.random.key(5), (3, 5, TEXT_DIM)),
@@ -90,7 +90,7 @@ def test_what_the_models_share_is_copied_bit_for_bit(class_model, text_model):
 
 
 def test_result_is_the_text_model_in_structure_and_shape(class_model, text_model):
-    """Static fields too, so that it can be trained and restored where a new one can: another latent size, say."""
+    """Including static fields, so that it can be trained and restored like a new one, for instance at another latent size."""
     wide = dataclasses.replace(text_model, latent_shape=(4, 8, 16), remat="full")
     result = jax.eval_shape(reparameterise, class_model, wide)
     assert jax.tree.structure(result) == jax.tree.structure(wide)
@@ -106,7 +106,7 @@ def test_sharded_models_give_the_same(class_model, text_model):
 
 
 @pytest.mark.parametrize("class_condition", CLASS_CONDITIONS)
-def test_drift_is_nothing_at_the_time_of_equality_only(class_model, text_model, class_condition):
+def test_drift_is_zero_at_the_time_of_equality_only(class_model, text_model, class_condition):
     model = start(class_model, text_model, class_condition=class_condition)
     x_t = jax.random.normal(jax.random.key(6), (3, 2, *LATENT))
     drifts = jitted_drift(class_model, model, jnp.asarray([0.1, 0.5, 0.9]), x_t, class_condition)
@@ -115,7 +115,7 @@ def test_drift_is_nothing_at_the_time_of_equality_only(class_model, text_model, 
     assert 1e-2 < drifts[2] < 10
 
 
-def test_drift_takes_latents_of_another_size(class_model, text_model):
+def test_drift_supports_latents_of_another_size(class_model, text_model):
     wide = dataclasses.replace(text_model, latent_shape=(4, 8, 16))
     model = start(class_model, wide)
     assert jitted_drift(class_model, model, jnp.asarray([0.5]), jnp.ones((1, 1, 4, 8, 16)))[0] < 2e-6

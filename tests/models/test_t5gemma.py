@@ -1,4 +1,4 @@
-"""The T5Gemma encoder against transformers on the same files, and what it does with files that are not its own."""
+"""The T5Gemma encoder compared with transformers on the same files, and errors for other files."""
 
 import json
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def own_folder(tmp_path):
-    """One that a test may change."""
+    """A copy that a test may change."""
     return write_t5gemma(tmp_path / "t5gemma")
 
 
@@ -53,7 +53,7 @@ def test_every_feature_matches_transformers(folder):
     ids, mask = random_texts()
     expected, ours = reference_features(folder, ids, mask), features_of(folder, ids, mask)
     assert np.abs(ours - expected)[mask].max() <= 2e-5
-    assert np.abs(expected[mask]).mean() > 0.3  # or the bound would say little
+    assert np.abs(expected[mask]).mean() > 0.3  # otherwise the bound would mean little
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_text_without_tokens_is_not_nan(folder):
 
 
 def save_with_transformers(kind, folder, **options):
-    """A model as transformers saves it, with norms that are not 1."""
+    """A model saved by transformers, with norms that are not 1."""
     torch = pytest.importorskip("torch", reason="needs torch")
     import transformers
 
@@ -161,7 +161,7 @@ def test_only_the_encoders_tensors_of_a_file_are_read(own_folder, monkeypatch):
         def keys(self):
             return self.file.keys()
 
-        def get_slice(self, key):  # for the shape in the header alone
+        def get_slice(self, key):  # only for the shape in the header
             return self.file.get_slice(key)
 
         def get_tensor(self, key):
@@ -183,7 +183,7 @@ def test_parameters_are_laid_out_on_the_mesh(folder):
     np.testing.assert_allclose(encode_tokens(network, ids, mask), features_of(folder, ids, mask), atol=1e-5)
 
 
-def test_fingerprint_tells_weights_and_settings_apart(own_folder, tmp_path):
+def test_fingerprint_distinguishes_weights_and_settings(own_folder, tmp_path):
     tuned = safetensors.numpy.load_file(own_folder / "model.safetensors")
     tuned = {key: tensor + (1e-3 if "layers.1.mlp.up" in key else 0) for key, tensor in tuned.items()}
     fingerprints = [load_t5gemma(own_folder, dtype).fingerprint for dtype in ("float32", "bfloat16")]
@@ -196,7 +196,7 @@ def test_fingerprint_tells_weights_and_settings_apart(own_folder, tmp_path):
 
 
 def load_error(folder):
-    """The one line that `load_t5gemma` says."""
+    """The one-line error of `load_t5gemma`."""
     with pytest.raises(ValueError) as caught:
         load_t5gemma(folder, "float32")
     assert "\n" not in str(caught.value)
@@ -237,11 +237,11 @@ def test_unsupported_settings_are_refused_by_field_and_value(own_folder, field, 
         del encoder["rope_parameters"]
     (own_folder / "config.json").write_text(json.dumps({"model_type": "t5gemma", "encoder": encoder}))
     message = load_error(own_folder)
-    assert message.startswith(f"{own_folder}: {field}: must be ")
+    assert message.startswith(f"{own_folder}: {field} must be ")
     assert repr(value) in message
 
 
-def test_older_configs_keep_the_rotary_base_beside(own_folder, folder):
+def test_older_configs_have_the_rotary_base_outside(own_folder, folder):
     encoder = {key: value for key, value in ENCODER.items() if key != "rope_parameters"}
     (own_folder / "config.json").write_text(
         json.dumps({"model_type": "t5gemma", "encoder": encoder | {"rope_theta": 50.0, "rope_scaling": None}})
@@ -252,7 +252,7 @@ def test_older_configs_keep_the_rotary_base_beside(own_folder, folder):
 
 def test_config_without_encoder_is_refused(own_folder):
     (own_folder / "config.json").write_text(json.dumps({"model_type": "t5gemma"}))
-    assert load_error(own_folder).startswith(f"{own_folder}: encoder: must be an object")
+    assert load_error(own_folder).startswith(f"{own_folder}: encoder must be an object")
 
 
 def test_missing_and_misshapen_tensors_are_listed_by_key(own_folder):

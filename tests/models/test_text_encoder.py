@@ -1,4 +1,4 @@
-"""Texts to tokens to features: padding, truncation, the encoders there are, and what a broken folder says."""
+"""From texts to tokens and features: padding, truncation, the encoders, and errors for invalid folders."""
 
 import dataclasses
 import importlib.util
@@ -56,7 +56,11 @@ def test_tokens_are_the_tokenizers_own_padded_on_the_right(encoder):
         assert mask.tolist() == [True] * len(expected) + [False] * (40 - len(expected))
         assert not ids[len(expected) :].any()
     assert tokens.ids[0, 0] == 2  # <bos>
-    assert {expected_ids("世")[i] - 4 for i in (-3, -2, -1)} == {0xE4, 0xB8, 0x96}  # bytes of what is no token
+    assert {expected_ids("世")[i] - 4 for i in (-3, -2, -1)} == {
+        0xE4,
+        0xB8,
+        0x96,
+    }  # bytes of a word that is not a token
     assert not tokens.truncated.any()
 
 
@@ -106,12 +110,12 @@ def test_threads_share_an_encoder(encoder):
         assert tokens.truncated[0] == (len(expected) > length)
 
 
-def test_lengths_are_few_and_fit(encoder):
+def test_padded_lengths_are_few_and_sufficient(encoder):
     lengths = {n: encoder.encode(["b" * n]).features.shape[1] for n in (0, 1, 15, 16, 31, 32, 39, 60)}
     assert lengths == {0: 16, 1: 16, 15: 16, 16: 32, 31: 32, 32: 40, 39: 40, 60: 40}
 
 
-def test_features_do_not_depend_on_length_or_company(encoder):
+def test_features_do_not_depend_on_length_or_other_texts(encoder):
     alone = encoder.encode(["a red apple"])
     among = encoder.encode(["a red apple", "", "b" * 35])
     assert (alone.features.shape[1], among.features.shape[1]) == (16, 40)
@@ -167,7 +171,7 @@ def test_wordllama_looks_its_table_up(words):
     out = words.encode(["a red apple", "red"])
     tokens = words.tokenize(["a red apple", "red"])
     pieces = [words.tokenizer.id_to_token(i) for i in tokens.ids[0][tokens.mask[0]]]
-    assert pieces == ["▁a", "▁red", "▁apple"]  # words alone, without "<s>"
+    assert pieces == ["▁a", "▁red", "▁apple"]  # words only, without "<s>"
     np.testing.assert_array_equal(out.features[0, :3], table["embedding.weight"][tokens.ids[0, :3]].astype(np.float32))
     np.testing.assert_array_equal(out.features[1, 0], out.features[0, 1])
     assert words.width == out.features.shape[-1] == 256
@@ -198,7 +202,7 @@ def test_fingerprint_covers_the_tokenizer(encoder, tmp_path):
 
 
 def load_error(config):
-    """The one line that `load_text_encoder` says."""
+    """The one-line error of `load_text_encoder`."""
     with pytest.raises(ValueError) as caught:
         load_text_encoder(config)
     assert "\n" not in str(caught.value)
@@ -208,9 +212,10 @@ def load_error(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": " "}, "encoder: must be 'wordllama', a folder or a hub id, got ' '"),
-        ({"max_length": 0}, "max_length: must be at least 1, got 0"),
-        ({"dtype": "int8"}, "dtype: must be one of bfloat16, float32, got 'int8'"),
+        ({"encoder": " "}, "text.encoder: must be 'wordllama', a folder or a hub id, got ' '"),
+        ({"max_length": 0}, "text.max_length: must be at least 1, got 0"),
+        ({"dtype": "int8"}, "text.dtype: must be one of bfloat16, float32, got 'int8'"),
+        ({"dtype": "float16"}, "got 'float16'; activations of the T5 family overflow float16"),
     ],
 )
 def test_config_is_checked_by_field(changes, message):
@@ -220,7 +225,7 @@ def test_config_is_checked_by_field(changes, message):
 
 def test_no_room_beside_special_tokens(folder):
     message = load_error(config_of(folder, max_length=1))
-    assert message == "max_length: must leave room beside 1 special tokens, got 1"
+    assert message == "text.max_length: must be above the 1 special tokens, got 1"
 
 
 @pytest.mark.parametrize(
@@ -231,13 +236,13 @@ def test_missing_or_damaged_tokenizer(tmp_path, content):
     file = tmp_path / "tokenizer.json"
     file.unlink() if content is None else file.write_bytes(content)
     expected = f"{tmp_path}: must hold tokenizer.json" if content is None else f"{file}: not a readable tokenizer"
-    assert load_error(config_of(tmp_path)).startswith(f"encoder: {expected}")
+    assert load_error(config_of(tmp_path)).startswith(f"text.encoder: {expected}")
 
 
 def test_tokenizer_of_a_larger_network(tmp_path):
     write_t5gemma(tmp_path, vocab_size=100)
     assert load_error(config_of(tmp_path)).startswith(
-        f"encoder: {tmp_path}: tokenizer.json must have ids below vocab_size=100, not 291"
+        f"text.encoder: {tmp_path}: tokenizer.json must have ids below vocab_size=100, not 291"
     )
 
 
@@ -245,7 +250,7 @@ def test_other_architecture(tmp_path):
     write_t5gemma(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     found = "must be a T5Gemma checkpoint (model_type t5gemma), found model_type 'bert'"
-    assert load_error(config_of(tmp_path)) == f"encoder: {tmp_path}: {found}"
+    assert load_error(config_of(tmp_path)) == f"text.encoder: {tmp_path}: {found}"
 
 
 def test_incomplete_weights(tmp_path):
@@ -257,7 +262,7 @@ def test_incomplete_weights(tmp_path):
     assert "missing: layers.0" in load_error(config_of(tmp_path))
     index.write_text(json.dumps(raw))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    assert "must name files beside it, not 'model-00002-of-00003.safetensors'" in load_error(config_of(tmp_path))
+    assert "must name files in its folder, not 'model-00002-of-00003.safetensors'" in load_error(config_of(tmp_path))
 
 
 def test_unreachable_hub_id(monkeypatch):
@@ -266,7 +271,7 @@ def test_unreachable_hub_id(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", raise_no_network)
     message = load_error(config_of("no-such-owner/no-such-encoder"))
-    assert message.startswith("encoder: must be an existing folder or a reachable Hugging Face hub id")
+    assert message.startswith("text.encoder must be an existing folder or a reachable Hugging Face hub id")
     assert "'no-such-owner/no-such-encoder'" in message
     assert "no network" in message
 
@@ -288,4 +293,4 @@ def test_hub_id_downloads_what_is_read(folder, encoder, monkeypatch):
 def test_wordllama_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = load_error(config_of("wordllama"))
-    assert message == "encoder: 'wordllama' needs the package of that name: pip install wordllama"
+    assert message == "text.encoder: 'wordllama' needs the package of that name: pip install wordllama"

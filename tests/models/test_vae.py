@@ -66,7 +66,7 @@ decode = jax.jit(AutoencoderKL.decode)
 
 
 def assert_parity(vae, reference, image):
-    """Encode and decode one (3, height, width) image with both and compare mean, deviation and image."""
+    """Encode and decode one (3, height, width) image with both and compare mean, standard deviation and image."""
     with torch.no_grad():
         posterior = reference.encode(torch.tensor(np.asarray(image))[None]).latent_dist
         decoded = reference.decode(posterior.mean).sample[0].numpy()
@@ -148,7 +148,7 @@ def test_pipeline_folder_is_searched_for_its_vae(small_folder):
     assert load_vae(str(pipeline)).fingerprint == load_vae(pipeline / "vae").fingerprint
 
 
-def test_fingerprint_tells_networks_and_settings_apart(small_folder):
+def test_fingerprint_distinguishes_networks_and_settings(small_folder):
     fingerprints = [load_vae(small_folder).fingerprint, load_vae(small_folder).fingerprint]
     rewrite_config(small_folder, scaling_factor=0.5)
     fingerprints.append(load_vae(small_folder).fingerprint)
@@ -160,7 +160,7 @@ def test_fingerprint_tells_networks_and_settings_apart(small_folder):
 
 
 def load_error(name):
-    """The one line that `load_vae` says about `name`."""
+    """The one-line error of `load_vae` for `name`."""
     with pytest.raises(ValueError) as caught:
         load_vae(name)
     assert "\n" not in str(caught.value)
@@ -205,7 +205,7 @@ def test_every_missing_unexpected_or_misshapen_tensor_is_listed(small_folder):
 def test_other_configurations_are_refused_by_field_and_value(small_folder, field, value):
     rewrite_config(small_folder, **{field: value})
     message = load_error(small_folder)
-    assert message.startswith(f"{small_folder / 'config.json'}: {field}: must be ")
+    assert message.startswith(f"{small_folder / 'config.json'}: {field} must be ")
     assert repr(value) in message
 
 
@@ -240,13 +240,13 @@ def test_index_cannot_lead_out_of_its_folder(small_folder, name):
     (small_folder / WEIGHTS).rename(small_folder.parent / "outside.safetensors")
     index = small_folder / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {"encoder.conv_in.weight": name}}))
-    assert load_error(small_folder) == f"{index}: weight_map must name files beside it, not {name!r}"
+    assert load_error(small_folder) == f"{index}: weight_map must name files in its folder, not {name!r}"
 
 
 def test_unreachable_name_says_what_is_accepted(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", raise_no_network)
     message = load_error("no-such-owner/no-such-vae")
-    assert message.startswith("vae: must be 'openmoji', an existing folder or a reachable Hugging Face hub id")
+    assert message.startswith("vae must be 'openmoji', an existing folder or a reachable Hugging Face hub id")
     assert "'no-such-owner/no-such-vae'" in message
     assert "no network" in message
 
@@ -255,7 +255,7 @@ def raise_no_network(*_, **__):
     raise ConnectionError("no network\nand a second line")
 
 
-def test_hub_id_downloads_the_network_alone(small_folder, monkeypatch):
+def test_hub_id_downloads_only_the_network(small_folder, monkeypatch):
     asked = {}
 
     def snapshot_download(name, *, allow_patterns):

@@ -1,4 +1,4 @@
-"""Tiny random T5Gemma checkpoints with a tokenizer, written as Hugging Face writes them but without torch."""
+"""Tiny random T5Gemma checkpoints with a tokenizer, in Hugging Face's format but written without torch."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]
-# Every feature shows: heads that share keys, heads wider than width / heads, a cap that bites, a window of two tokens.
+# Every feature matters: heads that share keys, heads wider than width / heads, a low cap, a window of two tokens.
 ENCODER = {
     "model_type": "t5_gemma_module",
     "vocab_size": 320,
@@ -33,7 +33,7 @@ ENCODER = {
 
 
 def build_tokenizer() -> Tokenizer:
-    """A BPE tokenizer of Gemma's kind: "▁" for spaces, bytes for what the vocabulary lacks, <bos> before the text."""
+    """A BPE tokenizer like Gemma's: "▁" for spaces, bytes for unknown words, <bos> before the text."""
     pieces = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
     merges = [("r", "e"), ("re", "d"), ("▁", "red"), ("a", "p"), ("▁", "a")]
     vocab = {piece: i for i, piece in enumerate([*pieces, *(a + b for a, b in merges)])}
@@ -42,7 +42,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    # As in Gemma's file; whoever reads it must pad on the right and cut where asked.
+    # As in Gemma's file; readers must pad on the right and truncate on request.
     tokenizer.enable_padding(direction="left", pad_token="<pad>")
     tokenizer.enable_truncation(4)
     return tokenizer
@@ -51,10 +51,10 @@ def build_tokenizer() -> Tokenizer:
 def write_t5gemma(
     folder: Path, *, seed: int = 0, prefix: str = "model.encoder.", num_shards: int = 1, **settings
 ) -> Path:
-    """A folder with `config.json`, `tokenizer.json` and weights: random encoder tensors, decoder tensors beside them.
+    """A folder with `config.json`, `tokenizer.json` and weights: random encoder and decoder tensors.
 
-    Of several shards the last holds the decoder's tensors and the others share the encoder's. `settings` replace those
-    of `ENCODER`.
+    Of several shards the last holds the decoder's tensors and the others the encoder's. `settings` override those of
+    `ENCODER`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoder = ENCODER | settings

@@ -1,4 +1,4 @@
-"""Auxiliary losses: two small real ones, with parameters, through training, resume, layouts, sampling and export."""
+"""Auxiliary losses: two small ones with parameters, in training, resume, layouts, sampling and export."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ FEATURES = 5
 
 @dataclasses.dataclass
 class ClassHead(AuxiliaryLoss):
-    """Whether a linear layer can tell the class from the denoised latent (auxiliary classifier, Odena et al. 2017)."""
+    """Cross-entropy of a linear classifier on the denoised latent (auxiliary classifier, Odena et al. 2017)."""
 
     num_classes: int = 4
 
@@ -101,14 +101,14 @@ def test_parts_are_logged_under_their_names_and_make_the_loss(run):
     )
     assert all(0 < alignment[step] < 2 for step in (1, 2, 3))
     assert all(alignment[step] == 0 for step in (4, 5, 6))  # after its last step
-    assert head[1] == pytest.approx(math.log(4), rel=0.3)  # a head that knows nothing yet
+    assert head[1] == pytest.approx(math.log(4), rel=0.3)  # an untrained head
     for step, total in loss.items():
         assert total == pytest.approx(velocity[step] + 0.5 * head[step] + 0.25 * alignment[step], rel=1e-5)
     bins = [metrics(run, f"class_head_by_t/{i / 8:.3f}-{(i + 1) / 8:.3f}") for i in range(8)]
     assert sum(len(values) for values in bins) > 8
 
 
-def test_parameters_are_trained_and_stored_beside_the_model_and_no_part_of_the_average(run):
+def test_parameters_are_trained_and_stored_but_not_averaged(run):
     early, late = stored_arrays(run / "2"), stored_arrays(run / "6")
     name = "auxiliary.class_head.weight"
     assert late[f"state.{name}"].shape == (math.prod(LATENT_SHAPE), 4)
@@ -135,7 +135,7 @@ def test_layouts_have_the_same_losses(data, run, tmp_path):
         np.testing.assert_allclose(list(metrics(tmp_path / "run", f"train/{name}").values()), expected, rtol=1e-5)
 
 
-def test_losses_that_came_or_went_are_said(data, run, tmp_path):
+def test_added_and_removed_losses_are_reported(data, run, tmp_path):
     resumed = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(resumed / "6")
     restore = ("train.is_restore=true", "auxiliary.class_head.weight=0.5")
@@ -145,14 +145,14 @@ def test_losses_that_came_or_went_are_said(data, run, tmp_path):
     kept, before = stored_arrays(resumed / "5"), stored_arrays(resumed / "4")
     assert not [name for name in kept if "alignment" in name]
     weight = "state.auxiliary.class_head.weight"
-    assert np.abs(kept[weight] - before[weight]).max() < 0.01  # went on, not anew
+    assert np.abs(kept[weight] - before[weight]).max() < 0.01  # continued, not restarted
     finished = train_here(data, resumed, *restore, "auxiliary.alignment.weight=1")
     assert (finished.status, finished.err) == (0, "")
     assert "auxiliary loss alignment: new since the checkpoint, starts from fresh parameters" in finished.out
     assert "state.auxiliary.alignment.projection.weight" in stored_arrays(resumed / "6")
 
 
-def test_a_run_from_before_takes_one_up(tiny_data, whole_run, tmp_path):
+def test_an_earlier_run_can_add_a_loss(tiny_data, whole_run, tmp_path):
     resumed = shutil.copytree(whole_run, tmp_path / "run")
     shutil.rmtree(resumed / "6")
     finished = train_here(tiny_data, resumed, "train.is_restore=true", "auxiliary.class_head.weight=0.5")
@@ -165,7 +165,7 @@ def test_a_run_from_before_takes_one_up(tiny_data, whole_run, tmp_path):
 
 
 def test_samples_and_exports_need_no_auxiliary_loss(run, tmp_path, monkeypatch):
-    monkeypatch.delitem(AUXILIARY, "class_head")  # as on a machine that does not know it
+    monkeypatch.delitem(AUXILIARY, "class_head")  # as if the loss were not registered
     monkeypatch.delitem(AUXILIARY, "alignment")
     (images,) = flowdit.load(str(run)).draw(labels=["cat"], steps=1)
     assert images.shape == (1, 64, 64, 3)
@@ -175,12 +175,12 @@ def test_samples_and_exports_need_no_auxiliary_loss(run, tmp_path, monkeypatch):
     assert not [name for name in safetensors.numpy.load_file(target) if "auxiliary" in name]
 
 
-def test_a_checkpoint_is_read_where_the_loss_has_other_settings(run, monkeypatch):
-    monkeypatch.setitem(AUXILIARY, "class_head", Alignment)  # which knows no `num_classes`
+def test_a_checkpoint_is_read_if_the_loss_has_other_settings(run, monkeypatch):
+    monkeypatch.setitem(AUXILIARY, "class_head", Alignment)  # which has no `num_classes`
     assert flowdit.load(str(run / "6")).trained.step == 6
 
 
-def test_losses_in_the_compute_dtype_end_with_their_last_step(data, tmp_path, monkeypatch):
+def test_losses_in_the_compute_dtype_stop_after_their_last_step(data, tmp_path, monkeypatch):
     class InBfloat16(ClassHead):
         def __call__(self, parameters, view):
             assert parameters.weight.dtype == jnp.bfloat16
@@ -188,14 +188,14 @@ def test_losses_in_the_compute_dtype_end_with_their_last_step(data, tmp_path, mo
 
     monkeypatch.setitem(AUXILIARY, "class_head", InBfloat16)
     settings = ("auxiliary.class_head.weight=1", "auxiliary.class_head.last_step=2", "train.compute_dtype=bfloat16")
-    with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's own attention mixes dtypes
+    with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's attention mixes dtypes
         finished = train_here(data, tmp_path / "run", *settings, "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")
     assert [value > 0 for value in metrics(tmp_path / "run", "train/class_head").values()] == [True] * 2 + [False] * 3
 
 
-def test_every_array_has_a_name_of_its_own_and_the_models_the_old_one():
-    """A loss may call its parameters as it likes."""
+def test_array_names_are_unique_and_the_models_unchanged():
+    """A loss may use any names for its parameters."""
     parameters = {"rep": {"model": {"weight": jnp.ones(2)}, "weight": jnp.ones(3), "auxiliary": jnp.ones(4)}}
     optimizer = make_optimizer(OptimConfig(), 10)
     state = init_state({"blocks": {"model": jnp.ones(5)}}, optimizer, parameters)
@@ -208,14 +208,14 @@ def test_every_array_has_a_name_of_its_own_and_the_models_the_old_one():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("grad_norm", "its name must be an identifier, none of loss, velocity, grad_norm"),
         ("other", "its name must be its key, other, got class_head"),
         ("class_head", "reads the field label as LabelField(num_classes=3), others as LabelField(num_classes=4)"),
     ],
 )
-def test_losses_that_would_disturb_others(tiny_data, tmp_path, monkeypatch, name, told):
+def test_losses_with_conflicting_names(tiny_data, tmp_path, monkeypatch, name, message):
     @dataclasses.dataclass
     class Disturbing(ClassHead):
         def fields(self):
@@ -224,7 +224,7 @@ def test_losses_that_would_disturb_others(tiny_data, tmp_path, monkeypatch, name
     Disturbing.name = "grad_norm" if name == "grad_norm" else "class_head"
     monkeypatch.setitem(AUXILIARY, name, Disturbing)
     line = error_line(train_here(tiny_data, tmp_path / "run", f"auxiliary.{name}.weight=1"))
-    assert line.startswith(f"error: auxiliary.{name}: ") and told in line
+    assert line.startswith(f"error: auxiliary.{name}: ") and message in line
 
 
 @pytest.mark.parametrize(

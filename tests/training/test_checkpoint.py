@@ -1,4 +1,4 @@
-"""Checkpoints: damage is found, named and passed over; what is kept; and nothing in them can run code."""
+"""Checkpoints: damage is detected, reported and skipped; which ones are kept; they cannot run code."""
 
 import pickle
 import pickletools
@@ -59,7 +59,7 @@ def test_damage_is_found_and_named(run, damage):
 
 
 @pytest.mark.parametrize("name", ["flipped bit in state", "missing meta", "damaged checksums"])
-def test_damaged_newest_checkpoint_is_named_and_passed_over(tiny_data, whole_run, run, name):
+def test_damaged_newest_checkpoint_is_reported_and_skipped(tiny_data, whole_run, run, name):
     damaged = DAMAGES[name](run / "6")
     finished = train_here(tiny_data, run, "train.is_restore=true")
     assert (finished.status, finished.err) == (0, "")
@@ -67,11 +67,11 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(tiny_data, whole_run
     assert notice.startswith(f"checkpoint {run / '6'} is damaged and passed over: {damaged}")
     assert f"resumed from {run / '4'}" in finished.out
     assert (run / "6.damaged").is_dir()
-    # The step could be saved again, and is what it was.
+    # The step is saved again, with the same content.
     assert_same_checkpoint(run / "6", whole_run / "6")
 
 
-def test_several_damaged_checkpoints_are_passed_over(tiny_data, run):
+def test_several_damaged_checkpoints_are_skipped(tiny_data, run):
     for step in ("4", "6"):
         flip_bit(largest_file(run / step / "state"))
     finished = train_here(tiny_data, run, "train.is_restore=true")
@@ -80,14 +80,14 @@ def test_several_damaged_checkpoints_are_passed_over(tiny_data, run):
     assert sorted(path.name for path in run.glob("*.damaged")) == ["4.damaged", "6.damaged"]
 
 
-def test_step_that_is_damaged_a_second_time_replaces_what_was_set_aside(tiny_data, run):
+def test_step_that_is_damaged_a_second_time_replaces_the_renamed_one(tiny_data, run):
     for _ in range(2):
         flip_bit(largest_file(run / "6" / "state"))
         assert train_here(tiny_data, run, "train.is_restore=true").status == 0
     assert sorted(path.name for path in run.glob("6*")) == ["6", "6.damaged"]
 
 
-def test_only_damaged_checkpoints_end_in_one_line_and_stay(tiny_data, run):
+def test_only_damaged_checkpoints_give_one_line_and_are_kept(tiny_data, run):
     for step in ("2", "4", "6"):
         flip_bit(largest_file(run / step / "state"))
     line = error_line(train_here(tiny_data, run, "train.is_restore=true"))
@@ -138,7 +138,7 @@ def test_sampling_reads_the_moving_average(whole_run):
     assert not np.array_equal(loaded, stored["state.model.patch_embed.weight"])
 
 
-def test_too_many_useless_steps_end_the_run_and_name_the_last_good_checkpoint(tiny_data, run, monkeypatch):
+def test_too_many_skipped_steps_end_the_run_and_report_the_last_good_checkpoint(tiny_data, run, monkeypatch):
     batches = loop.prefetch_to_device
 
     def not_finite(mesh, stream, encode):

@@ -1,4 +1,4 @@
-"""Saves that fail, runs that end by an error, and checkpoints that are not what their folder says."""
+"""Failing saves, runs that end with an error, and checkpoints that do not match their folder."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ from flowdit.train import stage1
 stage1()
 """
 LIMITED_FILES = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" + SLOW_STEPS
-"""Every file of more than 100 kB fails while it is written, as on a disk that fills up."""
+"""Writing a file of more than 100 kB fails, as on a disk that fills up."""
 LONG = ("train.num_steps=60", "train.save_every=20", "train.log_every=1")
 
 
@@ -62,7 +62,7 @@ def start_slowly(data: Path, run: Path, script: str):
 
 
 def fail_saves(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """The next `count` saves fail in the background, at their end."""
+    """Make the next `count` saves fail in the background, at their end."""
     failures = iter(range(count))
 
     def fail(folder: Path) -> None:
@@ -74,12 +74,12 @@ def fail_saves(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that leave a save in the background the time to end before the next one is due."""
+    """Make steps slow enough that a background save ends before the next one is due."""
     add = Progress.add
     monkeypatch.setattr(Progress, "add", lambda self, metrics: (time.sleep(0.05), add(self, metrics)))
 
 
-def test_failed_save_is_noticed_and_the_current_state_saved(tiny_data, tmp_path, monkeypatch):
+def test_failed_save_is_detected_and_the_current_state_saved(tiny_data, tmp_path, monkeypatch):
     fail_saves(monkeypatch, 1)
     slow_down(monkeypatch)
     run = tmp_path / "run"
@@ -107,7 +107,7 @@ def test_two_failed_saves_end_the_run_and_name_the_last_good_one(tiny_data, run,
 
 
 def test_failed_save_leaves_no_old_checkpoint_behind(tiny_data, run, monkeypatch):
-    """Orbax strikes what it is about to delete off its list, and a save that fails deletes nothing."""
+    """Orbax removes checkpoints to delete from its list first, and a failed save deletes nothing."""
     fail_saves(monkeypatch, 1)
     finished = train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=12", "train.keep_last=2")
     assert (finished.status, finished.err) == (0, "")
@@ -115,11 +115,14 @@ def test_failed_save_leaves_no_old_checkpoint_behind(tiny_data, run, monkeypatch
     assert len(steps_of(run)) == 2 and steps_of(run)[-1] == 12
 
 
-def test_console_that_is_full_ends_no_run(tiny_data, tmp_path):
+def test_full_console_does_not_end_the_run(tiny_data, tmp_path):
     run = tmp_path / "run"
     script = "import sys; sys.stdout = open('/dev/full', 'w')\nfrom flowdit.train import stage1; stage1()"
     settings = ("experiment=tiny", *FAST, f"data.path={tiny_data}", f"train.checkpoint_dir={run}")
-    assert finish(start("-c", script, *settings, PYTHONUNBUFFERED="")).status in (0, 120)  # 120: Python's, at its exit
+    assert finish(start("-c", script, *settings, PYTHONUNBUFFERED="")).status in (
+        0,
+        120,
+    )  # 120: Python's status if flushing fails at exit
     assert steps_of(run) == [2, 4, 6]
 
 
@@ -131,8 +134,8 @@ def test_failed_last_save_is_tried_again(tiny_data, whole_run, tmp_path, monkeyp
     assert_same_checkpoint(tmp_path / "run" / "6", whole_run / "6")
 
 
-def test_process_is_gone_after_its_error_line(tiny_data, tmp_path):
-    """A run folder replaced by a file: threads of the storage library would wait for minutes."""
+def test_process_exits_after_its_error_line(tiny_data, tmp_path):
+    """With a run folder replaced by a file, threads of the storage library would wait for minutes."""
     run = tmp_path / "run"
     process = start_slowly(tiny_data, run, SLOW_STEPS)
     wait_for_line(process, "step 25/60")
@@ -140,9 +143,9 @@ def test_process_is_gone_after_its_error_line(tiny_data, tmp_path):
     run.write_text("in the way")
     threading.Thread(target=process.stdout.read, daemon=True).start()
     line = process.stderr.readline()
-    told = time.monotonic()
+    reported = time.monotonic()
     assert process.wait(timeout=60) == 2
-    assert time.monotonic() - told < 10
+    assert time.monotonic() - reported < 10
     assert line == f"error: checkpoint {run / '40'}: could not be written: " + line.partition("written: ")[2]
     assert "Not a directory" in line and process.stderr.read() == ""
     assert steps_of(tmp_path / "moved") == [20]
@@ -166,7 +169,7 @@ def test_space_check_counts_more_than_arrays(whole_run):
 
 
 def spoil_late_record(data: Path) -> None:
-    """Junk in place of a record of the first shard that the sixth and last batch of a run visits."""
+    """Replace a record that is read in the sixth and last batch of a run by random bytes."""
     order = grain.MapDataset.range(48).seed(0).shuffle()
     late = min(order[i] for i in range(40, 48))
     reader = ArrayRecordReader(str(data / SHARD))
@@ -177,7 +180,7 @@ def spoil_late_record(data: Path) -> None:
 
 
 def test_bad_record_saves_first(tiny_data, whole_run, tmp_path):
-    """What was trained until the record is read is not lost, as if a signal had come."""
+    """The steps before the bad record are saved, as after a signal."""
     data, run = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "run"
     spoil_late_record(data)
     settings = ("train.save_every=0", "data.prefetch=1", "data.num_threads=1")
@@ -188,15 +191,15 @@ def test_bad_record_saves_first(tiny_data, whole_run, tmp_path):
     assert stored_json(run / str(step), "dataset")["next_batch"] == step
     expected = metrics(whole_run, "train/loss")
     assert metrics(run, "train/loss") == {n: expected[n] for n in range(1, step + 1)}
-    # A restart meets it at once: nothing new to save.
+    # A restart reads it at once: nothing new to save.
     again = train_here(data, run, *settings, "train.is_restore=true")
     assert error_line(again) == error_line(finished) and "is saved" not in again.out
 
 
-def test_allowed_bad_record_is_named_and_passed_over(tiny_data, tmp_path):
-    """Damaged on disk after the data were prepared: the hash of a small data set would refuse it at every start."""
+def test_allowed_bad_record_is_reported_and_skipped(tiny_data, tmp_path):
+    """Damaged after the data were prepared: by default the hash check of small data sets would refuse it at every start."""
     data, run = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "run"
-    flip_bit(data / SHARD, 0.4)  # within a record: the middle is a header of the file
+    flip_bit(data / SHARD, 0.4)  # within a record, as the middle is a header of the file
     assert "sha256" in error_line(train_here(data, run))
     finished = train_here(data, run, "data.max_bad_records=1")
     assert (finished.status, finished.err) == (0, "")
@@ -205,7 +208,7 @@ def test_allowed_bad_record_is_named_and_passed_over(tiny_data, tmp_path):
     assert "  bad records 1" in finished.out and metrics(run, "data/bad_records")[6] == 1
 
 
-def test_files_that_only_inform_end_no_run(tiny_data, whole_run, tmp_path):
+def test_logging_failures_do_not_end_the_run(tiny_data, whole_run, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").mkdir()
@@ -220,7 +223,7 @@ def test_files_that_only_inform_end_no_run(tiny_data, whole_run, tmp_path):
 
 
 @pytest.mark.parametrize("cut", ['{"step": 2, "tra', "{", "x" * 100_000])
-def test_cut_line_of_the_log_takes_no_other_with_it(tmp_path, cut):
+def test_truncated_line_of_the_log_does_not_corrupt_the_next(tmp_path, cut):
     file = tmp_path / "metrics.jsonl"
     append_line(file, '{"step": 1}')
     with file.open("a") as stream:
@@ -252,21 +255,21 @@ def test_checksums_must_cover_every_file(run, change):
         verify_files(run / "6")
 
 
-def test_folders_of_others_are_no_part_of_a_checkpoint(run):
+def test_other_folders_are_not_part_of_a_checkpoint(run):
     (run / "6" / ".git").mkdir()
     (run / "6" / ".git" / "HEAD").write_text("ref")
     verify_files(run / "6")
 
 
-def test_file_that_cannot_be_read_is_not_called_damaged(tiny_data, run):
-    """Permissions or a network disk: the checkpoint may be whole, so it is not set aside."""
+def test_unreadable_file_is_not_reported_as_damaged(tiny_data, run):
+    """Permissions or a network disk: the checkpoint may be intact, so it is not renamed."""
     (run / "6" / "checksums.json").unlink()
     (run / "6" / "checksums.json").mkdir()
     line = refused(lambda: train_here(tiny_data, run, "train.is_restore=true"), run)
     assert line == f"error: {run / '6' / 'checksums.json'}: cannot be read: Is a directory"
 
 
-def test_checkpoint_that_vouches_for_nothing_is_passed_over(tiny_data, run):
+def test_checkpoint_with_empty_checksums_is_skipped(tiny_data, run):
     rewrite_checksums(run / "6", lambda sums: {})
     finished = train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")
@@ -280,7 +283,7 @@ def test_folder_must_be_named_after_its_step(tiny_data, run):
     assert line == f"error: {run / '8'}: must be named after the step that it holds, 6"
 
 
-def test_whole_checkpoint_of_another_format_is_not_set_aside(tiny_data, run):
+def test_intact_checkpoint_of_another_format_is_not_renamed(tiny_data, run):
     file = run / "6" / "meta" / "metadata"
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     write_checksums(run / "6")
@@ -288,14 +291,14 @@ def test_whole_checkpoint_of_another_format_is_not_set_aside(tiny_data, run):
     assert line == f"error: {run / '6'}: checkpoint format must be 1, got 2"
 
 
-def test_checkpoint_of_another_model_is_not_set_aside(tiny_data, run, tmp_path):
+def test_checkpoint_of_another_model_is_not_renamed(tiny_data, run, tmp_path):
     line = refused(lambda: train_here(tiny_data, run, "train.is_restore=true", "model.depth=3"), run)
     assert line == "error: model.depth: must be 2 as in the checkpoint to resume, got 3"
 
 
 @pytest.mark.parametrize("main", [sample.main, convert.main], ids=["sample", "convert"])
 @pytest.mark.parametrize("word", ["config", "latent_mean", "{"])
-def test_damaged_metadata_are_found_before_they_are_read(run, main, word):
+def test_damaged_metadata_are_detected_before_parsing(run, main, word):
     file = run / "6" / "meta" / "metadata"
     text = file.read_text()
     file.write_text(text.replace(word, chr(ord(word[0]) ^ 1) + word[1:], 1))
@@ -305,7 +308,7 @@ def test_damaged_metadata_are_found_before_they_are_read(run, main, word):
 
 
 def test_logged_learning_rate_is_the_one_used(tiny_data, tmp_path, monkeypatch):
-    """Skipped steps make no update, and the schedule counts updates."""
+    """Skipped steps do not update, and the schedule counts updates."""
     batches, numbers = loop.prefetch_to_device, iter(range(100))
 
     def second_and_third_not_finite(mesh, stream, encode):

@@ -1,4 +1,4 @@
-"""What happens between steps: the loop asks each evaluation that is due, and knows none of them."""
+"""Evaluations between steps: the loop calls each that is due, and refers to none by name."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from flowdit.training.tracking import Progress, Report
 
 @dataclasses.dataclass
 class Norm(Evaluation):
-    """The sum of the squares of the averaged weights."""
+    """The sum of squares of the EMA weights."""
 
     every: int
     folder = "norms"
@@ -27,7 +27,7 @@ class Norm(Evaluation):
 
 @pytest.fixture
 def evaluated(tiny_data, tmp_path, monkeypatch):
-    """A run with one more evaluation."""
+    """A run with an additional evaluation."""
 
     def run(evaluation, *overrides):
         made = setup.make_evaluations
@@ -46,7 +46,7 @@ def test_an_evaluation_is_called_when_it_is_due_and_after_the_last_step(evaluate
     assert f"step 4  norm {norms[4]:.3f}" in out
 
 
-def test_what_it_cannot_write_ends_no_run_and_is_said_once(evaluated):
+def test_write_errors_do_not_end_the_run_and_are_reported_once(evaluated):
     run, out = evaluated(Norm(every=2, broken=True))
     assert out.count(f"warning: {run / 'norms'} cannot be written (no room): going on without") == 1
     assert (run / "6").is_dir()
@@ -64,7 +64,7 @@ def traces(run):
     return list((run / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_profile_is_written_when_the_run_ends_in_its_window_and_goes_on_with_it(tiny_data, tmp_path):
+def test_a_profile_is_written_if_the_run_ends_in_its_window_and_continues_on_resume(tiny_data, tmp_path):
     run = tmp_path / "run"
     seen, add = [], Progress.add
 
@@ -83,7 +83,7 @@ def test_a_profile_is_written_when_the_run_ends_in_its_window_and_goes_on_with_i
     assert len(traces(run)) == 2
 
 
-def test_a_profile_that_cannot_be_written_ends_no_run(tiny_data, tmp_path):
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tiny_data, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "profile").write_text("mine")
@@ -94,6 +94,6 @@ def test_a_profile_that_cannot_be_written_ends_no_run(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize("window", ["[1,4]", "[4]", "[5,4]", "[5,7]"])
-def test_a_window_that_cannot_be_traced(tiny_data, tmp_path, window):
+def test_invalid_windows(tiny_data, tmp_path, window):
     line = error_line(train_here(tiny_data, tmp_path / "run", f"train.profile={window}"))
-    assert line.startswith("error: train.profile: must be null or two steps in [2, num_steps=6]")
+    assert line.startswith("error: train.profile: must be null or two steps in [2, train.num_steps=6]")

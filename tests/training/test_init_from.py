@@ -1,4 +1,4 @@
-"""`train.init_from` between models of one kind: what is copied, what stays fresh and is named, what is refused."""
+"""`train.init_from` between models of one kind: copied parts, freshly initialised parts, and refusals."""
 
 import dataclasses
 import shutil
@@ -24,7 +24,7 @@ from flowdit.training.setup import Run, start_run
 CLASS, TEXT = ("config", "experiment=tiny"), ("config_stage2", "experiment=tiny_text")
 LATENT = (4, 8, 8)
 SHIFT = 0.1
-"""What a start has more in every array than a fresh model of the same seed: some of those begin at zero."""
+"""Added to every array of the start, compared with a fresh model of the same seed, as some arrays begin at zero."""
 
 
 def begin(data: Path, run: Path, command: tuple[str, str], *overrides: str) -> Run:
@@ -45,7 +45,7 @@ def save_start(folder: Path, run: Run) -> Path:
 
 
 def retold(start: Path, folder: Path, **changes: Any) -> Path:
-    """A checkpoint with the weights of `start` that tells something else of itself."""
+    """A checkpoint with the weights of `start` and other metadata."""
     save_slim(folder, load(str(start)).trained.model, read_meta(start) | changes, "float32")
     return folder
 
@@ -58,7 +58,7 @@ def class_start(tiny_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def text_start(tiny_data, tmp_path_factory) -> Path:
-    """Of a width that three divides, for micro-conditioning."""
+    """With a width divisible by three, for micro-conditioning."""
     folder = tmp_path_factory.mktemp("start")
     return save_start(folder / "7", begin(tiny_data, folder / "run", TEXT, "model.hidden_dim=48"))
 
@@ -71,7 +71,7 @@ def with_classes(data: Path, folder: Path, *names: str) -> Path:
 
 
 def assert_copied(run: Run, start: Path, *fresh: str) -> None:
-    """Model and EMA are the start's but for the `fresh` parts, none of whose arrays is."""
+    """Check that model and EMA are the start's, except for all arrays of the `fresh` parts."""
     theirs = named_arrays(load(str(start)).trained.model)
     for model in (run.state.model, run.state.ema):
         for name, ours in named_arrays(model).items():
@@ -82,7 +82,7 @@ def assert_copied(run: Run, start: Path, *fresh: str) -> None:
 
 
 def remarks(run: Run, start: Path) -> list[str]:
-    """The notes about the start, without the one that it was taken."""
+    """The notes about the start, except the one that reports it."""
     assert run.notes[-1] == f"started from {start}"
     assert run.figures == {}
     prefix = f"train.init_from: {start}: "
@@ -97,7 +97,7 @@ def test_class_model_from_a_class_model(tiny_data, class_start, tmp_path):
     assert int(run.state.step) == 0
 
 
-def test_another_number_of_classes_leaves_the_class_table_fresh(tiny_data, class_start, tmp_path):
+def test_another_number_of_classes_gives_a_fresh_class_table(tiny_data, class_start, tmp_path):
     data = with_classes(tiny_data, tmp_path / "data", *CLASS_NAMES, "tree")
     run = begin(data, tmp_path / "run", CLASS, f"train.init_from={class_start}")
     assert_copied(run, class_start, "class_table")
@@ -107,14 +107,14 @@ def test_another_number_of_classes_leaves_the_class_table_fresh(tiny_data, class
     ]
 
 
-def test_other_names_of_as_many_classes_are_told(tiny_data, class_start, tmp_path):
+def test_other_class_names_are_reported(tiny_data, class_start, tmp_path):
     data = with_classes(tiny_data, tmp_path / "data", "cat", "wolf", "heart", "moon")
     run = begin(data, tmp_path / "run", CLASS, f"train.init_from={class_start}")
     assert_copied(run, class_start)
     assert remarks(run, class_start) == ["2 of its 4 classes have other names: dog is now wolf, sun is now moon"]
 
 
-def test_another_objective_and_normalisation_are_told(tiny_data, class_start, tmp_path):
+def test_another_objective_and_normalisation_are_reported(tiny_data, class_start, tmp_path):
     start = retold(class_start, tmp_path / "7", prediction="noise", latent_mean=[0.5] * 16)
     run = begin(tiny_data, tmp_path / "run", CLASS, f"train.init_from={start}")
     assert remarks(run, start) == [
@@ -131,8 +131,8 @@ def test_a_start_is_laid_out_on_a_mesh(tiny_data, class_start, tmp_path):
     assert weight.addressable_shards[0].data.size == weight.size // 4
 
 
-def test_training_goes_on_from_the_start(tiny_data, whole_run, tmp_path):
-    """On the same batch and noise as the run that it starts from had at first."""
+def test_training_continues_from_the_start(tiny_data, whole_run, tmp_path):
+    """On the same batch and noise as the first step of the original run."""
     finished = train_here(tiny_data, tmp_path / "run", f"train.init_from={whole_run / '6'}")
     assert (finished.status, finished.err) == (0, "")
     assert f"started from {whole_run / '6'}\n" in finished.out
@@ -153,7 +153,7 @@ def test_text_model_from_a_text_model_on_a_smaller_grid(tiny_data, text_start, t
     assert (run.state.model.interpolation_scale, run.state.model.latent_shape) == (2.0, (16, 8, 8))
 
 
-def test_another_text_encoder_leaves_what_reads_it_fresh(tiny_data, text_start, tmp_path):
+def test_another_text_encoder_gives_fresh_caption_layers(tiny_data, text_start, tmp_path):
     text = read_meta(text_start)["text"]
     start = retold(text_start, tmp_path / "7", text=text | {"name": "t5", "fingerprint": "0" * 16})
     run = text_run(tiny_data, tmp_path, start)
@@ -165,7 +165,7 @@ def test_another_text_encoder_leaves_what_reads_it_fresh(tiny_data, text_start, 
     ]
 
 
-def test_parts_that_the_start_lacks_are_fresh_and_sizes_say_nothing(tiny_data, text_start, tmp_path):
+def test_parts_missing_in_the_start_are_fresh_and_sizes_have_no_effect(tiny_data, text_start, tmp_path):
     run = text_run(tiny_data, tmp_path, text_start, "model.null_tokens=32", "model.micro_conditioning=true")
     model = run.state.model
     assert_copied(run, text_start, "null_caption", "size_embed")
@@ -205,9 +205,9 @@ def test_a_size_embedding_cannot_be_left_out():
     assert str(error.value) == "model.micro_conditioning: must be True as in train.init_from, got False"
 
 
-def test_a_text_model_is_no_start_for_a_class_model(tiny_data, text_start, tmp_path):
-    told = r"^train\.init_from: must be a ccdit where a ccdit is trained, got mmdit"
-    with pytest.raises(ValueError, match=told):
+def test_a_class_model_cannot_start_from_a_text_model(tiny_data, text_start, tmp_path):
+    message = r"^train\.init_from: must be a ccdit where a ccdit is trained, got mmdit"
+    with pytest.raises(ValueError, match=message):
         begin(tiny_data, tmp_path / "run", CLASS, f"train.init_from={text_start}")
 
 

@@ -1,4 +1,4 @@
-"""Two real processes with two devices each: what they train, and that they agree on the checkpoint to go on from."""
+"""Two processes with two devices each: training, and agreement on the checkpoint to resume."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ for run in sorted(Path(folder).iterdir()):
 
 
 def run_pair(*tasks: tuple[str, ...], restore: Path) -> list[Finished]:
-    """Runs one after another in two processes; then, laid out as in the last one, the newest checkpoints in `restore`."""
+    """Run tasks one after another in two processes; then restore the newest checkpoints in `restore` with the last layout."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -63,7 +63,7 @@ def settings(stage: int, data: Path, run: Path, *more: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def damaged_runs(whole_run, tmp_path_factory) -> Path:
-    """For each file of the newest checkpoint a copy of the run in which that file has a flipped bit."""
+    """A copy of the run with a flipped bit, for each file of the newest checkpoint."""
     folder = tmp_path_factory.mktemp("damaged")
     files = [path.relative_to(whole_run) for path in sorted((whole_run / "6").glob("*/**/*")) if path.is_file()]
     for i, file in enumerate([*files, Path("6/checksums.json")]):
@@ -73,7 +73,7 @@ def damaged_runs(whole_run, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(tiny_data, damaged_runs, whole_run, tmp_path_factory) -> tuple[Path, list[Finished]]:
-    """What two processes did: both stages, a resume past a damaged checkpoint, and restores of the damaged runs."""
+    """Results of two processes: both stages, a resume past a damaged checkpoint, and restores of the damaged runs."""
     folder = tmp_path_factory.mktemp("pair")
     shutil.copytree(whole_run, folder / "resumed")
     flip_bit(folder / "resumed" / "6" / "meta" / "metadata")
@@ -122,7 +122,7 @@ def test_resume_past_a_damaged_checkpoint(whole_run, pair):
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
 
 
-def test_every_damaged_file_sends_all_processes_to_the_same_older_checkpoint(damaged_runs, pair):
+def test_with_any_damaged_file_all_processes_restore_the_same_older_checkpoint(damaged_runs, pair):
     names = sorted(path.name for path in damaged_runs.iterdir())
     assert len(names) > 15
     for process in pair[1]:

@@ -1,4 +1,4 @@
-"""The log line and its figures: rates without compilation and pauses, use of the devices, learning rate, ETA."""
+"""The log line and its figures: rates without compilation and pauses, MFU, learning rate, ETA."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ BATCH, IMAGE_FLOPS = 16, 5_000_000
 
 
 class Clock:
-    """Time that passes only when told to; also a step's metric on a device that takes `seconds` to be ready."""
+    """A manual clock, and a step's metric on a device that takes `seconds` to be ready."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -43,7 +43,7 @@ def step_metrics(loss: float = 0.5, skipped: int = 0) -> dict[str, Any]:
 
 
 def started(clock: Clock, num_steps: int = 100) -> tuple[Progress, str]:
-    """A run whose first step took 41 seconds, and the line that it printed."""
+    """A run whose first step took 41 seconds, and its log line."""
     progress = Progress(num_steps, BATCH, "bfloat16")
     progress.image_flops = IMAGE_FLOPS
     clock.now += 41
@@ -61,11 +61,11 @@ def advance(progress: Progress, clock: Clock, first: int, last: int, seconds: fl
     return progress.summary(last)
 
 
-def test_the_first_line_says_what_the_compilation_took_and_no_rate(clock):
+def test_the_first_line_has_the_compilation_time_and_no_rate(clock):
     assert started(clock)[1] == "step 1/100  loss 0.5000  lr 1.00e-04  first step in 41 s, with compilation"
 
 
-def test_rates_leave_the_compilation_out(clock):
+def test_rates_exclude_the_compilation(clock):
     progress, _ = started(clock)
     values = advance(progress, clock, 2, 10, seconds=0.5)
     assert values["train/steps_per_second"] == pytest.approx(2)
@@ -94,8 +94,8 @@ def test_eta_is_of_the_mean_since_the_first_step(clock):
     assert progress.line(21, values).endswith(f"ETA 0:02:{79 * 2 - 120}")
 
 
-def test_pauses_count_nowhere_and_wait_for_the_steps_under_way(clock):
-    """The host is ahead of the device: what the last step still needs when a pause begins is training time."""
+def test_pauses_are_excluded_and_wait_for_running_steps(clock):
+    """The host is ahead of the device: the rest of the last step at the start of a pause is training time."""
     progress, _ = started(clock)
     clock.now += 1
     unfinished = step_metrics() | {"not_ready": clock.ready_after(9)}
@@ -107,7 +107,7 @@ def test_pauses_count_nowhere_and_wait_for_the_steps_under_way(clock):
 
 
 def test_total_flops_count_every_step_of_the_run(clock):
-    """Those before a resume and skipped ones too; exact as a JSON number."""
+    """Including steps before a resume and skipped ones; exact as a JSON number."""
     progress = Progress(10**7, 256, "bfloat16")
     progress.image_flops = 718_123_456_789
     progress.add(step_metrics(loss=float("nan"), skipped=3))

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed ends as the run that was not: bit by bit on the same devices."""
+"""A run that is stopped at any step and resumed ends like an uninterrupted one, bit by bit on the same devices."""
 
 import shutil
 import signal
@@ -45,7 +45,7 @@ stage1()
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal.SIGTERM) -> None:
-    """A signal reaches this process during the `count`-th step from now."""
+    """Send a signal to this process during the `count`-th step from now."""
     add, seen = Progress.add, []
 
     def add_and_signal(self, metrics):
@@ -65,7 +65,7 @@ def tiny_source(data: Path) -> Source:
 
 
 def next_batch(data: Path, run: Path) -> dict[str, np.ndarray]:
-    """The batch that a run resumed from its newest checkpoint would see first."""
+    """The first batch of a run resumed from its newest checkpoint."""
     stream = TrainStream(tiny_source(data), seed=0, batch_size=8)
     stream.set_state(stored_json(run / str(steps_of(run)[-1]), "dataset"))
     return next(stream)
@@ -90,15 +90,15 @@ def test_resume_is_exact(tiny_data, whole_run, tmp_path, stops, number):
     assert metrics(run, "train/total_flops") == metrics(whole_run, "train/total_flops")
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_again(tiny_data, whole_run, tmp_path):
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tiny_data, whole_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
     assert train_here(tiny_data, tmp_path / "run", "train.is_restore=true").status == 0
     assert_same_checkpoint(tmp_path / "run" / str(NUM_STEPS), whole_run / str(NUM_STEPS))
 
 
-def test_the_next_batch_is_the_one_of_a_run_in_one_go(tiny_data, tmp_path, monkeypatch):
-    # The loader and the copy to the devices run ahead of the step: what they have read must not count as seen.
+def test_the_next_batch_is_that_of_an_uninterrupted_run(tiny_data, tmp_path, monkeypatch):
+    # The loader and the copy to the devices are ahead of the step: prefetched batches must not count as seen.
     stop_after(monkeypatch, 3)
     train_here(tiny_data, tmp_path / "run")
     stream = TrainStream(tiny_source(tiny_data), seed=0, batch_size=8)
@@ -106,7 +106,7 @@ def test_the_next_batch_is_the_one_of_a_run_in_one_go(tiny_data, tmp_path, monke
     np.testing.assert_equal(next_batch(tiny_data, tmp_path / "run"), expected)
 
 
-def test_a_finished_run_resumes_into_nothing(tiny_data, whole_run, tmp_path):
+def test_a_finished_run_resumes_without_steps(tiny_data, whole_run, tmp_path):
     run = shutil.copytree(whole_run, tmp_path / "run")
     finished = train_here(tiny_data, run, "train.is_restore=true")
     assert finished.status == 0, finished.err

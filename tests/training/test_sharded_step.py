@@ -1,7 +1,7 @@
-"""What devices tell each other under `mesh.fsdp`, read off the compiled text: weights of one block at a time, gradients.
+"""Collectives with `mesh.fsdp` in the compiled program: weights of one block at a time, and gradients.
 
-Sizes are chosen so that an axis says what it is: batches are multiples of 5, image tokens of 7 and text tokens of 11;
-all axes of parameters are made of 2 and 3.
+Sizes identify the axes: batches are multiples of 5, image tokens of 7 and text tokens of 11; axes of parameters only
+have the factors 2 and 3.
 """
 
 import collections
@@ -66,7 +66,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def moved_activations(found: list[Collective]) -> list[Collective]:
-    """Those that move something with a batch or token axis."""
+    """Collectives on arrays with a batch or token axis."""
 
     def is_activation(axes: tuple[int, ...]) -> bool:
         return axes != NULL_CAPTION and any(math.gcd(axis, 5 * 7 * 11) > 1 for axis in axes)
@@ -81,7 +81,7 @@ def reduced_bytes(found: list[Collective]) -> int:
 
 
 def gathers(found: list[Collective]) -> dict[tuple[int, ...], int]:
-    """How often weights of each shape are gathered."""
+    """Number of gathers by weight shape."""
     counts = collections.Counter()
     for each in found:
         if each.kind == "all-gather":
@@ -111,7 +111,7 @@ def batch_of(stage: int) -> dict[str, np.ndarray]:
 
 
 def on(mesh, shapes):
-    """Shapes of parameters -> the same with their shardings."""
+    """Add shardings to the shapes of parameters."""
     put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(put, shapes, parameter_shardings(mesh, shapes))
 
@@ -127,22 +127,22 @@ def gradient_bytes(stage: int) -> int:
 
 
 def test_stage_1_gathers_weights_and_sums_gradients():
-    with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's own attention mixes dtypes
+    with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's attention mixes dtypes
         lowered = lower_step(1, make_mesh(MeshConfig(fsdp=4)), remat="none", accum=1, dtype="bfloat16")
-    # In the lowered text, as XLA widens what CPUs cannot send. The arguments of a block are its weights.
+    # In the lowered program, as XLA widens dtypes that CPUs cannot send. The arguments of a block are its weights.
     dtypes = re.findall(r"sharding_constraint %arg\d+ .*tensor<(?:\d+x)+(\w+)>", text := lowered.as_text())
     assert len(dtypes) >= 5 and set(dtypes) == {"bf16"}
     assert re.search(r'sharding_constraint .*\[\{"fsdp"\}, \{"tensor"\}\]> : tensor<24x72xbf16>', text)  # its gradient
     found = collectives(lowered.compile().as_text())
     assert moved_activations(found) == []
     assert gradient_bytes(1) * 0.95 < reduced_bytes(found) < gradient_bytes(1) * 1.2
-    # Forward and again backward, so that the whole weights of all blocks are never there at once.
+    # Forward and again backward, so that the gathered weights of all blocks never exist at once.
     shapes = [(24, 144), (24, 72), (24, 24), (24, 96), (96, 24)]
     assert gathers(found) == {(1, *shape): 2 * DEPTH for shape in shapes}
 
 
 def losses_of(compiled, mesh) -> list[float]:
-    """Of three steps from random weights; zero ones, as models start with, would hide faults."""
+    """Losses of three steps from random weights; zero weights, as at initialisation, would hide errors."""
     state = jax.eval_shape(lambda: init_state(build_model(2, "none"), OPTIMIZER))
     rng, zeros = np.random.default_rng(0), jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
     weights = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32), state.model)
@@ -162,13 +162,13 @@ def test_stage_2_gathers_weights_and_has_the_losses_of_data_parallel():
         assert moved_activations(found) == []
         assert 2 * gradient_bytes(2) * 0.95 < reduced_bytes(found) < 2 * gradient_bytes(2) * 1.2
     counts = gathers(collectives(sharded.as_text()))
-    assert 1 <= counts[24, 144] <= 2  # the t block's is gathered outside of the scan over blocks
+    assert 1 <= counts[24, 144] <= 2  # the t block's is gathered outside the scan over blocks
     assert counts[1, 24, 96] == 2 * 2 * DEPTH
     assert {each.kind for each in collectives(whole.as_text())} == {"all-reduce"}
     np.testing.assert_allclose(losses_of(sharded, meshes[0]), losses_of(whole, meshes[1]), rtol=1e-5)
 
 
-def test_validation_sums_losses_alone():
+def test_validation_only_sums_losses():
     mesh = make_mesh(MeshConfig(fsdp=4))
     batch = shard_batch(mesh, batch_of(1) | {"weight": np.ones(BATCH, np.float32)})
     model = on(mesh, jax.eval_shape(lambda: build_model(1, "none")))
@@ -180,11 +180,11 @@ def test_validation_sums_losses_alone():
 
 @pytest.mark.parametrize("fsdp", [4, 1])
 def test_the_text_encoder_gathers_weights(fsdp):
-    """Over the batch nothing is left to sum; rows of the embedding table change places, as the table is large."""
+    """No sums over the batch; rows of the embedding table are exchanged, as the table is large."""
     raw = ENCODER | {"vocab_size": 324, "intermediate_size": 96}
     sizes = {
         f"layers.{i}": (324,) for i in range(raw["num_hidden_layers"])
-    }  # of tensors, which must allow for the fields
+    }  # of tensors, which must be compatible with the fields
     config = T5GemmaConfig.from_huggingface(raw, sizes)
     mesh = make_mesh(MeshConfig(fsdp=fsdp))
     network = on(mesh, eqx.filter_eval_shape(T5GemmaEncoder, config))

@@ -1,4 +1,4 @@
-"""The training step: what it computes, and that devices, accumulation and bad numbers do not change it."""
+"""The training step: its results, independent of devices and accumulation, and non-finite steps."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def assert_same_run(a, b, rtol=2e-4):
 
 @pytest.fixture(scope="module")
 def baseline():
-    """Three steps of batch 8 on four data-parallel devices, what most tests compare with."""
+    """Three steps of batch 8 on four data-parallel devices, the reference of most tests."""
     return run()
 
 
@@ -72,7 +72,7 @@ GOLDEN_LOSSES = [4.658321, 7.147029, 4.482697]
 
 
 def test_golden_losses(baseline):
-    """A refactor must reproduce these; a change of randomness, initialisation or mathematics must own up here."""
+    """A refactor must reproduce these; a change of randomness, initialisation or mathematics must update them."""
     losses = [float(m["loss"]) for m in baseline[0]]
     np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-4)
 
@@ -100,7 +100,7 @@ def test_one_device_gives_the_same_run_as_four(monkeypatch, baseline):
     assert_same_run(run(MeshConfig()), baseline)
 
 
-def test_fsdp_parameters_really_are_spread():
+def test_fsdp_parameters_are_sharded():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
     optimizer = make_optimizer(OptimConfig(), 10)
     state = init_sharded(mesh, lambda: init_state(build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer))
@@ -116,7 +116,7 @@ def test_accumulation_equals_the_large_batch(baseline):
 
 
 def test_bfloat16_compute_keeps_float32_masters(baseline):
-    with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's own attention mixes dtypes
+    with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's attention mixes dtypes
         history, state = run(compute=Compute("bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves((state.model, state.ema))} == {np.dtype("float32")}
     expected = [m["loss"] for m in baseline[0]]
@@ -135,7 +135,7 @@ def test_ema_is_of_the_new_weights():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_batch_never_reaches_the_weights(bad):
-    """With the second of three batches poisoned: skipped and counted, weights as after the first, then on."""
+    """The second of three batches is not finite: it is skipped and counted, and training continues."""
 
     def poisoned(size, step):
         batch = batch_of(size, step)
@@ -156,7 +156,7 @@ def test_a_bad_batch_never_reaches_the_weights(bad):
 
 
 def test_reported_learning_rate_is_that_of_the_last_update():
-    """The second batch is skipped: it makes no update, and the schedule counts updates."""
+    """The second batch is skipped: it does not update, and the schedule counts updates."""
 
     def poisoned(size, step):
         batch = batch_of(size, step)
@@ -166,7 +166,7 @@ def test_reported_learning_rate_is_that_of_the_last_update():
     np.testing.assert_allclose([m["learning_rate"] for m in history], [0.0025, 0.0025, 0.005], rtol=1e-5)
 
 
-def test_flops_of_an_image_are_those_of_its_loss_and_depend_on_nothing_else():
+def test_flops_of_an_image_depend_only_on_its_loss():
     model = build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
     forward = matmul_flops(lambda model: model(jnp.zeros(LATENT), jnp.zeros(()), jnp.asarray(0)), model)
     few, many = (jax.tree.map(jnp.asarray, batch_of(size)) for size in (4, 8))
@@ -176,13 +176,13 @@ def test_flops_of_an_image_are_those_of_its_loss_and_depend_on_nothing_else():
 
 
 def test_every_step_draws_its_own_noise():
-    """The same batch at a learning rate of nearly nothing: the losses differ by noise and times alone."""
+    """The same batch with a learning rate near zero: the losses differ only by noise and times."""
     frozen = OptimConfig(learning_rate=1e-12)
     losses = [float(m["loss"]) for m in run(optim=frozen, batches=lambda size, _: batch_of(size))[0]]
     assert len(set(losses)) == 3
 
 
-def test_posterior_deviation_draws_a_fresh_latent_at_each_visit():
+def test_latents_are_sampled_anew_from_the_posterior_at_each_step():
     def with_std(size, _step):
         return batch_of(size) | {"latent_std": np.full((size, *LATENT), 0.5, np.float32)}
 

@@ -51,7 +51,7 @@ def test_resume_is_exact(tiny_data, whole_text_run, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "add", add_and_stop)
-        # As harsh as a kill: nothing is saved but step 2.
+        # Like a kill: only step 2 is saved.
         assert train_text_here(tiny_data, run).status == 128 + signal.SIGINT
     assert steps_of(run) == [2]
     finished = train_text_here(tiny_data, run, "train.is_restore=true")
@@ -61,7 +61,7 @@ def test_resume_is_exact(tiny_data, whole_text_run, tmp_path):
 
 
 def write_features(data, folder):
-    """The cache of the tiny data set's captions that the preset's encoder makes."""
+    """The cache of the tiny data set's captions, made by the preset's encoder."""
     encoder = load_text_encoder(TextConfig("wordllama", 32, "float32"))
     write_cache(folder, data, Manifest.read(data), encoder)
     return folder
@@ -123,7 +123,7 @@ def test_start_from_a_class_model(tiny_data, whole_run, tmp_path):
 
 
 def test_start_is_taken_once(tiny_data, whole_run, tmp_path):
-    """A resumed run has its own weights: the class model need not even be there any more."""
+    """A resumed run has its own weights: the class model need not exist any more."""
     run = tmp_path / "run"
     assert train_text_here(tiny_data, run, f"train.init_from={whole_run / '6'}", "train.num_steps=5").status == 0
     finished = train_text_here(tiny_data, run, "train.init_from=gone", "train.is_restore=true")
@@ -132,17 +132,17 @@ def test_start_is_taken_once(tiny_data, whole_run, tmp_path):
     assert steps_of(run)[-1] == NUM_STEPS
 
 
-def test_a_checkpoint_tells_its_text_encoder(whole_text_run):
+def test_a_checkpoint_records_its_text_encoder(whole_text_run):
     text = stored_json(whole_text_run / "6", "meta")["text"]
     assert (text["name"], text["dtype"], text["max_length"], text["width"]) == ("wordllama", "float32", 32, 256)
     assert len(text["fingerprint"]) == 16
 
 
 def test_micro_conditioning_reaches_the_model():
-    """The size that the loss shows the model is the data's, and the velocity depends on it."""
+    """The loss passes the data's size to the model, and the velocity depends on it."""
     config = dataclasses.replace(MODEL, micro_conditioning=True, depth=1)
     model = build_pixart(config, LATENT, WIDTH, key=jax.random.key(0))
-    model = jax.tree.map(lambda x: x + 0.1, model)  # the final layer starts at zero, and hides everything
+    model = jax.tree.map(lambda x: x + 0.1, model)  # the final layer starts at zero, which would hide the difference
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
     velocities = []
     for size in ((64, 64), (64, 128)):
@@ -167,7 +167,7 @@ def build(optimizer):
 
 
 def test_golden_losses():
-    """A refactor must reproduce these; a change of randomness, initialisation or mathematics must own up here."""
+    """A refactor must reproduce these; a change of randomness, initialisation or mathematics must update them."""
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimConfig(learning_rate=1e-2), 100)
     state = init_sharded(mesh, lambda: build(optimizer))
     step = make_train_step(optimizer, OBJECTIVE, 0, 2, 0.9, mesh=mesh)
@@ -189,14 +189,14 @@ def temporary_bytes(batch_size: int, gradient_accum: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
-    """Micro-batches of 8: sixteen of them need what two need, but for the batch itself, re-ordered once."""
+    """Micro-batches of 8: sixteen need the memory of two, except for the batch itself, which is reordered once."""
     inputs = sum(array.nbytes for array in batch_of(8).values())
     two, sixteen = temporary_bytes(16, 2), temporary_bytes(128, 16)
     assert sixteen - two < 2 * 14 * inputs
 
 
-def test_dropped_captions_train_the_null_caption_alone():
-    """At drop rate 1 no caption reaches the loss: the caption's features have no gradient path, the null caption has."""
+def test_dropped_captions_only_train_the_null_caption():
+    """At drop rate 1 the loss depends on the null caption and not on the captions."""
     objective = dataclasses.replace(OBJECTIVE, drop_rate=1.0)
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
     drawn = objective.draw(example, jax.random.key(0))

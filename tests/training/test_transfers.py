@@ -1,4 +1,4 @@
-"""What the training loop copies from the devices: the figures of a window, once, with every log line."""
+"""Copies from the devices in the training loop: the figures of a window, once per log line."""
 
 import traceback
 
@@ -13,9 +13,9 @@ from flowdit.training.tracking import Tracker
 
 @pytest.fixture
 def events(monkeypatch) -> list[str]:
-    """Log entries and all that makes numbers on the host of an array on a device, in order.
+    """Log entries and all copies of device arrays to the host, in order.
 
-    On the CPU JAX's transfer guard sees none of these copies.
+    On the CPU JAX's transfer guard does not detect these copies.
     """
     events: list[str] = []
     inside: list[str] = []
@@ -24,7 +24,7 @@ def events(monkeypatch) -> list[str]:
         original = getattr(owner, name)
 
         def recorded(*args, **kwargs):
-            if seen(*args) and not inside:  # not those that are part of another one
+            if seen(*args) and not inside:  # not those within another one
                 events.append(f"{name} at {traceback.extract_stack()[-2].line}")
             inside.append(name)
             try:
@@ -63,7 +63,7 @@ def test_one_copy_with_every_log_line_and_none_between(tiny_data, tmp_path, even
     assert events[first - 1] == get
 
 
-def test_the_counter_sees_what_hides_a_copy(events):
+def test_the_counter_detects_hidden_copies(events):
     array = jax.numpy.ones(LATENT_SHAPE).sum()
     for convert in (float, int, bool, np.asarray, np.array, "{:.1f}".format, lambda x: x.item(), jax.device_get):
         convert(array)

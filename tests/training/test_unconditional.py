@@ -16,7 +16,7 @@ NONE = ("conditioning=none", "train.sample_labels=null")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Records of latents alone, of images in one folder."""
+    """Records with only latents, from images in one folder."""
     root = tmp_path_factory.mktemp("plain")
     (root / "images").mkdir()
     colours = np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3)).astype(np.uint8)
@@ -60,13 +60,13 @@ def test_it_samples(run, tmp_path):
     assert names == ["0000.png", "0001.png", "0002.png", "grid.png", "samples.json"]
     sampler = flowdit.load(str(run))
     (guided,), (unguided,) = (list(sampler.draw(steps=2, guidance=guidance)) for guidance in (4.0, 1.0))
-    np.testing.assert_array_equal(guided, unguided)  # there is nothing to guide
+    np.testing.assert_array_equal(guided, unguided)  # there is no guidance
     with pytest.raises(ValueError, match="^labels: not supported by this model, which takes no condition$"):
         sampler.draw(labels=[0])
 
 
 def test_labelled_data_can_be_trained_without_labels(tiny_data, whole_run, tmp_path):
-    """A run that starts from a class model keeps all but its class table."""
+    """A run that starts from a class model keeps everything but its class table."""
     run, start = tmp_path / "run", whole_run / "6"
     finished = train_here(tiny_data, run, *NONE, f"train.init_from={start}", "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")

@@ -1,6 +1,6 @@
-"""Losses beside the objective's own: alignment with another network's features, auxiliary heads and the like.
+"""Auxiliary losses, such as alignment with features of another network or auxiliary heads.
 
-To add one, write an `AuxiliaryLoss` in a file of its own and give it a line in `AUXILIARY` (docs/extending.md).
+To add one, write an `AuxiliaryLoss` in a new file and register it in `AUXILIARY` (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -10,4 +10,4 @@ from flowdit.diffusion.auxiliary.base import RESERVED_NAMES, AuxiliaryLoss, View
 __all__ = ["AUXILIARY", "RESERVED_NAMES", "AuxiliaryLoss", "View", "batch_losses"]
 
 AUXILIARY: dict[str, type[AuxiliaryLoss]] = {}
-"""The auxiliary losses that there are, by their names in the configuration."""
+"""All auxiliary losses by their name in the configuration."""

@@ -1,4 +1,4 @@
-"""What every auxiliary loss answers, and what it sees of an example."""
+"""The base class of auxiliary losses, and their view of an example."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flowdit.data.records import Field
-from flowdit.fields import require
 from flowdit.models.transformer import ModelConfig
 
 RESERVED_NAMES = ("loss", "velocity", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_row", "total_flops")
-"""What is logged besides, under `train/`."""
+"""Other figures logged under `train/`."""
 
 
 class View(NamedTuple):
-    """What an auxiliary loss sees of one example.
+    """The inputs of an auxiliary loss for one example.
 
-    `example` holds the fields of the record, `x_0` its normalised latent, `x_t` the same noised to the flow time `t`, and
-    `velocity` what the network predicts there.
+    `example` holds the fields of the record, `x_0` its normalised latent, `x_t` the noised latent at flow time `t`, and
+    `velocity` the network's prediction there.
     """
 
     example: Mapping[str, Array]
@@ -35,13 +34,14 @@ class View(NamedTuple):
 
     @property
     def denoised(self) -> Float[Array, "channels height width"]:
-        """The latent that the predicted velocity leads to, x_t - t v."""
+        """The denoised latent of the predicted velocity, x_t - t v."""
         return self.x_t - self.t * self.velocity
 
 
 @dataclasses.dataclass
 class AuxiliaryLoss(abc.ABC):
-    """A loss that is added to the objective's with `weight` (0: off), up to and with step `last_step` (null: always).
+    """A loss that is added to the objective with `weight` (0: off), up to and including step `last_step` (null:
+    always).
 
     The dataclass fields of a subclass are its settings, `auxiliary.<name>.<field>` in the configuration.
     """
@@ -50,20 +50,21 @@ class AuxiliaryLoss(abc.ABC):
     last_step: int | None = None
 
     name: ClassVar[str]
-    """Its key in `AUXILIARY`: its parameters lie under `auxiliary.<name>.` in checkpoints, its values are logged by it."""
+    """Its key in `AUXILIARY`, used in logs and as the prefix `auxiliary.<name>.` of its parameters in checkpoints."""
 
     def check(self) -> None:
-        """Raise `FieldError` naming the first setting that breaks a rule."""
-        require("weight", self.weight, 0 <= self.weight < math.inf, "must be 0 (off) or more")
-        last = self.last_step
-        require("last_step", last, last is None or last >= 0, "must be null or 0 or more")
+        """Raise `ValueError` naming the first setting that breaks a rule."""
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"auxiliary.{self.name}.weight: must be 0 (off) or more, got {self.weight}")
+        if self.last_step is not None and self.last_step < 0:
+            raise ValueError(f"auxiliary.{self.name}.last_step: must be null or 0 or more, got {self.last_step}")
 
     def fields(self) -> dict[str, Field]:
-        """The fields that it reads of a record, beside those of the conditioning."""
+        """The fields of a record that it reads, in addition to those of the conditioning."""
         return {}
 
     def init(self, model: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> Any:
-        """Its own parameters, a pytree of float32 arrays, trained with the network's; not averaged, never exported."""
+        """Its parameters, a pytree of float32 arrays, trained with the network; neither averaged nor exported."""
         return {}
 
     @abc.abstractmethod
@@ -75,9 +76,9 @@ def batch_losses(
     auxiliary: AuxiliaryLoss, parameters: Any, views: View, step: Int[Array, ""]
 ) -> Float[Array, " batch"]:
     """The loss of every example of a batch; 0, and not computed, after the last step."""
-    # Parameters come in the compute dtype, and with them perhaps the loss.
+    # Parameters are in the compute dtype, and so may be the loss.
     losses = jax.vmap(lambda view: jnp.asarray(auxiliary(parameters, view), jnp.float32))
     if auxiliary.last_step is None:
         return losses(views)
-    # `step` counts the steps made before this one.
+    # `step` is the number of steps before this one.
     return jax.lax.cond(step < auxiliary.last_step, losses, lambda views: jnp.zeros(views.t.shape), views)

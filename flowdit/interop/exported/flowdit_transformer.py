@@ -1,7 +1,7 @@
-"""flowdit's transformers as diffusers models: the stock classes, and what these cannot be configured to do.
+"""flowdit's transformers as diffusers models: the stock classes with additional settings.
 
-This file stands alone (torch and diffusers): it is copied into the `transformer` folder of an exported model. With the
-defaults of the fields that are not diffusers' own, each class computes what its stock parent computes.
+This file depends only on torch and diffusers: it is copied into the `transformer` folder of an exported model. With the
+defaults of the additional fields, each class computes the same as its stock parent.
 """
 
 import inspect
@@ -21,12 +21,12 @@ DROP_RATE = 0.1
 
 
 class FlowDiTTextTransformer(PixArtTransformer2DModel):
-    """PixArt-alpha's transformer, with Q/K norms, another MLP and other time features where asked.
+    """PixArt-alpha's transformer, optionally with Q/K norms, another MLP and other time features.
 
-    Fields beyond diffusers': `qk_norm` puts an RMSNorm on each head's queries and keys, in self- and cross-attention.
+    Additional fields: `qk_norm` applies an RMSNorm to each head's queries and keys, in self- and cross-attention.
     `mlp_ratio` is the width of the MLP over that of the model, `mlp_norm_eps` the epsilon of the norm before it.
-    `time_freq_shift` is the `downscale_freq_shift` of the time features, and `time_scale` what the flow time in [0, 1]
-    is multiplied by: 1000 takes diffusers' timesteps as they are.
+    `time_freq_shift` is the `downscale_freq_shift` of the time features, and `time_scale` multiplies the flow time in
+    [0, 1]: 1000 for diffusers' timesteps.
     """
 
     @register_to_config
@@ -68,19 +68,19 @@ class FlowDiTTextTransformer(PixArtTransformer2DModel):
         _set_time_features(self.adaln_single.emb.time_proj, time_freq_shift, time_scale)
 
     def set_default_attn_processor(self) -> None:
-        """Scaled dot-product attention: the plain processor, which stock classes fall back to, skips Q/K norms."""
+        """Use scaled dot-product attention: the default processor of stock classes ignores Q/K norms."""
         self.set_attn_processor(AttnProcessor2_0())
 
 
 class FlowDiTClassTransformer(DiTTransformer2DModel):
-    """DiT's transformer, with Q/K norms, scaled positions, another MLP and other time features where asked.
+    """DiT's transformer, optionally with Q/K norms, scaled positions, another MLP and other time features.
 
     `interpolation_scale` divides the positions. The fields after it are those of `FlowDiTTextTransformer`; diffusers'
-    own DiT has `time_freq_shift` 1 and `mlp_norm_eps` 1e-5, which takes the place of `norm_eps` here.
+    DiT has `time_freq_shift` 1 and `mlp_norm_eps` 1e-5, which replaces `norm_eps` here.
 
-    One time and class embedder serves all blocks, where diffusers' own DiT gives each block one and trains them apart.
-    In training mode the label of an example is dropped for all blocks at once, with probability `DROP_RATE`; in
-    diffusers' own for each block by itself.
+    All blocks share one time and class embedder, while diffusers' DiT trains one per block. In training mode the label
+    of an example is dropped for all blocks at once, with probability `DROP_RATE`; in diffusers' DiT for each block
+    independently.
     """
 
     @register_to_config
@@ -131,14 +131,14 @@ class FlowDiTClassTransformer(DiTTransformer2DModel):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """As the stock class: latents (n, channels, height, width), timesteps and class numbers (n,) to the output."""
+        """Like the stock class: latents (n, channels, height, width), timesteps and class numbers (n,) to the output."""
         if self.training and class_labels is not None:
             is_dropped = torch.rand(class_labels.shape, device=class_labels.device) < DROP_RATE
             class_labels = torch.where(is_dropped, self.config.num_embeds_ada_norm, class_labels)
         return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """With a copy of the embedder for each block, as the stock class: safetensors takes no shared tensors."""
+        """State with a copy of the embedder per block, like the stock class: safetensors does not support shared tensors."""
         state = super().state_dict(*args, **kwargs)
         copies = [name for name in state if ".norm1.emb." in name and "transformer_blocks.0." not in name]
         state.update({name: state[name].clone() for name in copies})
@@ -146,7 +146,7 @@ class FlowDiTClassTransformer(DiTTransformer2DModel):
 
 
 def _stock_settings(stock: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that the stock class takes. It registers them a second time, with the same values."""
+    """The settings that the stock class accepts. It registers them again, with the same values."""
     return {name: settings[name] for name in inspect.signature(stock.__init__).parameters if name in settings}
 
 
@@ -160,13 +160,13 @@ def _feed_forward(stock: FeedForward, settings: Mapping[str, Any]) -> FeedForwar
 
 
 def _add_head_norms(*attentions: Attention) -> None:
-    """Queries and keys are normalised in each head, as `AttnProcessor2_0` does where an attention has these norms."""
+    """Add Q/K norms per head, which `AttnProcessor2_0` applies if an attention has them."""
     for attention in attentions:
         head_dim = attention.inner_dim // attention.heads
         attention.norm_q, attention.norm_k = (RMSNorm(head_dim, eps=1e-6) for _ in range(2))
 
 
 def _set_time_features(features: Timesteps, freq_shift: float, scale: float) -> None:
-    """`scale` is over the flow time; diffusers' timesteps are 1000 times that."""
+    """Set the time features. `scale` multiplies the flow time; diffusers' timesteps are 1000 times the flow time."""
     features.downscale_freq_shift = freq_shift
     features.scale = scale / 1000

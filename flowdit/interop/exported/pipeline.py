@@ -1,10 +1,10 @@
-"""Images from an exported flowdit model with diffusers.
+"""diffusers pipeline of an exported flowdit model.
 
-This file stands alone (torch, diffusers, transformers): it is copied into the folder of an exported model. Load it with
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+This file depends only on torch, diffusers and transformers: it is copied into the folder of an exported model. Load it
+with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
-Convention: sigma = 0 is data and 1 is noise, the transformer's timestep is 1000 sigma, its output noise - data. With a
-scheduler of another kind, such as `DDIMScheduler`, timesteps are that scheduler's and the output is the noise.
+Convention: sigma = 0 is data and 1 is noise, the transformer's timestep is 1000 sigma, its output noise - data. With
+other schedulers, such as `DDIMScheduler`, timesteps are the scheduler's and the output is the noise.
 """
 
 import inspect
@@ -27,13 +27,14 @@ Inputs = dict[str, torch.Tensor]
 class FlowDiTPipeline(DiffusionPipeline):
     """Class-conditional, text-conditional or unconditional sampling in the latent space of a VAE.
 
-    The transformer decides which: one of PixArt's kind takes prompts, one of DiT's kind class labels, or nothing where
-    it has no classes (`num_embeds_ada_norm` 0), and its class table the null class alone. It sees normalised latents, (raw - `latents_mean`) * `latents_scale` by channel, where raw is what the VAE's network makes;
-    the scaling and shift factors of the VAE's configuration are not used. `null_caption` stands for the text features
-    of an absent caption: one row for all tokens, or one row a token. `guidance_low` and `guidance_high` bound the
-    sigmas that are guided. `image_size` is (height, width) in pixels, which some transformers are conditioned on.
-    `class_names` may be a list, or map numbers to names: the hub refuses lists of texts in `model_index.json`.
-    `flowdit` is the metadata of the checkpoint that was exported, which flowdit reads when the pipeline comes back.
+    The transformer determines the kind: a PixArt class takes prompts, a DiT class takes class labels, or no condition
+    if it has no classes (`num_embeds_ada_norm` 0, only the null class in its table). Its inputs are normalised latents,
+    (raw - `latents_mean`) * `latents_scale` per channel, where raw is the output of the VAE's encoder; the scaling and
+    shift factors of the VAE's configuration are not used. `null_caption` replaces the text features of an absent
+    caption: one row for all tokens, or one row per token. Guidance applies to sigmas from `guidance_low` to
+    `guidance_high`. `image_size` is (height, width) in pixels, for transformers that are conditioned on it.
+    `class_names` may be a list, or map numbers to names: the hub refuses lists of strings in `model_index.json`.
+    `flowdit` is the metadata of the exported checkpoint, for importing the pipeline again.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -89,11 +90,11 @@ class FlowDiTPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """One image for each prompt, row of `prompt_embeds` (n, tokens, width), or class number or name.
 
-        An unconditional model takes `num_images` in their place, 1 by default; there is nothing to guide it from.
+        An unconditional model takes `num_images` instead, 1 by default, without guidance.
 
-        An empty `negative_prompt` is the model's own null caption. `latents` is the noise to start from, (n, channels,
-        height, width). Output type "latent" gives the normalised latents. Raises `ValueError` for what does not fit the
-        model, or for lack of the component that it takes.
+        With an empty `negative_prompt` guidance uses the model's null caption. `latents` is the initial noise, (n,
+        channels, height, width). Output type "latent" returns the normalised latents. Raises `ValueError` for arguments
+        that do not match the model, or a missing component.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
@@ -122,7 +123,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    # --- what is asked for ---
+    # --- arguments ---
 
     @property
     def _takes_text(self) -> bool:
@@ -140,7 +141,7 @@ class FlowDiTPipeline(DiffusionPipeline):
             )
 
     def _check_kind(self, **asked: Any) -> None:
-        """Raise `ValueError` for the first argument that this kind of model does not take, or for want of one."""
+        """Raise `ValueError` for the first argument that this kind of model does not take, or a missing one."""
         given = {name for name, value in asked.items() if value is not None}
         if self._takes_text:
             kind, takes = "a text model", ("prompt", "negative_prompt", "prompt_embeds", "prompt_attention_mask")
@@ -162,7 +163,7 @@ class FlowDiTPipeline(DiffusionPipeline):
             raise ValueError(f"num_images: must be a whole number above 0, got {count!r}")
 
     def _class_numbers(self, labels: int | str | list[int | str]) -> torch.Tensor:
-        """(n,) class numbers of numbers or names. Raises `ValueError` for a class that the model has not got."""
+        """Class numbers (n,) of numbers or names. Raises `ValueError` for a class that the model does not have."""
         numbers = {name: int(number) for number, name in (self.config.class_names or {}).items()}
         found = [numbers.get(label, label) for label in (labels if isinstance(labels, list | tuple) else [labels])]
         for label in found:
@@ -186,14 +187,14 @@ class FlowDiTPipeline(DiffusionPipeline):
         return self._with_null(embeds.to(self._execution_device), mask.to(self._execution_device, torch.bool))
 
     def _text_null(self, condition: Inputs, negative_prompt: str) -> Inputs:
-        """What guidance leads away from: the null caption with the mask of the prompt, or the negative prompt."""
+        """The null condition of guidance: the null caption with the mask of the prompt, or the negative prompt."""
         features, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
         if not negative_prompt.strip():
             return {"encoder_hidden_states": self._null_features(features), "encoder_attention_mask": mask}
         negative, negative_mask = self._encode([negative_prompt])
         if negative.shape[1:] != features.shape[1:]:
             raise ValueError(
-                f"prompt_embeds: must be (n, {', '.join(map(str, negative.shape[1:]))}) beside a negative_prompt, "
+                f"prompt_embeds: must be (n, {', '.join(map(str, negative.shape[1:]))}) with a negative_prompt, "
                 f"got {tuple(features.shape)}"
             )
         copies = (len(features), 1, 1)
@@ -203,13 +204,13 @@ class FlowDiTPipeline(DiffusionPipeline):
         }
 
     def _encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (n, max_length, width) and mask; a blank text has no token, not even a special one."""
+        """Features (n, max_length, width) and mask; the mask of a blank text is empty, without special tokens."""
         self._check_encoder()
         tokens = self.tokenizer(
             texts, padding="max_length", padding_side="right", truncation=True, max_length=self.config.max_length,
             return_tensors="pt",
         ).to(self._execution_device)  # fmt: skip
-        # The network sees the special tokens of a blank text: without any token its attention might not be finite.
+        # The encoder does get the special tokens of a blank text: without any token its attention might not be finite.
         features = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         has_tokens = torch.tensor([[bool(text.strip())] for text in texts], device=features.device)
         return features, tokens.attention_mask.bool() & has_tokens
@@ -217,7 +218,9 @@ class FlowDiTPipeline(DiffusionPipeline):
     def _check_encoder(self) -> None:
         name = self.config.text_encoder_name or "<folder or hub id>"
         if name == "wordllama":
-            raise ValueError(f"prompt: {name} is no text encoder of transformers, pass prompt_embeds of its features")
+            raise ValueError(
+                f"prompt: {name} is not a text encoder of transformers, pass its features as prompt_embeds"
+            )
         if self.text_encoder is None:
             load = f"T5GemmaEncoderModel.from_pretrained({name!r}, is_encoder_decoder=False)"
             raise ValueError(f"text_encoder: prompts need one, pass text_encoder={load}, or give prompt_embeds")
@@ -228,7 +231,7 @@ class FlowDiTPipeline(DiffusionPipeline):
             raise ValueError("max_length: must be given in model_index.json for prompts, got null")
 
     def _with_null(self, features: torch.Tensor, mask: torch.Tensor) -> Inputs:
-        """Where no token is valid there is no caption, and the null caption stands at all tokens."""
+        """Replace captions without a valid token by the null caption, at all tokens."""
         absent = ~mask.any(1, keepdim=True)
         if absent.any():
             features = torch.where(absent[..., None], self._null_features(features), features)
@@ -256,7 +259,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _set_timesteps(self, steps: int) -> None:
-        """flowdit's grid, linspace(1, 0, steps + 1), for flow matching, where the scheduler appends the 0 and shifts."""
+        """Set flowdit's grid, linspace(1, 0, steps + 1), for flow matching; the scheduler appends the 0 and shifts."""
         if steps < 1:
             raise ValueError(f"num_inference_steps: must be at least 1, got {steps}")
         set_timesteps = self.scheduler.set_timesteps
@@ -281,10 +284,10 @@ class FlowDiTPipeline(DiffusionPipeline):
     def _guided_output(
         self, latents: torch.Tensor, timestep: torch.Tensor, condition: Inputs, null: Inputs | None, guidance: float
     ) -> torch.Tensor:
-        """v_null + w (v_cond - v_null) over all channels, both halves in one batch; v_cond outside of the interval."""
+        """v_null + w (v_cond - v_null) over all channels, both halves in one batch; v_cond outside the interval."""
         sigma = float(timestep) / self.scheduler.config.num_train_timesteps
         low, high = self.config.guidance_low, self.config.guidance_high
-        # A timestep is a rounded multiple of its sigma: the bounds themselves are inside.
+        # Timesteps are rounded multiples of sigma, so the tolerance keeps the bounds inside.
         if null is None or guidance == 1 or not low - 1e-6 <= sigma <= high + 1e-6:
             return self._output(latents, timestep, condition)
         both = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
@@ -299,7 +302,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         if getattr(self.transformer, "use_additional_conditions", False):
             inputs["added_cond_kwargs"] = self._size_condition(latents)
         output = self.transformer(latents.to(dtype), timestep=timestep.expand(len(latents)), **inputs).sample
-        # Channels past those of the latents are a learned variance.
+        # Additional channels are a learned variance.
         return output[:, : latents.shape[1]].float()
 
     def _size_condition(self, latents: torch.Tensor) -> Inputs:
@@ -320,7 +323,7 @@ class FlowDiTPipeline(DiffusionPipeline):
     # --- saving ---
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers does, and with the code that the folder needs to be loaded."""
+        """Save like diffusers, with the code that is needed to load the folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         index = Path(save_directory) / "model_index.json"
         content = json.loads(index.read_text())
