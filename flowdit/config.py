@@ -6,7 +6,7 @@ Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and is handed 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -17,6 +17,7 @@ from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, RESERVED_NAMES, AuxiliaryLoss
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
+from flowdit.fields import FieldError, require, require_choice, under
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
 from flowdit.models.transformer import ModelConfig
@@ -61,26 +62,30 @@ class TrainConfig:
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first field that breaks a rule."""
+        """Raise `FieldError` naming the first field that breaks a rule."""
         at_least_one = ("num_steps", "batch_size", "gradient_accum", "keep_last", "log_every", "validation_records")
         for field in (*at_least_one, "max_skipped_in_row"):
-            _require(f"train.{field}", getattr(self, field), lambda v: v >= 1, "must be at least 1")
+            value = getattr(self, field)
+            require(field, value, value >= 1, "must be at least 1")
         for field in ("save_every", "validate_every", "sample_every"):
-            _require(f"train.{field}", getattr(self, field), lambda v: v >= 0, "must be 0 (never) or more")
-        _require("train.keep_every", self.keep_every, lambda v: v is None or v >= 1, "must be null or at least 1")
-        _require("train.ema_decay", self.ema_decay, lambda v: 0 <= v < 1, "must be in [0, 1)")
-        _require("train.drop_rate", self.drop_rate, lambda v: 0 <= v <= 1, "must be in [0, 1]")
-        _require("train.time_shift", self.time_shift, lambda v: v is None or v > 0, "must be null or positive")
-        _require_choice("train.compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
-        _require_choice("train.time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
-        _require("train.init_time", self.init_time, lambda v: 0 <= v <= 1, "must be in [0, 1]")
-        _require_choice("train.init_shared_map", self.init_shared_map, SHARED_MAPS)
-        _require_choice("train.init_class", self.init_class, CLASS_CONDITIONS)
+            value = getattr(self, field)
+            require(field, value, value >= 0, "must be 0 (never) or more")
+        interval, shift = self.keep_every, self.time_shift
+        require("keep_every", interval, interval is None or interval >= 1, "must be null or at least 1")
+        require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "must be in [0, 1)")
+        require("drop_rate", self.drop_rate, 0 <= self.drop_rate <= 1, "must be in [0, 1]")
+        require("time_shift", shift, shift is None or shift > 0, "must be null or positive")
+        require_choice("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        require_choice("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        require("init_time", self.init_time, 0 <= self.init_time <= 1, "must be in [0, 1]")
+        require_choice("init_shared_map", self.init_shared_map, SHARED_MAPS)
+        require_choice("init_class", self.init_class, CLASS_CONDITIONS)
         window = self.profile
         is_window = window is None or (len(window) == 2 and 2 <= window[0] <= window[1] <= self.num_steps)
-        rule = f"must be null or two steps in [2, train.num_steps={self.num_steps}], the first and the last to trace"
-        _require("train.profile", window, lambda v: is_window, rule)
-        self.sampler.check("train.sampler.")
+        rule = f"must be null or two steps in [2, num_steps={self.num_steps}], the first and the last to trace"
+        require("profile", window, is_window, rule)
+        with under("sampler."):
+            self.sampler.check()
 
 
 @dataclasses.dataclass
@@ -104,24 +109,26 @@ class Config:
 
     def check(self) -> None:
         """The rules that need neither data nor devices; those of the conditioning are its own (`Conditioning.check`)."""
-        _require("seed", self.seed, lambda v: 0 <= v < 2**32, "must be in [0, 2**32)")
-        self.train.check()
-        self.data.check()
-        self.optim.check(self.train.num_steps)
-        self.wandb.check()
+        require("seed", self.seed, 0 <= self.seed < 2**32, "must be in [0, 2**32)")
+        parts = {"train": self.train, "data": self.data, "optim": self.optim, "wandb": self.wandb}
+        parts |= {f"auxiliary.{loss.name}": loss for loss in self.auxiliary_losses()}
+        for name, part in parts.items():
+            with under(f"{name}."):
+                part.check()
+        warmup, steps = self.optim.warmup_steps, self.train.num_steps
+        require("optim.warmup_steps", warmup, 0 <= warmup < steps, f"must be in [0, train.num_steps={steps})")
         check_processes(self.mesh)
-        for loss in self.auxiliary_losses():
-            loss.check()
 
     def auxiliary_losses(self) -> tuple[AuxiliaryLoss, ...]:
         """The auxiliary losses that are switched on. Raises `ValueError` for one that there is not."""
         for name in self.auxiliary:
             known = ", ".join(AUXILIARY) or "none is registered"
-            _require(f"auxiliary.{name}", name, lambda v: v in AUXILIARY, f"no such auxiliary loss ({known})")
+            require(f"auxiliary.{name}", name, name in AUXILIARY, f"no such auxiliary loss ({known})")
             own_name = AUXILIARY[name].name
-            _require(f"auxiliary.{name}", own_name, lambda v, name=name: v == name, f"its name must be its key, {name}")
+            require(f"auxiliary.{name}", own_name, own_name == name, f"its name must be its key, {name}")
+            is_free = name.isidentifier() and name not in RESERVED_NAMES
             rule = f"its name must be an identifier, none of {', '.join(RESERVED_NAMES)}"
-            _require(f"auxiliary.{name}", name, lambda v: v.isidentifier() and v not in RESERVED_NAMES, rule)
+            require(f"auxiliary.{name}", name, is_free, rule)
         return tuple(loss for loss in self.auxiliary.values() if loss.weight)
 
 
@@ -167,7 +174,7 @@ class SampleConfig:
 
     def check(self) -> None:
         """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks what it is given."""
-        _require("columns", self.columns, lambda v: v >= 1, "must be at least 1")
+        require("columns", self.columns, self.columns >= 1, "must be at least 1")
 
 
 def as_list(value: Any) -> list[Any] | None:
@@ -189,10 +196,10 @@ def resolve(composed: DictConfig, schema: type) -> Any:
     # `+new.key=1` gets past Hydra's own check and would be dropped without a word.
     unknown = _unknown_keys(OmegaConf.to_container(composed), schema())
     if unknown:
-        raise ValueError(f"{unknown[0]}: no such field in the configuration (overrides with + are not taken)")
+        raise FieldError(unknown[0], "no such field in the configuration (overrides with + are not taken)")
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        raise ValueError(f"{missing[0]}: must be given, as in {missing[0]}=...")
+        raise FieldError(missing[0], f"must be given, as in {missing[0]}=...")
     return OmegaConf.to_object(composed)
 
 
@@ -222,12 +229,3 @@ def _unknown_keys(values: Any, default: Any, prefix: str = "") -> list[str]:
         elif isinstance(known[name], dict) or dataclasses.is_dataclass(known[name]):
             unknown += _unknown_keys(value, known[name], f"{prefix}{name}.")
     return unknown
-
-
-def _require(field: str, value: Any, is_valid: Callable[[Any], bool], rule: str) -> None:
-    if not is_valid(value):
-        raise ValueError(f"{field}: {rule}, got {value}")
-
-
-def _require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(field, value, lambda v: v in choices, f"must be one of {', '.join(choices)}")

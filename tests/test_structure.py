@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
     "hashing": 0,
+    "fields": 0,
     "sharding": 0,
     "processes": 0,
     "hardware": 0,

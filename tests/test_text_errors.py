@@ -31,8 +31,8 @@ def text_run(tiny_data, tmp_path_factory) -> Path:
         ("model.micro_conditioning=true", "model.hidden_dim: must be divisible by 3"),
         ("train.sample_labels=[1]", "train.sample_labels: must be null with conditioning=text"),
         ("train.init_time=2", "train.init_time: must be in [0, 1], got 2.0"),
-        ("train.init_shared_map=last", "train.init_shared_map: must be one of block0, mean, got last"),
-        ("train.init_class=zero", "train.init_class: must be one of dropped, null_class, got zero"),
+        ("train.init_shared_map=last", "train.init_shared_map: must be one of block0, mean, got 'last'"),
+        ("train.init_class=zero", "train.init_class: must be one of dropped, null_class, got 'zero'"),
         ("train.init_from=nowhere", "train.init_from: nowhere: not a checkpoint folder"),
         ("data.text_cache=nowhere", "nowhere"),
     ],
@@ -140,7 +140,7 @@ def sample_here(checkpoint: Path, *overrides: str):
         ("prompts=[]", "prompts: must hold at least one prompt"),
         ("prompts_file=nowhere", "prompts_file: nowhere cannot be read"),
         ("prompts_file=empty", "prompts_file: must hold at least one prompt"),
-        ("text_encoder=nowhere", "text.encoder"),
+        ("text_encoder=nowhere", "text_encoder: must be an existing folder or"),
     ],
 )
 def test_bad_sampling(text_run, tmp_path, override, expected):

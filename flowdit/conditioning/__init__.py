@@ -16,6 +16,7 @@ from flowdit.conditioning.none import Unconditional
 from flowdit.conditioning.text import Text
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest
+from flowdit.fields import require, require_choice
 
 __all__ = ["KINDS", "Batch", "Conditioning", "Requests", "check", "for_training", "from_checkpoint", "kind_of"]
 
@@ -35,8 +36,7 @@ def kind_of(config: Config) -> str:
             known = ", ".join(sorted({conditioning.model for conditioning in KINDS.values()}))
             raise ValueError(f"model.name: must be one of {known}, got {config.model.name!r}")
         return kind
-    if config.conditioning not in KINDS:
-        raise ValueError(f"conditioning: must be one of {', '.join(KINDS)}, got {config.conditioning!r}")
+    require_choice("conditioning", config.conditioning, KINDS)
     if (needed := KINDS[config.conditioning].model) != config.model.name:
         raise ValueError(
             f"model.name: must be {needed} with conditioning={config.conditioning}, got {config.model.name}"
@@ -48,8 +48,8 @@ def check(config: Config) -> None:
     """Raise `ValueError` for the first setting that the kind of conditioning cannot use; needs no data, no devices."""
     kind = kind_of(config)
     for field in {other.preview_field for other in KINDS.values()} - {KINDS[kind].preview_field, None}:
-        if (value := getattr(config.train, str(field))) is not None:
-            raise ValueError(f"train.{field}: must be null with conditioning={kind}, got {value}")
+        value = getattr(config.train, str(field))
+        require(f"train.{field}", value, value is None, f"must be null with conditioning={kind}")
     KINDS[kind].check(config)
 
 

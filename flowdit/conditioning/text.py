@@ -19,9 +19,9 @@ from flowdit.data.loader import DataConfig, Source
 from flowdit.data.manifest import Manifest
 from flowdit.data.records import CAPTION_FIELDS, Field
 from flowdit.data.text_cache import open_cache
+from flowdit.fields import called, shown, under
 from flowdit.models.attention import AttentionShape
 from flowdit.models.pixart import PixArt, TextCondition, build_pixart
-from flowdit.models.pretrained import shown
 from flowdit.models.text_encoder import WORDLLAMA, TextConfig, TextEncoder, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import batch_sharding, join_micro_batches, micro_batch, on_mesh
@@ -64,13 +64,15 @@ class Text(Conditioning):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        config.text.check()
+        with under("text."):
+            config.text.check()
 
     @classmethod
     def for_training(cls, config: Config, manifest: Manifest, mesh: Mesh) -> Text:
         if not manifest.has_captions:
             raise ValueError(f"data.path: {config.data.path} has no captions, which conditioning=text needs")
-        encoder = load_text_encoder(config.text, mesh)
+        with under("text."):
+            encoder = load_text_encoder(config.text, mesh)
         rows = config.train.batch_size // config.train.gradient_accum
         training = Training(encoder, config.data, manifest, mesh, rows)
         return cls(describe_encoder(encoder), micro_condition(config.model, manifest), config.text, training)
@@ -273,7 +275,8 @@ def load_matching_encoder(config: TextConfig, info: Mapping[str, Any]) -> TextEn
     """The text encoder that `config` names. Raises `ValueError` if it is not the one that `info` describes."""
     if not config.encoder:
         raise ValueError(f"text_encoder: must be given, the checkpoint names none (features of width {info['width']})")
-    encoder = load_text_encoder(config)
+    with called({"encoder": "text_encoder"}):
+        encoder = load_text_encoder(config)
     if encoder.width != info["width"]:
         raise ValueError(
             f"text_encoder: must make features of width {info['width']}, {encoder.name!r} makes {encoder.width}"

@@ -19,6 +19,7 @@ from flowdit.data.captions import TextReader
 from flowdit.data.manifest import HASH_LIMIT_BYTES, Manifest
 from flowdit.data.record_files import BadRecords, RecordFiles, check_files
 from flowdit.data.records import RecordError, Schema
+from flowdit.fields import require
 
 Batch = dict[str, np.ndarray]
 
@@ -49,14 +50,12 @@ class DataConfig:
         return 0 if self.max_bad_records else HASH_LIMIT_BYTES
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first field that breaks a rule."""
-        for name in ("num_threads", "prefetch"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"data.{name}: must be at least 1, got {value}")
-        if self.max_bad_records < 0:
-            raise ValueError(f"data.max_bad_records: must be 0 (none) or more, got {self.max_bad_records}")
-        if not 0 <= self.long_caption_prob <= 1:
-            raise ValueError(f"data.long_caption_prob: must be in [0, 1], got {self.long_caption_prob}")
+        """Raise `FieldError` naming the first field that breaks a rule."""
+        require("num_threads", self.num_threads, self.num_threads >= 1, "must be at least 1")
+        require("prefetch", self.prefetch, self.prefetch >= 1, "must be at least 1")
+        require("max_bad_records", self.max_bad_records, self.max_bad_records >= 0, "must be 0 (none) or more")
+        probability = self.long_caption_prob
+        require("long_caption_prob", probability, 0 <= probability <= 1, "must be in [0, 1]")
 
 
 class Source:

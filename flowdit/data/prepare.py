@@ -7,7 +7,6 @@ written when all are. Nothing depends on where a run was interrupted, so the man
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ from flowdit.data.shards import (
     write_shard,
 )
 from flowdit.data.text_features import write_cache
+from flowdit.fields import require, require_choice, under
+from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
 from flowdit.models.vae import AutoencoderKL, load_vae
 
@@ -76,14 +77,12 @@ class PrepareConfig:
     text_cache: str = ""
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first field that breaks a rule."""
+        """Raise `FieldError` naming the first field that breaks a rule."""
         for name in ("image_size", "batch_size", "records_per_shard", "text_max_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
-        for name, choices in (("dtype", ("float16", "float32")), ("text_dtype", ("bfloat16", "float32"))):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name}: must be {' or '.join(choices)}, got {value!r}")
+            require(name, value, value is None or value >= 1, "must be at least 1")
+        require_choice("dtype", self.dtype, ("float16", "float32"))
+        require_choice("text_dtype", self.text_dtype, TEXT_DTYPES)
 
 
 class Job(NamedTuple):
@@ -130,10 +129,8 @@ def _prepare_text(config: PrepareConfig, out: Path, manifest: Manifest, encoder:
 
 def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
     text = TextConfig(encoder=config.text_encoder, max_length=config.text_max_length, dtype=config.text_dtype)
-    try:
+    with under("text_"):
         return load_text_encoder(text)
-    except ValueError as error:  # names `text.encoder`, which is `text_encoder` here, and so on
-        raise ValueError(re.sub(r"^text\.", "text_", str(error))) from error
 
 
 def _prepare_latents(

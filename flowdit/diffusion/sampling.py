@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
+from flowdit.fields import require, require_choice
 
 PREDICTIONS = ("velocity", "noise")
 
@@ -50,33 +51,29 @@ class SamplerConfig:
     time_shift: float = 1.0
     rtol: float | None = None
 
-    def check(self, prefix: str) -> None:
-        """Raise `ValueError` naming the first invalid field, with `prefix`."""
-        if self.solver not in SOLVERS:
-            raise ValueError(f"{prefix}solver: must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        check_count(f"{prefix}steps", self.steps)
+    def check(self) -> None:
+        """Raise `FieldError` naming the first field that breaks a rule."""
+        require_choice("solver", self.solver, SOLVERS)
+        check_count("steps", self.steps)
         for name in ("guidance", "guidance_low", "guidance_high", "time_shift", "rtol"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real | None):
-                raise ValueError(f"{prefix}{name}: must be a number, got {value!r}")
-        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
-            interval = [self.guidance_low, self.guidance_high]
-            raise ValueError(f"{prefix}guidance_low/guidance_high: must satisfy 0 <= low <= high <= 1, got {interval}")
-        if self.time_shift <= 0:
-            raise ValueError(f"{prefix}time_shift: must be positive, got {self.time_shift}")
-        if self.rtol is not None and self.rtol <= 0:
-            raise ValueError(f"{prefix}rtol: must be positive, got {self.rtol}")
-        if self.rtol is not None and self.solver not in ADAPTIVE_SOLVERS:
-            allowed = ", ".join(ADAPTIVE_SOLVERS)
-            raise ValueError(f"{prefix}rtol: adaptive steps need a solver of {allowed}, got {self.solver!r}")
+            is_number = isinstance(value, numbers.Real | None) and not isinstance(value, bool)
+            require(name, value, is_number, "must be a number")
+        interval = [self.guidance_low, self.guidance_high]
+        is_interval = 0 <= interval[0] <= interval[1] <= 1
+        require("guidance_low/guidance_high", interval, is_interval, "must satisfy 0 <= low <= high <= 1")
+        require("time_shift", self.time_shift, self.time_shift > 0, "must be positive")
+        if self.rtol is not None:
+            require("rtol", self.rtol, self.rtol > 0, "must be positive")
+            rule = f"adaptive steps need a solver of {', '.join(ADAPTIVE_SOLVERS)}"
+            require("rtol", self.solver, self.solver in ADAPTIVE_SOLVERS, rule)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name}: must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: must be at least 1, got {value}")
+def check_count(field: str, value: Any) -> None:
+    """Raise `FieldError` unless `value` is a whole number of at least 1."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    require(field, value, is_whole, "must be a whole number")
+    require(field, value, int(value) >= 1, "must be at least 1")
 
 
 class Samples(NamedTuple):
@@ -145,8 +142,7 @@ def _solve(
 
 
 def _starting_point(model: Velocity, noise: Array, prediction: str) -> tuple[Velocity, float, Array]:
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    require_choice("prediction", prediction, PREDICTIONS)
     if prediction == "noise":
         return velocity_from_noise(model), LAST_TIME, start_at_last_time(noise)
     return model, 1.0, noise

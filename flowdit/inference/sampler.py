@@ -15,6 +15,7 @@ from PIL import Image
 from flowdit.conditioning import KINDS, Requests
 from flowdit.conditioning.base import check_wishes
 from flowdit.diffusion.sampling import SamplerConfig, Samples, check_count, image_noise, sample
+from flowdit.fields import require
 from flowdit.inference.images import Decode, load_matching_vae, make_decoder
 from flowdit.inference.trained import Trained
 from flowdit.models.compute import Compute, choose_compute
@@ -99,7 +100,7 @@ class Sampler:
         """The sampler of the training previews with `changes`; None means no change. Raises `ValueError` if invalid."""
         given = {name: value for name, value in changes.items() if value is not None}
         config = dataclasses.replace(self.trained.config.train.sampler, **given)
-        config.check("")
+        config.check()
         return config
 
     def requests(self, num_images: int, wishes: Mapping[str, Any]) -> Requests:
@@ -166,5 +167,4 @@ def check_settings(num_images: int, seed: int, batch_size: int) -> None:
     """Raise `ValueError` naming the first invalid setting."""
     check_count("num_images", num_images)
     check_count("batch_size", batch_size)
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed: must be in [0, 2**32), got {seed!r}")
+    require("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "must be in [0, 2**32)")

@@ -14,6 +14,7 @@ import numpy as np
 from flowdit.checkpoint.files import list_steps
 from flowdit.checkpoint.restore import newest_whole
 from flowdit.config import as_list
+from flowdit.fields import require_choice
 from flowdit.inference.images import load_matching_vae, save_grid
 from flowdit.inference.sampler import Sampler
 from flowdit.inference.trained import describe_trained
@@ -75,18 +76,13 @@ class ConvertConfig(ForeignConfig):
         """Raise `ValueError` naming the first field that breaks a rule."""
         super().check()
         for field, choices in (("to", TARGETS), ("weights", WEIGHTS), ("dtype", DTYPES)):
-            _check_choice(field, getattr(self, field), choices)
+            require_choice(field, getattr(self, field), choices)
         if Path(self.target).exists():
             raise ValueError(f"target: must not exist, got {self.target}")
         if self.to == "safetensors" and Path(self.target).suffix != ".safetensors":
             raise ValueError(f"target: must end in .safetensors with to=safetensors, got {self.target}")
         if self.to == "diffusers" and self.image not in ("draw", "none") and not Path(self.image).is_file():
             raise ValueError(f"image: must be draw, none or an image file, got {self.image!r}")
-
-
-def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
 
 
 def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = None) -> Portable:
@@ -96,7 +92,7 @@ def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = N
     """
     hints = hints or ForeignConfig()
     ForeignConfig.check(hints)
-    _check_choice("weights", weights, WEIGHTS)
+    require_choice("weights", weights, WEIGHTS)
     path = find_source(name)
     if path.is_file():
         single = read_single(path) if path.suffix == ".safetensors" else None

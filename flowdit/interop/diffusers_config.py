@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flowdit.fields import shown
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES, Architecture, DiffusersClass
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.portable import MAX_SAMPLED_SIDE
-from flowdit.models.pretrained import shown
 from flowdit.models.transformer import ModelConfig
 
 CLASSES = {kind.name: (architecture, kind) for architecture in ARCHITECTURES.values() for kind in architecture.classes}

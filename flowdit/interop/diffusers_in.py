@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flowdit.fields import shown
 from flowdit.inference.trained import Trained
 from flowdit.interop import layouts
 from flowdit.interop.diffusers_config import Settings, find_class, read_config
@@ -17,7 +18,6 @@ from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
-from flowdit.models.pretrained import shown
 from flowdit.models.transformer import ModelConfig
 
 WEIGHTS_STEM = "diffusion_pytorch_model"

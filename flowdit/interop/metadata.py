@@ -12,6 +12,8 @@ from flowdit.checkpoint.meta import FORMAT, run_meta
 from flowdit.conditioning import from_checkpoint
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest, VaeInfo
+from flowdit.diffusion.sampling import PREDICTIONS
+from flowdit.fields import require, require_choice
 from flowdit.models.vae import load_vae
 
 FORMATS = ("dit", "sit", "pixart")
@@ -44,19 +46,20 @@ class ForeignConfig:
     max_length: int | None = None
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first field that breaks a rule."""
-        for field, choices in (("format", FORMATS), ("prediction", ("velocity", "noise"))):
-            if (value := getattr(self, field)) is not None and value not in choices:
-                raise ValueError(f"{field}: must be one of {', '.join(choices)}, got {value!r}")
+        """Raise `FieldError` naming the first field that breaks a rule; all of them may be left out."""
+        for field, choices in (("format", FORMATS), ("prediction", PREDICTIONS)):
+            if (value := getattr(self, field)) is not None:
+                require_choice(field, value, choices)
         for field in ("latent_size", "num_heads", "max_length"):
-            if (value := getattr(self, field)) is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{field}: must be a whole number above 0, got {value!r}")
+            value = getattr(self, field)
+            is_count = value is None or (type(value) is int and value >= 1)
+            require(field, value, is_count, "must be a whole number above 0")
         for field in ("classes", "vae", "text_encoder"):
-            if (value := getattr(self, field)) is not None and not isinstance(value, str):
-                raise ValueError(f"{field}: must be a text, got {value!r}")
+            value = getattr(self, field)
+            require(field, value, isinstance(value, str | None), "must be a text")
         scale = self.interpolation_scale
-        if scale is not None and (type(scale) not in (int, float) or not 0 < scale < math.inf):
-            raise ValueError(f"interpolation_scale: must be a number above 0, got {scale!r}")
+        is_positive = scale is None or (type(scale) in (int, float) and 0 < scale < math.inf)
+        require("interpolation_scale", scale, is_positive, "must be a number above 0")
 
 
 class ForeignCondition(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from flowdit.models.pretrained import check_finite, shown
+from flowdit.fields import shown
+from flowdit.models.pretrained import check_finite
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # The entries with the weights in training checkpoints: of DiT and SiT, then of PixArt.

@@ -19,6 +19,8 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from flowdit.fields import FieldError, shortened, shown
+
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """The first names of a list for an error message, as a damaged file may have millions of them.
@@ -27,16 +29,6 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
     """
     first = ", ".join(shortened(name if name.isprintable() else repr(name)) for name in names[:limit])
     return f"{first} ... and {len(names) - limit} more" if len(names) > limit else first
-
-
-def shown(value: Any) -> str:
-    """A value from an untrusted file for an error message: its `repr`, shortened."""
-    return shortened(repr(value))
-
-
-def shortened(text: str, length: int = 120) -> str:
-    """`text`, cut to `length` characters."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def find_folder(
@@ -59,7 +51,7 @@ def find_folder(
         also: files to download in addition to `config.json` and the weights.
 
     Raises:
-        ValueError: no such folder, and not found on the hub, or the hub cannot be reached.
+        FieldError: no such folder, and not found on the hub, or the hub cannot be reached.
     """
     embedded = embedded or {}
     folder = embedded[name] if isinstance(name, str) and name in embedded else Path(name)
@@ -77,7 +69,8 @@ def _download(field: str, name: str, patterns: list[str], accepted: str) -> Path
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the client raises the errors of its HTTP library
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{field} must be {accepted}, not {name!r} ({type(error).__name__}: {reason})") from error
+        problem = f"must be {accepted}, got {name!r} ({type(error).__name__}: {reason})"
+        raise FieldError(field, problem) from error
 
 
 def _every_key(key: str) -> bool:

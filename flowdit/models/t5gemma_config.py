@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flowdit.models.pretrained import numbers_after, shown
+from flowdit.fields import require, shown
+from flowdit.models.pretrained import numbers_after
 
 MODEL_TYPES = ("t5gemma", "t5_gemma_module")
 ATTENTION = ("sliding_attention", "full_attention")
@@ -79,59 +80,58 @@ def _encoder_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if found not in MODEL_TYPES:
         raise ValueError(f"must be a T5Gemma checkpoint (model_type t5gemma), found model_type {shown(found)}")
     encoder = raw.get("encoder") if found == "t5gemma" else raw
-    _require("encoder", encoder, isinstance(encoder, Mapping), "an object with the encoder's settings")
+    require("encoder", encoder, isinstance(encoder, Mapping), "must be an object with the encoder's settings")
     assert isinstance(encoder, Mapping)
     activation, bias = encoder.get("hidden_activation", "gelu_pytorch_tanh"), encoder.get("attention_bias", False)
-    _require("hidden_activation", activation, activation == "gelu_pytorch_tanh", "'gelu_pytorch_tanh'")
-    _require("attention_bias", bias, bias is False, "false")
+    require("hidden_activation", activation, activation == "gelu_pytorch_tanh", "must be 'gelu_pytorch_tanh'")
+    require("attention_bias", bias, bias is False, "must be false")
     return encoder
 
 
 def _rope_theta(encoder: Mapping[str, Any]) -> Any:
     """The base of the rotary frequencies; transformers 5 stores it in `rope_parameters`, 4 next to `rope_scaling`."""
     scaling = encoder.get("rope_scaling")
-    _require("rope_scaling", scaling, scaling is None, "null: scaled rotary positions are not implemented")
+    require("rope_scaling", scaling, scaling is None, "must be null: scaled rotary positions are not implemented")
     rope = encoder.get("rope_parameters") or {"rope_theta": encoder.get("rope_theta", T5GemmaConfig.rope_theta)}
     is_plain = isinstance(rope, Mapping) and set(rope) <= {"rope_theta", "rope_type"}
     is_plain = is_plain and rope.get("rope_type", "default") == "default"
-    _require("rope_parameters", rope, is_plain, "of rope_type 'default': no other rotary positions are implemented")
+    require(
+        "rope_parameters", rope, is_plain, "must be of rope_type 'default': no other rotary positions are implemented"
+    )
     return rope.get("rope_theta", T5GemmaConfig.rope_theta)
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
     for name in COUNTS:
-        _require(name, values[name], type(values[name]) is int and values[name] > 0, "a whole number above 0")
+        require(name, values[name], type(values[name]) is int and values[name] > 0, "must be a whole number above 0")
     for name in NUMBERS:
-        _require(name, values[name], _is_positive(values[name]), "a number above 0")
+        require(name, values[name], _is_positive(values[name]), "must be a number above 0")
     window = values["sliding_window"]
-    _require("sliding_window", window, window < 2**31, "below 2**31")
+    require("sliding_window", window, window < 2**31, "must be below 2**31")
     cap, pad = values["attn_logit_softcapping"], values["pad_token_id"]
-    _require("attn_logit_softcapping", cap, cap is None or _is_positive(cap), "null or a number above 0")
+    require("attn_logit_softcapping", cap, cap is None or _is_positive(cap), "must be null or a number above 0")
     is_token = type(pad) is int and 0 <= pad < values["vocab_size"]
-    _require("pad_token_id", pad, is_token, f"a token below vocab_size={values['vocab_size']}")
+    require("pad_token_id", pad, is_token, f"must be a token below vocab_size={values['vocab_size']}")
 
 
 def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     layers = len(numbers_after("layers.", shapes))
     depth = values["num_hidden_layers"]
-    _require("num_hidden_layers", depth, depth <= layers, f"at most {layers}, the number of layers in its tensors")
+    require(
+        "num_hidden_layers", depth, depth <= layers, f"must be at most {layers}, the number of layers in its tensors"
+    )
     largest = max((size for shape in shapes.values() if 0 not in shape for size in shape), default=0)
     for name in SIZES:
-        _require(name, values[name], values[name] <= largest, f"at most {largest}, the largest size of a tensor")
+        require(name, values[name], values[name] <= largest, f"must be at most {largest}, the largest size of a tensor")
 
 
 def _check_attention(values: Mapping[str, Any]) -> None:
     heads, kv_heads, head_dim = values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"]
-    _require("num_key_value_heads", kv_heads, heads % kv_heads == 0, f"a divisor of num_attention_heads={heads}")
-    _require("head_dim", head_dim, head_dim % 2 == 0, "even")
+    require("num_key_value_heads", kv_heads, heads % kv_heads == 0, f"must be a divisor of num_attention_heads={heads}")
+    require("head_dim", head_dim, head_dim % 2 == 0, "must be even")
     kinds, depth = values["layer_types"], values["num_hidden_layers"]
     are_kinds = isinstance(kinds, list) and len(kinds) == depth and all(kind in ATTENTION for kind in kinds)
-    _require("layer_types", kinds, are_kinds, f"a list of {depth}, each one of {', '.join(ATTENTION)}")
-
-
-def _require(name: str, value: Any, is_valid: bool, rule: str) -> None:
-    if not is_valid:
-        raise ValueError(f"{name} must be {rule}, not {shown(value)}")
+    require("layer_types", kinds, are_kinds, f"must be a list of {depth}, each one of {', '.join(ATTENTION)}")
 
 
 def _is_positive(value: Any) -> bool:

@@ -19,11 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
 from flowdit import hashing, sharding
+from flowdit.fields import FieldError, require, require_choice
 from flowdit.models import pretrained
 from flowdit.models.t5gemma import WEIGHTS_STEM, load_t5gemma
 
 WORDLLAMA = "wordllama"
 DTYPES = ("bfloat16", "float32")
+"""Not float16: activations of the T5 family overflow it."""
 TOKENIZER_FILE = "tokenizer.json"
 # Each length and number of texts is compiled separately, so there are few of both.
 SHORTEST = 16
@@ -45,14 +47,11 @@ class TextConfig:
     dtype: str = "bfloat16"
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first invalid field."""
-        if not self.encoder.strip():
-            raise ValueError(f"text.encoder: must be 'wordllama', a folder or a hub id, got {self.encoder!r}")
-        if self.max_length < 1:
-            raise ValueError(f"text.max_length: must be at least 1, got {self.max_length}")
-        if self.dtype not in DTYPES:
-            why = "; activations of the T5 family overflow float16" if self.dtype == "float16" else ""
-            raise ValueError(f"text.dtype: must be one of {', '.join(DTYPES)}, got {self.dtype!r}{why}")
+        """Raise `FieldError` naming the first invalid field."""
+        named = bool(self.encoder.strip())
+        require("encoder", self.encoder, named, "must be 'wordllama', a folder or a hub id")
+        require("max_length", self.max_length, self.max_length >= 1, "must be at least 1")
+        require_choice("dtype", self.dtype, DTYPES)
 
 
 class Tokens(NamedTuple):
@@ -159,18 +158,19 @@ def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncod
     """Read tokenizer and weights of `config.encoder`; with `mesh`, the weights are laid out on it.
 
     Raises:
-        ValueError: with one line, naming `text.encoder` and the invalid file or tensors, or another field of `config`.
+        FieldError: naming `encoder` and the invalid file or tensors, or another field of `config`.
     """
     config.check()
     if config.encoder == WORDLLAMA:
         return _load_wordllama(config, mesh)
-    folder = pretrained.find_folder("text.encoder", config.encoder, stem=WEIGHTS_STEM, also=[TOKENIZER_FILE])
+    folder = pretrained.find_folder("encoder", config.encoder, stem=WEIGHTS_STEM, also=[TOKENIZER_FILE])
     try:
         encoder = _load_t5gemma(config, folder, mesh)
     except ValueError as error:
-        raise ValueError(f"text.encoder: {error}") from error
-    if (specials := encoder.tokenizer.num_special_tokens_to_add(False)) >= config.max_length:
-        raise ValueError(f"text.max_length: must be above the {specials} special tokens, got {config.max_length}")
+        raise FieldError("encoder", str(error)) from error
+    specials = encoder.tokenizer.num_special_tokens_to_add(False)
+    rule = f"must be above the {specials} special tokens"
+    require("max_length", config.max_length, config.max_length > specials, rule)
     return encoder
 
 
@@ -201,7 +201,7 @@ def _load_wordllama(config: TextConfig, mesh: Mesh | None) -> TextEncoder:
     # Located but not imported: the package's code is not needed, and has further dependencies.
     spec = importlib.util.find_spec(WORDLLAMA)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("text.encoder: 'wordllama' needs the package of that name: pip install wordllama")
+        raise FieldError("encoder", "'wordllama' needs the package of that name: pip install wordllama")
     folder = Path(next(iter(spec.submodule_search_locations)))
     tokenizer_file = folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
     weights = folder / "weights" / "l2_supercat_256.safetensors"

@@ -9,7 +9,7 @@ diffusers' `models/autoencoders/autoencoder_kl.py`, the reference of the tests.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flowdit import hashing
+from flowdit.fields import require, shown
 from flowdit.models import pretrained
 from flowdit.models.vae_blocks import DownBlock, MidBlock, UpBlock, chain, conv, norm
 
@@ -60,7 +61,7 @@ class VaeConfig:
             shapes: of the tensors in the weight files. Other sizes are refused before a network is built.
 
         Raises:
-            ValueError: naming the first field that is invalid, of another architecture, or does not match the tensors.
+            FieldError: naming the first field that is invalid, of another architecture, or does not match the tensors.
         """
         values: dict[str, Any] = {field.name: raw.get(field.name, field.default) for field in dataclasses.fields(cls)}
         if values["shift_factor"] is None:
@@ -87,14 +88,16 @@ def _check_architecture(raw: Mapping[str, Any]):
 
 def _check_values(values: Mapping[str, Any]):
     for name in ("layers_per_block", "latent_channels", "norm_num_groups", "in_channels", "out_channels"):
-        _require(name, values[name], _is_count, "a whole number above 0")
+        require(name, values[name], _is_count(values[name]), "must be a whole number above 0")
     for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
-        _require(name, values[name], lambda value: isinstance(value, bool), "true or false")
-    _require("scaling_factor", values["scaling_factor"], lambda value: _is_number(value) and value > 0, "above 0")
-    _require("shift_factor", values["shift_factor"], _is_number, "a finite number")
+        require(name, values[name], isinstance(values[name], bool), "must be true or false")
+    scale, shift = values["scaling_factor"], values["shift_factor"]
+    require("scaling_factor", scale, _is_number(scale) and scale > 0, "must be above 0")
+    require("shift_factor", shift, _is_number(shift), "must be a finite number")
     widths, groups = values["block_out_channels"], values["norm_num_groups"]
-    _require("block_out_channels", widths, _are_counts, "a list of whole numbers above 0")
-    _require("block_out_channels", widths, lambda ws: not any(w % groups for w in ws), f"multiples of {groups}")
+    require("block_out_channels", widths, _are_counts(widths), "must be a list of whole numbers above 0")
+    are_multiples = not any(width % groups for width in widths)
+    require("block_out_channels", widths, are_multiples, f"must be multiples of {groups}")
 
 
 def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
@@ -102,21 +105,18 @@ def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     layers = len(pretrained.numbers_after("encoder.down_blocks.0.resnets.", shapes))
     largest = max((size for shape in shapes.values() if 0 not in shape for size in shape), default=0)
     widths, count = values["block_out_channels"], values["layers_per_block"]
-    _require("block_out_channels", widths, lambda ws: len(ws) == levels, f"a list of {levels}, as in its tensors")
-    _require("layers_per_block", count, lambda n: n == layers, f"{layers}, as in its tensors")
-    fits = f"at most {largest}, the largest size of a tensor"
-    _require("block_out_channels", widths, lambda ws: max(ws) <= largest, fits)
+    rule = f"must be a list of {levels}, as in its tensors"
+    require("block_out_channels", widths, len(widths) == levels, rule)
+    require("layers_per_block", count, count == layers, f"must be {layers}, as in its tensors")
+    fits = f"must be at most {largest}, the largest size of a tensor"
+    require("block_out_channels", widths, max(widths) <= largest, fits)
     for name in ("latent_channels", "in_channels", "out_channels"):
-        _require(name, values[name], lambda n: n <= largest, fits)
-
-
-def _require(name: str, value: Any, is_valid: Callable[[Any], bool], rule: str):
-    if not is_valid(value):
-        raise ValueError(f"{name} must be {rule}, not {pretrained.shown(value)}")
+        require(name, values[name], values[name] <= largest, fits)
 
 
 def _require_equal(raw: Mapping[str, Any], name: str, expected: Any, default: Any = None):
-    _require(name, raw.get(name, default), lambda value: value == expected, pretrained.shown(expected))
+    value = raw.get(name, default)
+    require(name, value, value == expected, f"must be {shown(expected)}")
 
 
 def _is_count(value: Any) -> bool:

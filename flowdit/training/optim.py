@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from flowdit.fields import require, require_choice
 from flowdit.sharding import dotted_name
 
 SCHEDULES = ("constant", "cosine")
@@ -30,22 +31,15 @@ class OptimConfig:
     warmup_steps: int = 0
     final_factor: float = 0.0
 
-    def check(self, num_steps: int) -> None:
-        """Raise `ValueError` naming the field that cannot be used in a run of `num_steps`."""
-        if self.name != "adamw":
-            raise ValueError(f"optim.name: must be 'adamw', got {self.name!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule: must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"optim.learning_rate: must be positive, got {self.learning_rate}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas: must be two numbers in [0, 1), got {list(self.betas)}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"optim.clip_norm: must be positive or null, got {self.clip_norm}")
-        if not 0 <= self.warmup_steps < max(num_steps, 1):
-            raise ValueError(
-                f"optim.warmup_steps: must be in [0, train.num_steps={num_steps}), got {self.warmup_steps}"
-            )
+    def check(self) -> None:
+        """Raise `FieldError` naming the first field that breaks a rule."""
+        require("name", self.name, self.name == "adamw", "must be 'adamw'")
+        require_choice("schedule", self.schedule, SCHEDULES)
+        require("learning_rate", self.learning_rate, self.learning_rate > 0, "must be positive")
+        are_decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require("betas", self.betas, are_decays, "must be two numbers in [0, 1)")
+        clip_norm = self.clip_norm
+        require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "must be positive or null")
 
 
 def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:

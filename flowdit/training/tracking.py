@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from flowdit.errors import first_line
+from flowdit.fields import require_choice
 from flowdit.hardware import peak_flops
 
 MODES = ("online", "offline", "disabled")
@@ -44,8 +45,8 @@ class WandbConfig:
     init_timeout: int = 20
 
     def check(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"wandb.mode: must be one of {', '.join(MODES)}, got {self.mode!r}")
+        """Raise `FieldError` for a mode that there is not."""
+        require_choice("mode", self.mode, MODES)
 
 
 class Tracker:

@@ -55,16 +55,16 @@ def with_fields(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers_per_block": BILLION}, "layers_per_block must be 1, as in its tensors, not 1000000000"),
-        ({"layers_per_block": 2}, "layers_per_block must be 1, as in its tensors, not 2"),
+        ({"layers_per_block": BILLION}, "layers_per_block: must be 1, as in its tensors, got 1000000000"),
+        ({"layers_per_block": 2}, "layers_per_block: must be 1, as in its tensors, got 2"),
         (
             {"block_out_channels": [8] * 20_000, "down_block_types": ["DownEncoderBlock2D"] * 20_000},
-            "block_out_channels must be a list of 2, as in its tensors, not [8, 8, 8",
+            "block_out_channels: must be a list of 2, as in its tensors, got [8, 8, 8",
         ),
-        ({"block_out_channels": [8, 10**12]}, "block_out_channels must be at most 8, the largest size of a tensor"),
-        ({"latent_channels": 10**30}, "latent_channels must be at most 8, the largest size of a tensor"),
-        ({"scaling_factor": 10**400}, "scaling_factor must be above 0, not 1000"),
-        ({"down_block_types": ["x"] * 100_000}, "down_block_types must be ['DownEncoderBlock2D', "),
+        ({"block_out_channels": [8, 10**12]}, "block_out_channels: must be at most 8, the largest size of a tensor"),
+        ({"latent_channels": 10**30}, "latent_channels: must be at most 8, the largest size of a tensor"),
+        ({"scaling_factor": 10**400}, "scaling_factor: must be above 0, got 1000"),
+        ({"down_block_types": ["x"] * 100_000}, "down_block_types: must be ['DownEncoderBlock2D', "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -78,13 +78,13 @@ def test_vae(vae, tmp_path, changes, message):
     [
         (
             {"num_hidden_layers": BILLION, "layer_types": None},
-            "num_hidden_layers must be at most 3, the number of layers in its tensors, not 1000000000",
+            "num_hidden_layers: must be at most 3, the number of layers in its tensors, got 1000000000",
         ),
-        ({"hidden_size": 10**12}, "hidden_size must be at most 320, the largest size of a tensor, not 1000000000000"),
-        ({"head_dim": 10**30}, "head_dim must be at most 320, the largest size of a tensor, not 1000"),
-        ({"sliding_window": 10**30}, "sliding_window must be below 2**31, not 1000"),
-        ({"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar must be a number above 0, not 1000"),
-        ({"layer_types": ["full_attention"] * 100_000}, "layer_types must be a list of 3, each one of"),
+        ({"hidden_size": 10**12}, "hidden_size: must be at most 320, the largest size of a tensor, got 1000000000000"),
+        ({"head_dim": 10**30}, "head_dim: must be at most 320, the largest size of a tensor, got 1000"),
+        ({"sliding_window": 10**30}, "sliding_window: must be below 2**31, got 1000"),
+        ({"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar: must be a number above 0, got 1000"),
+        ({"layer_types": ["full_attention"] * 100_000}, "layer_types: must be a list of 3, each one of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

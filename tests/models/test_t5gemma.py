@@ -237,7 +237,7 @@ def test_unsupported_settings_are_refused_by_field_and_value(own_folder, field, 
         del encoder["rope_parameters"]
     (own_folder / "config.json").write_text(json.dumps({"model_type": "t5gemma", "encoder": encoder}))
     message = load_error(own_folder)
-    assert message.startswith(f"{own_folder}: {field} must be ")
+    assert message.startswith(f"{own_folder}: {field}: must be ")
     assert repr(value) in message
 
 
@@ -252,7 +252,7 @@ def test_older_configs_have_the_rotary_base_outside(own_folder, folder):
 
 def test_config_without_encoder_is_refused(own_folder):
     (own_folder / "config.json").write_text(json.dumps({"model_type": "t5gemma"}))
-    assert load_error(own_folder).startswith(f"{own_folder}: encoder must be an object")
+    assert load_error(own_folder).startswith(f"{own_folder}: encoder: must be an object")
 
 
 def test_missing_and_misshapen_tensors_are_listed_by_key(own_folder):

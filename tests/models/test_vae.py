@@ -205,7 +205,7 @@ def test_every_missing_unexpected_or_misshapen_tensor_is_listed(small_folder):
 def test_other_configurations_are_refused_by_field_and_value(small_folder, field, value):
     rewrite_config(small_folder, **{field: value})
     message = load_error(small_folder)
-    assert message.startswith(f"{small_folder / 'config.json'}: {field} must be ")
+    assert message.startswith(f"{small_folder / 'config.json'}: {field}: must be ")
     assert repr(value) in message
 
 
@@ -246,7 +246,7 @@ def test_index_cannot_lead_out_of_its_folder(small_folder, name):
 def test_unreachable_name_says_what_is_accepted(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", raise_no_network)
     message = load_error("no-such-owner/no-such-vae")
-    assert message.startswith("vae must be 'openmoji', an existing folder or a reachable Hugging Face hub id")
+    assert message.startswith("vae: must be 'openmoji', an existing folder or a reachable Hugging Face hub id")
     assert "'no-such-owner/no-such-vae'" in message
     assert "no network" in message
 

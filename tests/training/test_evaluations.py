@@ -96,4 +96,4 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_run(tiny_data, tmp_pa
 @pytest.mark.parametrize("window", ["[1,4]", "[4]", "[5,4]", "[5,7]"])
 def test_invalid_windows(tiny_data, tmp_path, window):
     line = error_line(train_here(tiny_data, tmp_path / "run", f"train.profile={window}"))
-    assert line.startswith("error: train.profile: must be null or two steps in [2, train.num_steps=6]")
+    assert line.startswith("error: train.profile: must be null or two steps in [2, num_steps=6]")

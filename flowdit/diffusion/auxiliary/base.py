@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flowdit.data.records import Field
+from flowdit.fields import require
 from flowdit.models.transformer import ModelConfig
 
 RESERVED_NAMES = ("loss", "velocity", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_row", "total_flops")
@@ -53,11 +54,10 @@ class AuxiliaryLoss(abc.ABC):
     """Its key in `AUXILIARY`, used in logs and as the prefix `auxiliary.<name>.` of its parameters in checkpoints."""
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first setting that breaks a rule."""
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"auxiliary.{self.name}.weight: must be 0 (off) or more, got {self.weight}")
-        if self.last_step is not None and self.last_step < 0:
-            raise ValueError(f"auxiliary.{self.name}.last_step: must be null or 0 or more, got {self.last_step}")
+        """Raise `FieldError` naming the first setting that breaks a rule."""
+        require("weight", self.weight, 0 <= self.weight < math.inf, "must be 0 (off) or more")
+        last = self.last_step
+        require("last_step", last, last is None or last >= 0, "must be null or 0 or more")
 
     def fields(self) -> dict[str, Field]:
         """The fields of a record that it reads, in addition to those of the conditioning."""

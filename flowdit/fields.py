@@ -1,0 +1,63 @@
+"""Rules of settings, told in one line: `field: rule, got value`.
+
+A component names its own fields and knows no longer key. What holds the component adds its own part (`under`): `steps` of
+the sampler is `sampler.steps` to the training settings and `train.sampler.steps` to the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+class FieldError(ValueError):
+    """A field whose value cannot be used, and why not."""
+
+    def __init__(self, field: str, problem: str):
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+def require(field: str, value: Any, is_valid: bool, rule: str) -> None:
+    """Raise `FieldError` with `rule` and `value` unless the value is valid."""
+    if not is_valid:
+        raise FieldError(field, f"{rule}, got {shown(value)}")
+
+
+def require_choice(field: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise `FieldError` unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    require(field, value, value in choices, f"must be one of {', '.join(choices)}")
+
+
+@contextlib.contextmanager
+def under(prefix: str) -> Iterator[None]:
+    """The fields of errors within begin with `prefix`, such as "train."."""
+    try:
+        yield
+    except FieldError as error:
+        raise FieldError(prefix + error.field, error.problem) from error
+
+
+@contextlib.contextmanager
+def called(names: Mapping[str, str]) -> Iterator[None]:
+    """The fields of errors within have other names, {"their name": "ours"}; those that are left out keep theirs."""
+    try:
+        yield
+    except FieldError as error:
+        raise FieldError(names.get(error.field, error.field), error.problem) from error
+
+
+def shown(value: Any) -> str:
+    """The `repr` of a value that may come from an untrusted file, cut for an error message."""
+    return shortened(repr(value))
+
+
+def shortened(text: str, length: int = 120) -> str:
+    """The beginning of a text that may be long."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
