@@ -1,4 +1,4 @@
-"""How a rule of a setting is message: the component names its field, what holds it adds the rest of the key."""
+"""The error line of a rule: the component names its field, what holds it adds the rest of the key."""
 
 import pytest
 
