@@ -29,7 +29,39 @@ from flowdit.training.tracking import WandbConfig
 
 @dataclasses.dataclass
 class TrainConfig:
-    """The run: how long, how large, what is saved when. Intervals count steps; 0 switches the thing off."""
+    """The run: how long it is, what is trained on, what is saved when.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run.
+        batch_size: images per step, over all devices and micro-batches.
+        gradient_accum: micro-batches per step, computed sequentially; divides `batch_size`.
+        is_restore: continue the run in `checkpoint_dir` from its newest whole checkpoint.
+        checkpoint_dir: the run folder: checkpoints, `metrics.jsonl`, previews.
+        save_every: steps between checkpoints; 0: only the last step, which is always saved.
+        keep_last: number of newest checkpoints that are kept.
+        keep_every: also keep the checkpoint of every multiple of this number of steps; null: none.
+        log_every: steps between log entries.
+        validate_every: steps between validations; 0: never.
+        validation_records: maximum number of held-out records per validation.
+        sample_every: steps between preview grids; 0: never.
+        sample_labels: classes of the previews, by number or name; null: 16 spread over all. Only with `conditioning=labels`.
+        sample_prompts: prompts of the previews; null: 16 held-out captions. Only with `conditioning=text`.
+        ema_decay: decay per step of the moving average of the weights, which validation and samples use; in [0, 1).
+        ema_warmup: limit the decay at step n to (1 + n) / (10 + n), for short runs.
+        compute_dtype: dtype of the computation, `bfloat16` or `float32`; parameters and optimizer state are float32.
+        latent_mean: mean subtracted from latents, a number or one per channel; null: the VAE's shift; `data`: that of the data, per channel.
+        latent_scale: factor of latents after that; null: the VAE's scale; `data`: 1 / deviation of the data, per channel.
+        drop_rate: probability that an example's condition is dropped, which guidance needs; in [0, 1].
+        time_distribution: distribution of training times in (0, 1): `logit_normal` or `uniform`.
+        time_shift: shift s of training times, t' = s t / (1 + (s - 1) t); null: sqrt(C H W / 4096) of latents C x H x W.
+        max_skipped_in_row: steps in a row without a finite loss and gradient after which the run ends.
+        init_from: checkpoint or run folder whose EMA weights initialise the model; in stage 2 also that of a class model.
+        init_time: flow time at which a text model agrees with the class model that it starts from; in [0, 1].
+        init_shared_map: modulation map of the class model that becomes the shared one: `block0`, or the `mean` of all blocks.
+        init_class: the class model without a class: `dropped` (no class vector) or `null_class`.
+        profile: first and last step of a profiler trace, as `[100,105]`; null: none.
+        sampler: how previews are drawn, and the defaults of `flowdit.sample`.
+    """
 
     num_steps: int = 400_000
     batch_size: int = 256
@@ -90,10 +122,19 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class Config:
-    """Everything `train_stage1.py` and `train_stage2.py` take; the first has no use for `text`.
+    """Settings of `train_stage1.py` and `train_stage2.py`.
 
-    `conditioning` is a kind out of `conditioning.KINDS`; null, as in configurations from before there was a choice, is
-    the first one for `model.name`. `auxiliary` has the settings of all auxiliary losses that there are, by their names.
+    Attributes:
+        seed: seed of initialisation, order of the data, noise and times; in [0, 2**32).
+        conditioning: what the model is conditioned on: `labels`, `text` or `none`; null: the first that fits `model.name`.
+        train: the run.
+        data: where the data lies, and how it is read.
+        model: the network.
+        text: the frozen text encoder, only with `conditioning=text`.
+        optim: the optimizer.
+        mesh: devices and processes.
+        wandb: Weights & Biases.
+        auxiliary: settings of each registered auxiliary loss, by its name.
     """
 
     seed: int = 0
@@ -134,12 +175,32 @@ class Config:
 
 @dataclasses.dataclass
 class SampleConfig:
-    """What `python -m flowdit.sample` takes. The sampler's fields, where null, are those of the previews in training.
+    """Settings of `python -m flowdit.sample`. Sampler settings that are null are those of the checkpoint's `train.sampler`.
 
-    A class model takes `labels` (numbers or class names), a text model `prompts` or `prompts_file` (one a line) and
-    `negative_prompt`; each is drawn `num_images` times. One label or prompt may stand for a list of one. Without any,
-    the run's `train.sample_labels` or `train.sample_prompts` are drawn. The folder `out` must not hold images;
-    `overwrite` removes those of an earlier run.
+    Without labels and prompts, those of the run's previews are drawn.
+
+    Attributes:
+        checkpoint: a checkpoint, a run folder (its newest whole checkpoint), or another `source` of `flowdit.convert`.
+        labels: class numbers or names, one or a list, for a class model.
+        prompts: prompts, one or a list, for a text model.
+        prompts_file: text file with a prompt on each line, in place of `prompts`.
+        negative_prompt: text that guidance moves away from; empty: the model's null caption.
+        num_images: images of each label or prompt; for a model without condition, in total.
+        columns: images in a row of `grid.png`.
+        batch_size: images drawn at a time.
+        seed: seed of the noise; in [0, 2**32).
+        out: folder of the images; it must not contain images.
+        overwrite: remove the images of an earlier run from `out`.
+        vae: folder or hub id of the VAE of the latents; null: the one that `prepare` used.
+        text_encoder: folder or hub id of the text encoder; null: the one of the training run.
+        save_latents: also write the normalised latents, to `latents.npy`.
+        solver: as `train.sampler.solver`.
+        steps: as `train.sampler.steps`.
+        guidance: as `train.sampler.guidance`.
+        guidance_low: as `train.sampler.guidance_low`.
+        guidance_high: as `train.sampler.guidance_high`.
+        time_shift: as `train.sampler.time_shift`.
+        rtol: as `train.sampler.rtol`.
     """
 
     checkpoint: str = "???"

@@ -34,11 +34,16 @@ RULES = (
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Devices along each axis; `data` -1 takes all that are left.
+    """Devices along each axis of the mesh, and how several processes find each other.
 
-    Several processes join at the start: with `multi_process` those that a cluster (Slurm, Open MPI, Kubernetes, Cloud
-    TPU) says there are, else the `num_processes` that meet at `coordinator` (host:port of the first), of which this one
-    is number `process_id`.
+    Attributes:
+        data: devices that share a batch and hold whole parameters; -1: all that are left.
+        fsdp: devices that share a batch and split the parameters.
+        tensor: devices that split the matrices within a layer.
+        multi_process: join the processes that a cluster has started (Slurm, Open MPI, Kubernetes, Cloud TPU).
+        coordinator: `host:port` of the first process, without a cluster; needs the next two.
+        num_processes: number of processes that meet at `coordinator`.
+        process_id: number of this process, from 0.
     """
 
     data: int = -1

@@ -28,12 +28,15 @@ Batch = dict[str, np.ndarray]
 class DataConfig:
     """Where the training data lies and how it is read.
 
-    `num_threads` read and decode batches, up to `prefetch` of them ahead of the training step. `verify_hashes` compares
-    the contents of the shards with the manifest at the start of a run, whatever their size. Where there are captions, a
-    visit reads the long one with probability `long_caption_prob`; `text_cache` is a folder of their features as `prepare`
-    writes it, or None for an encoder that runs in the training loop. Up to `max_bad_records` different records of a split
-    that are damaged or break a rule are named and passed over, for the next readable one each; one more ends the run.
-    Every process counts its own, from its start.
+    Attributes:
+        path: folder made by `python -m flowdit.prepare`.
+        num_threads: threads of a process that read and decode batches.
+        prefetch: batches read ahead of the training step.
+        verify_hashes: compare the contents of all shards with the manifest when a run starts; those of small sets are always compared.
+        long_caption_prob: probability that a visit of a record reads its long caption, where it has one; in [0, 1].
+        text_cache: folder of text features written by `prepare`; null: the text encoder runs in the training loop.
+        max_bad_records: damaged records per split that are reported and replaced by the next readable one; one more ends the
+            run. Each process counts its own, from its start.
     """
 
     path: str = "???"

@@ -37,25 +37,28 @@ from flowdit.models.vae import AutoencoderKL, load_vae
 
 @dataclass
 class PrepareConfig:
-    """What `python -m flowdit.prepare` is told.
+    """Settings of `python -m flowdit.prepare`.
 
-    source: "openmoji", or a folder of images with one sub-folder a class. Without sub-folders there are no labels: such
-        a data set trains stage 2 if there are captions, and without a condition (`conditioning=none`) if there are none.
-    captions: JSON-lines file with `file` (path of an image within `source`), `short_caption` and perhaps `long_caption`;
-        empty for none (OpenMoji has its own).
-    out: folder of the data set; empty for `data/<name of the source>`.
-    vae: "openmoji" (embedded), or a diffusers AutoencoderKL by folder or hub id.
-    image_size: side in pixels to which images are resized and cropped.
-    batch_size: images encoded at a time.
-    records_per_shard: null for about 128 shards of 512 to 16,384 records.
-    held_out_fraction: share of a folder's images that make the validation split (OpenMoji's is fixed).
-    posterior_std: also store the posterior deviation, so that training can draw a fresh latent at each visit.
-    hflip: add a mirrored copy of each training image.
-    dtype: of the latents on disk.
-    license, attribution: carried in the manifest; empty for the source's own.
-    text_encoder: encoder whose features of the captions are written as well, as `text.encoder` in training; empty for none.
-    text_dtype, text_max_length: dtype of the features, and tokens to which captions are cut.
-    text_cache: folder of the features; empty for `text_features` in `out`.
+    Attributes:
+        source: `openmoji`, or a folder of images with one sub-folder a class. Without sub-folders there are no labels: such a
+            set trains stage 2 if there are captions, and a model without condition otherwise.
+        captions: JSON-lines file with `file` (path of an image within `source`), `short_caption` and optionally `long_caption`;
+            empty: none (OpenMoji has its own).
+        out: folder of the data set; empty: `data/<name of the source>`.
+        vae: `openmoji` (embedded), or a diffusers AutoencoderKL by folder or hub id.
+        image_size: side in pixels to which images are resized and cropped; a multiple of the VAE's stride.
+        batch_size: images encoded at a time.
+        records_per_shard: records of a file; null: about 128 files of 512 to 16,384.
+        held_out_fraction: share of a folder's images that make the validation split, in [0, 1); OpenMoji's is fixed.
+        posterior_std: also store the posterior's deviation, so that training draws a fresh latent at each visit.
+        hflip: add a mirrored copy of each training image.
+        dtype: dtype of the latents on disk, `float16` or `float32`.
+        license: licence of the images, for the manifest; empty: the source's own.
+        attribution: attribution of the images, for the manifest; empty: the source's own.
+        text_encoder: encoder whose features of the captions are written as well, as `text.encoder` in training; empty: none.
+        text_dtype: dtype of these features, `bfloat16` or `float32`.
+        text_max_length: tokens to which captions are cut.
+        text_cache: folder of the features; empty: `text_features` in `out`.
     """
 
     source: str = "openmoji"

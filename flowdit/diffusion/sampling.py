@@ -41,7 +41,17 @@ ADAPTIVE_SOLVERS = ("heun", "dopri5", "tsit5")
 
 @dataclasses.dataclass
 class SamplerConfig:
-    """Settings of the sampler. `rtol` switches to adaptive steps (at most `steps`)."""
+    """Settings of the sampler.
+
+    Attributes:
+        solver: ODE solver: `euler`, `heun`, `midpoint`, `dopri5` or `tsit5`.
+        steps: steps from noise to data; with `rtol`, the maximum number.
+        guidance: weight of classifier-free guidance; 1: none.
+        guidance_low: lowest flow time with guidance; in [0, 1].
+        guidance_high: highest flow time with guidance; in [`guidance_low`, 1].
+        time_shift: shift s of the solver's times, t' = s t / (1 + (s - 1) t); 1: evenly spaced.
+        rtol: relative (and absolute) tolerance of adaptive steps, with `heun`, `dopri5` or `tsit5`; null: fixed steps.
+    """
 
     solver: str = "heun"
     steps: int = 25

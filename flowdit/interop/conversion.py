@@ -43,16 +43,18 @@ WEIGHTS = tuple(ENTRIES)
 class ConvertConfig(ForeignConfig):
     """Settings of `python -m flowdit.convert`.
 
-    source: a flowdit checkpoint or safetensors file, a diffusers folder, a file of DiT, SiT or PixArt, or a hub id.
-    target: the folder, or with to=safetensors the file, to be written; it must not exist.
-    to: "checkpoint" (flowdit's own, weights and metadata), "diffusers" (folder) or "safetensors" (one file).
-    weights: "ema", or "model" for the raw weights.
-    dtype: of the weights written; float16 halves a slim checkpoint.
-    own_class: export flowdit's transformer class, for features that the stock class does not have.
-    image: an image for the model card; "draw" samples one, "none" omits it.
-    picture: the former name of `image`, still accepted.
-    prompts: prompts for the image of a text model, one or a list; default: the run's `train.sample_prompts`.
-    push_to_hub: repository to upload the target to.
+    Attributes:
+        source: a flowdit checkpoint or safetensors file, a diffusers folder, a file of DiT, SiT or PixArt, or a hub id.
+        target: the folder, or with `to=safetensors` the file, to be written; it must not exist.
+        to: `checkpoint` (flowdit's own, weights and metadata), `diffusers` (folder) or `safetensors` (one file).
+        weights: `ema`, or `model` for the raw weights.
+        dtype: dtype of the weights written: `float32`, `bfloat16` or `float16`.
+        own_class: export flowdit's transformer class to diffusers, for features that the stock class does not have.
+        image: an image file for the model card; `draw` samples one, `none` omits it.
+        picture: the former name of `image`, still accepted.
+        prompts: prompts for the image of a text model, one or a list; null: the run's `train.sample_prompts`.
+        push_to_hub: repository on the Hugging Face hub to upload the target to; null: no upload.
+        private: make that repository private, if it is new.
     """
 
     source: str = "???"

@@ -25,14 +25,16 @@ SD_VAE = VaeInfo(name="", fingerprint="", shift=0.0, scale=0.18215, stride=8)
 class ForeignConfig:
     """The user's hints about a checkpoint, for information that is not in its files.
 
-    format: "dit", "sit" or "pixart", for a file of an original repository; DiT's and SiT's tensors have the same names.
-    prediction: "velocity" or "noise", the output of the network.
-    latent_size: side of the latents, needed without a position table.
-    num_heads: attention heads, for a width that is not in the papers.
-    interpolation_scale: of PixArt's positions, needed without a position table.
-    classes: text file with one class name per line; default: numbers.
-    vae: the AutoencoderKL of the latents, a folder or hub id; default: that of the pipeline folder.
-    text_encoder, max_length: the text encoder of the model, and its number of tokens.
+    Attributes:
+        format: `dit`, `sit` or `pixart`, for a file of an original repository; DiT's and SiT's tensors have the same names.
+        prediction: output of the network, `velocity` or `noise`.
+        latent_size: side of the latents, needed without a position table.
+        num_heads: attention heads, for a width that is not in the papers.
+        interpolation_scale: scale of PixArt's positions, needed without a position table.
+        classes: text file with one class name per line; null: numbers.
+        vae: the AutoencoderKL of the latents, a folder or hub id; null: that of the pipeline folder.
+        text_encoder: the text encoder of the model, a folder or hub id.
+        max_length: number of tokens of the text features.
     """
 
     format: str | None = None

@@ -38,8 +38,10 @@ Network = Callable[[Int[Array, " length"], Bool[Array, " length"]], Float[Array,
 class TextConfig:
     """Settings of the frozen text encoder.
 
-    `encoder` is "wordllama", a folder with a T5Gemma model, or its Hugging Face hub id. Captions are cut to `max_length`
-    tokens. `dtype` is that of weights and features.
+    Attributes:
+        encoder: `wordllama`, a folder with a T5Gemma model, or its Hugging Face hub id.
+        max_length: tokens to which captions are cut, special tokens included; 120 in PixArt-alpha, 300 in PixArt-sigma.
+        dtype: dtype of its weights and features, `bfloat16` or `float32`.
     """
 
     encoder: str = "google/t5gemma-2b-2b-ul2"

@@ -24,16 +24,25 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Shape of the transformer. Latent shape, number of classes and width of the text come from data and encoder.
+    """Shape of a transformer. Latent shape, number of classes and width of the text come from data and encoder.
 
-    `interpolation_scale` divides the position coordinates, so that a larger grid spans the range of a smaller one:
-    PixArt uses 0.5 at 256 pixels, 1 at 512 and 2 at 1024. `micro_conditioning` (mmdit only) adds height, width and
-    aspect ratio to the time embedding (SDXL; PixArt-alpha at 1024).
-
-    The last four are how models from elsewhere differ. `time_freq_shift` is 1 in diffusers' DiT, which divides the
-    exponents of its time frequencies by 127 in place of 128, and `mlp_norm_eps` there 1e-5. `time_scale` multiplies the
-    flow time before it is embedded: 1 in SiT. `null_tokens` (mmdit only) is the number of rows of the null caption: 1
-    for one vector at every token, 120 in PixArt-alpha's own checkpoints.
+    Attributes:
+        name: the network: `ccdit` (class-conditional DiT) or `mmdit` (PixArt-alpha's text-conditional transformer).
+        depth: number of blocks.
+        hidden_dim: width of the residual stream, divisible by 4 and by `num_heads`.
+        num_heads: attention heads.
+        patch_size: side of a patch in latent pixels.
+        mlp_ratio: hidden width of the MLP over `hidden_dim`.
+        qk_norm: RMSNorm of queries and keys.
+        remat: what the backward pass keeps: `none` (everything), `dots` (matrix products) or `full` (only block inputs).
+        micro_conditioning: add height, width and aspect ratio of the image to the time embedding (SDXL; PixArt-alpha at 1024
+            pixels); only `mmdit`.
+        interpolation_scale: position coordinates are divided by it; PixArt uses 0.5 at 256 pixels, 1 at 512, 2 at 1024.
+        time_freq_shift: 1 in diffusers' DiT, which divides the exponents of its time frequencies by 127 in place of 128.
+        time_scale: factor of the flow time before it is embedded; 1 in SiT.
+        mlp_norm_eps: epsilon of the norm before the MLP; 1e-5 in diffusers' DiT.
+        null_tokens: rows of the null caption: 1 for one vector at every token, 120 in PixArt-alpha's own checkpoints; `mmdit`
+            alone.
     """
 
     name: str = "ccdit"

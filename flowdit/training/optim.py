@@ -19,7 +19,19 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass
 class OptimConfig:
-    """AdamW. `warmup_steps` counts up linearly from zero; `cosine` ends at `final_factor` of the peak."""
+    """AdamW, with a warm-up and a schedule.
+
+    Attributes:
+        name: the optimizer, `adamw`.
+        learning_rate: peak learning rate.
+        betas: decays of the first and the second moment, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay of the matrices of linear layers, times the learning rate; other parameters are not decayed.
+        clip_norm: global norm to which gradients are clipped; null: not clipped.
+        schedule: `constant`, or `cosine` from the peak to `final_factor` of it at the last step.
+        warmup_steps: steps over which the learning rate rises linearly to its peak.
+        final_factor: share of the peak at the end of `cosine`.
+    """
 
     name: str = "adamw"
     learning_rate: float = 1e-4

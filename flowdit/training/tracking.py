@@ -36,7 +36,15 @@ class Report:
 
 @dataclasses.dataclass
 class WandbConfig:
-    """Weights & Biases. Without a network or a login an online run says so and goes on offline."""
+    """Weights & Biases. Without a network or a login an online run prints a warning and continues offline.
+
+    Attributes:
+        enabled: also log to W&B.
+        mode: `online`, `offline` or `disabled`.
+        project: W&B project.
+        name: name of the run; null: W&B's choice.
+        init_timeout: seconds to wait for W&B at the start.
+    """
 
     enabled: bool = True
     mode: str = "online"

@@ -41,10 +41,11 @@ class View(NamedTuple):
 
 @dataclasses.dataclass
 class AuxiliaryLoss(abc.ABC):
-    """A loss that is added to the objective with `weight` (0: off), up to and including step `last_step` (null:
-    always).
+    """A loss that is added to the objective. Further settings are the dataclass fields of its class.
 
-    The dataclass fields of a subclass are its settings, `auxiliary.<name>.<field>` in the configuration.
+    Attributes:
+        weight: factor of the loss; 0: off.
+        last_step: last step at which it is added; null: all of them.
     """
 
     weight: float = 0.0

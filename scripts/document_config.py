@@ -1,0 +1,202 @@
+"""Write docs/configuration.md from the dataclasses, their docstrings and the YAML groups.
+
+    python scripts/document_config.py
+
+Every field is described in an `Attributes:` section of the docstring of its class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import flowdit.configs
+from flowdit.config import Config, SampleConfig
+from flowdit.data.prepare import PrepareConfig
+from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
+from flowdit.interop import ConvertConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+GROUPS = Path(flowdit.configs.__file__).parent
+COMMANDS = {
+    "Training": ("`train_stage1.py` and `train_stage2.py`", Config),
+    "Sampling": ("`python -m flowdit.sample`", SampleConfig),
+    "Preparing data": ("`python -m flowdit.prepare`", PrepareConfig),
+    "Converting": ("`python -m flowdit.convert`", ConvertConfig),
+}
+INTRODUCTION = """# Configuration
+
+Every key of every command: type, default, meaning. Written by `python scripts/document_config.py` from the dataclasses
+that hold the settings; do not edit. A default is that of the dataclass. What the YAML groups change of it is listed
+[at the end](#yaml-groups). Keys are given as `key=value` on the command line; `null` is no value.
+
+"""
+
+
+def page() -> str:
+    """The whole page, as Markdown."""
+    parts = [INTRODUCTION]
+    for title, (command, schema) in COMMANDS.items():
+        parts.append(f"## {title}\n\nKeys of {command}.\n\n")
+        parts += sections(schema)
+    parts.append("## YAML groups\n\n")
+    parts += group_tables()
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+def sections(schema: type, prefix: str = "") -> Iterator[str]:
+    """A table of the fields of `schema`, and one for each dataclass among them; subclasses show what they add."""
+    nested = nested_classes(schema)
+    if prefix:
+        yield f"### `{prefix.rstrip('.')}`\n\n{introduction(schema)}\n\n"
+    fields = sorted(dataclasses.fields(schema), key=lambda field: field.name not in inspect.get_annotations(schema))
+    yield table(schema, prefix, [field for field in fields if field.name not in nested])
+    for subclass in own_subclasses(schema) if prefix else []:
+        if added := added_fields(schema, subclass):
+            yield f"With `{subclass.__name__}`: {introduction(subclass)}\n\n{table(subclass, prefix, added)}"
+    for name, kind in nested.items():
+        yield from sections(kind, f"{prefix}{name}.")
+    if schema is Config:
+        for name, loss in AUXILIARY.items() or [("<name>", AuxiliaryLoss)]:
+            yield from sections(loss, f"auxiliary.{name}.")
+
+
+def nested_classes(schema: type) -> dict[str, type]:
+    """The fields that are dataclasses themselves."""
+    hints = typing.get_type_hints(schema)
+    names = [field.name for field in dataclasses.fields(schema)]
+    return {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
+
+
+def own_subclasses(schema: type) -> list[type]:
+    """All subclasses that belong to the package."""
+    direct = [kind for kind in schema.__subclasses__() if kind.__module__.startswith("flowdit.")]
+    return [kind for child in direct for kind in (child, *own_subclasses(child))]
+
+
+def added_fields(base: type, subclass: type) -> list[dataclasses.Field]:
+    """The fields of `subclass` that `base` lacks or has another default for."""
+    defaults = {field.name: default(field) for field in dataclasses.fields(base)}
+    return [field for field in dataclasses.fields(subclass) if defaults.get(field.name) != default(field)]
+
+
+def table(schema: type, prefix: str, fields: list[dataclasses.Field]) -> str:
+    """The fields as rows of a table. Raises `ValueError` for one without a description, or one that there is not."""
+    hints, described = typing.get_type_hints(schema), descriptions(schema)
+    names = {field.name for field in dataclasses.fields(schema)}
+    if wrong := names ^ described.keys():
+        raise ValueError(f"{schema.__name__}: fields and their descriptions differ in {', '.join(sorted(wrong))}")
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for field in fields:
+        cells = (f"`{prefix}{field.name}`", type_name(hints[field.name]), default(field), described[field.name])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n\n"
+
+
+def introduction(schema: type) -> str:
+    """What the docstring says before its section of attributes."""
+    return inspect.cleandoc(schema.__doc__ or "").partition("\nAttributes:\n")[0].strip()
+
+
+def descriptions(schema: type) -> dict[str, str]:
+    """The description of every field, from the docstrings of the class and its bases."""
+    found: dict[str, str] = {}
+    for kind in reversed(schema.__mro__):
+        section = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("\nAttributes:\n")[2]
+        for entry in re.split(r"\n(?=    \w)", "\n" + section.split("\n\n")[0])[1:]:
+            name, _, text = entry.strip().partition(": ")
+            found[name] = text[:1].upper() + " ".join(text.split())[1:]
+    return found
+
+
+def type_name(hint: Any) -> str:
+    """A type as a user writes its values."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(type_name(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, dict):
+        inner = typing.get_args(hint)[-1]
+        kind = "list" if typing.get_origin(hint) is list else "section"
+        return kind if inner is Any else f"{kind} of {type_name(inner)}"
+    return {type(None): "null", Any: "any"}.get(hint) or hint.__name__
+
+
+def default(field: dataclasses.Field) -> str:
+    """The default as YAML has it."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value == "???":
+        return "must be given"
+    if value == "" or value == {}:
+        return "empty"
+    return f"`{in_yaml(value)}`"
+
+
+def in_yaml(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(in_yaml(item) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def group_tables() -> Iterator[str]:
+    """What the training commands choose; one table a group: each option, what its file says, and what it changes."""
+    yield "What the two training commands choose without overrides:\n\n| command | choices |\n|---|---|\n"
+    for command, name in (("train_stage1.py", "config"), ("train_stage2.py", "config_stage2")):
+        yield f"| `{command}` | {in_code(changes(GROUPS / f'{name}.yaml', ''))} |\n"
+    yield "\n"
+    for folder in sorted({file.parent for file in GROUPS.glob("*/**/*.yaml")}):
+        group = folder.relative_to(GROUPS).as_posix()
+        yield f"### `{group}=...`\n\n| option | what it is | what it changes |\n|---|---|---|\n"
+        for file in sorted(folder.glob("*.yaml")):
+            yield f"| `{file.stem}` | {comment(file)} | {in_code(changes(file, group)) or 'nothing'} |\n"
+        yield "\n"
+
+
+def comment(file: Path) -> str:
+    """The sentences at the top of a file, without commands."""
+    lines = [line.removeprefix("#").rstrip() for line in file.read_text().splitlines() if line.startswith("#")]
+    prose = [line.strip() for line in lines if not line.startswith(("   ", " @package"))]
+    return " ".join(prose).replace("|", "\\|")
+
+
+def changes(file: Path, group: str) -> Iterator[str]:
+    """The options of groups that a file chooses, and the values that it sets, as overrides."""
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(content, dict)
+    entries = [entry if isinstance(entry, dict) else {"": entry} for entry in content.pop("defaults", [])]
+    for name, option in ((name, option) for entry in entries for name, option in entry.items()):
+        if not name and group and option != "_self_" and not option.endswith("_schema"):
+            yield f"{group}={option}"
+        elif name.startswith("override /"):
+            yield f"{name.removeprefix('override /')}={option}"
+        elif name and option is not None:
+            yield f"{group}/{name}={option}".lstrip("/")
+    section = {"": "", "experiment": "", "model/size": "model."}.get(group, f"{group}.")
+    yield from (f"{section}{name}={in_yaml(value)}" for name, value in leaves(content))
+
+
+def in_code(items: Iterator[str]) -> str:
+    """A list in Markdown."""
+    return ", ".join(f"`{item}`" for item in items)
+
+
+def leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested dictionary."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
