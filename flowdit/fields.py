@@ -7,7 +7,7 @@ the sampler is `sampler.steps` to the training settings and `train.sampler.steps
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -55,9 +55,18 @@ def called(names: Mapping[str, str]) -> Iterator[None]:
 
 def shown(value: Any) -> str:
     """The `repr` of a value that may come from an untrusted file, cut for an error message."""
-    return shortened(repr(value))
+    return shortened(repr(value), 80)
 
 
 def shortened(text: str, length: int = 120) -> str:
     """The beginning of a text that may be long."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """The first names of a list for an error message, as a damaged file may have millions of them.
+
+    "a, b, c, d, e ... and 484 more"; long names are cut, and names with line breaks or control characters are quoted.
+    """
+    first = ", ".join(shortened(name if name.isprintable() else repr(name)) for name in names[:limit])
+    return f"{first} ... and {len(names) - limit} more" if len(names) > limit else first

@@ -15,6 +15,7 @@ LAYERS = {
     "errors": 0,
     "hashing": 0,
     "fields": 0,
+    "json_input": 0,
     "sharding": 0,
     "processes": 0,
     "hardware": 0,

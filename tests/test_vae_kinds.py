@@ -11,6 +11,7 @@ from runs import call, train_here
 
 from flowdit.data.manifest import Manifest
 from flowdit.inference.images import load_matching_vae, make_decoder
+from flowdit.json_input import parse
 from flowdit.models.vae import load_vae
 from flowdit.prepare import main as prepare
 from flowdit.sample import main as sample
@@ -141,7 +142,7 @@ def test_a_model_whose_vae_is_unknown_takes_one_of_its_layout(prepared):
     vae, data = prepared["sdxl"]
     raw = json.loads((data / "dataset.json").read_text())
     raw["vae"] |= {"fingerprint": "", "name": ""}
-    manifest = Manifest.parse(raw | {"shards": []})
+    manifest = parse(Manifest, raw | {"shards": []})
     assert load_matching_vae(str(vae), manifest).config.latent_channels == 4
     with pytest.raises(ValueError, match=r"^vae: must be given, the checkpoint has none .*4 channels"):
         load_matching_vae("", manifest)

@@ -10,10 +10,17 @@ import re
 import shutil
 from pathlib import Path
 
+from pydantic import RootModel
+
 from flowdit.hashing import file_sha256
+from flowdit.json_input import InputError, parse_file
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("state", "model_ema", "dataset", "meta")
+
+
+class Checksums(RootModel[dict[str, str]]):
+    """The SHA-256 of every file of a checkpoint by its name."""
 
 
 class CheckpointError(ValueError):
@@ -65,14 +72,11 @@ def verify_files(step_folder: Path) -> None:
 
 def _read_checksums(file: Path) -> dict[str, str]:
     try:
-        recorded = json.loads(file.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError) as problem:
-        raise DamagedCheckpoint(f"{file}: not readable") from problem
-    except OSError as problem:
-        raise CheckpointError(f"{file}: cannot be read: {problem.strerror}") from problem
-    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
-        raise DamagedCheckpoint(f"{file}: must map the files of the checkpoint to their SHA-256")
-    return recorded
+        return parse_file(Checksums, file).root
+    except InputError as problem:
+        # A file that is there and cannot be read may be the fault of the disk.
+        is_disk = isinstance(problem.__cause__, OSError) and not isinstance(problem.__cause__, FileNotFoundError)
+        raise (CheckpointError if is_disk else DamagedCheckpoint)(str(problem)) from problem
 
 
 def _files(step_folder: Path) -> dict[str, Path]:

@@ -5,20 +5,21 @@ carries a plan from the beginning, so that runs with other settings cannot mix t
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float64
+from pydantic import RootModel
+from pydantic.dataclasses import dataclass
 
 from flowdit.data.manifest import write_json
 from flowdit.data.records import encode
 from flowdit.hashing import file_sha256
+from flowdit.json_input import STRICT, Count, InputError, parse_file
 
 PLAN_NAME = "prepare.json"
 
@@ -26,14 +27,18 @@ Sums = dict[str, Any]
 """Numbers or arrays of numbers by name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Sidecar:
     """What a finished shard holds; `sums` are the totals over its records of what `write_shard` was told to sum."""
 
-    records: int
-    bytes: int
+    records: Count
+    bytes: Count
     sha256: str
     sums: Sums
+
+
+class Plan(RootModel[dict[str, Any]]):
+    """What two runs into one folder must have in common, by name."""
 
 
 def latent_sums(record: Mapping[str, Any]) -> Sums:
@@ -93,9 +98,9 @@ def finished_sidecar(path: Path) -> Sidecar:
 def read_sidecar(path: Path) -> Sidecar | None:
     """The sidecar of the shard at `path`, or None if that shard has not been finished."""
     try:
-        sidecar = Sidecar(**json.loads(_sidecar_path(path).read_text(encoding="utf-8")))
+        sidecar = parse_file(Sidecar, _sidecar_path(path))
         return sidecar if path.stat().st_size == sidecar.bytes else None
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, InputError):
         return None
 
 
@@ -119,8 +124,8 @@ def claim_folder(field: str, folder: Path, plan: Mapping[str, Any], manifest_nam
             raise ValueError(f"{field}: {folder} holds shards without {PLAN_NAME}: give another folder")
         return write_json(path, plan)
     try:
-        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        theirs = parse_file(Plan, path).root
+    except InputError:
         raise ValueError(f"{field}: {path} is damaged: remove the folder or give another one") from None
     for name, ours in plan.items():
         if theirs.get(name) != ours:

@@ -8,26 +8,27 @@ wrong models.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Float, Float64
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from flowdit.data.captions import CAPTIONS, Counter, caption_key, choose_long, chosen_captions
 from flowdit.data.manifest import (
     HASH_LIMIT_BYTES,
     Manifest,
     Shard,
-    check_shards,
-    parse_fields,
-    read_json,
+    check_different,
+    read_manifest,
     verify_shards,
 )
 from flowdit.data.record_files import RecordFiles, check_files
 from flowdit.data.records import RecordError
+from flowdit.json_input import STRICT, Count, Listed
 from flowdit.models.text_encoder import TextEncoder
 
 FILE_NAME = "text_features.json"
@@ -35,30 +36,28 @@ SCHEMA_VERSION = 1
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class CacheManifest:
     """The contents of `text_features.json`. `data` is the id of the data set's manifest; empty captions do not count.
 
     Shards are parallel to those of the data set, with a record for each caption of a record.
     """
 
+    schema_version: Literal[1] = SCHEMA_VERSION
     encoder: str
     fingerprint: str
     dtype: Literal["bfloat16", "float32"]
-    max_length: int
-    width: int
+    max_length: Count
+    width: Count
     data: str
-    captions: int
-    truncated: int
-    shards: tuple[Shard, ...]
-    schema_version: int = SCHEMA_VERSION
+    captions: Annotated[int, Field(ge=0)]
+    truncated: Annotated[int, Field(ge=0)]
+    shards: Annotated[Listed[Shard], Field(min_length=1)]
 
-    @classmethod
-    def parse(cls, data: Any) -> "CacheManifest":
-        """The manifest in what came out of JSON. Raises `ManifestError` naming the field that breaks a rule."""
-        manifest = parse_fields(cls, data, SCHEMA_VERSION)
-        check_shards(manifest.shards)
-        return manifest
+    @model_validator(mode="after")
+    def _check(self) -> "CacheManifest":
+        check_different(self.shards)
+        return self
 
     def check_made_by(self, folder: Path, encoder: TextEncoder, manifest: Manifest) -> None:
         """Raise `ValueError` saying what differs unless `encoder` made these features, of that data set."""
@@ -182,7 +181,7 @@ def open_cache(
         raise ValueError(
             f"data.text_cache: {folder} has no {FILE_NAME}; `python -m flowdit.prepare text_encoder=...` makes it"
         )
-    cache = read_json(folder / FILE_NAME, CacheManifest.parse)
+    cache = read_manifest(CacheManifest, folder / FILE_NAME)
     cache.check_made_by(folder, encoder, manifest)
     shards = [shard for shard in cache.shards if shard.split == split]
     verify_shards(folder, shards, hashes=verify_hashes, limit=hash_limit)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from flowdit.data.captions import CAPTIONS, caption_key
 from flowdit.data.loader import open_source
-from flowdit.data.manifest import Manifest, Shard, read_json, verify_shards, write_json
+from flowdit.data.manifest import Manifest, Shard, read_manifest, verify_shards, write_json
 from flowdit.data.records import CAPTION_FIELDS, record_schema
 from flowdit.data.shards import claim_folder, finished_sidecar, read_sidecar, remove_sidecar, write_shard
 from flowdit.data.text_cache import FILE_NAME, CacheManifest, packed_dtype
@@ -30,7 +30,7 @@ def write_cache(folder: Path, data: Path, manifest: Manifest, encoder: TextEncod
     identity = {name: getattr(encoder, name) for name in ("fingerprint", "dtype", "max_length", "width")}
     claim_folder("text_cache", folder, {"encoder": encoder.name, **identity, "data": manifest.id}, FILE_NAME)
     if (folder / FILE_NAME).exists():
-        cache = read_json(folder / FILE_NAME, CacheManifest.parse)
+        cache = read_manifest(CacheManifest, folder / FILE_NAME)
         cache.check_made_by(folder, encoder, manifest)
         verify_shards(folder, cache.shards, hashes=False)
         print(f"{folder} already holds the text features of this data set: nothing to do")

@@ -12,6 +12,7 @@ from flowdit.checkpoint.files import CheckpointError
 from flowdit.conditioning import Conditioning, from_checkpoint
 from flowdit.config import Config, from_stored
 from flowdit.data.manifest import Manifest
+from flowdit.json_input import parse
 
 
 class Trained(NamedTuple):
@@ -43,7 +44,7 @@ def describe_trained(meta: Mapping[str, Any]) -> Trained:
 
 
 def _describe(meta: Mapping[str, Any]) -> Trained:
-    config, manifest = from_stored(meta["config"]), Manifest.parse(meta["manifest"])
+    config, manifest = from_stored(meta["config"]), parse(Manifest, meta["manifest"])
     conditioning = from_checkpoint(config, manifest, meta)
     template = jax.eval_shape(conditioning.model_builder(config, manifest))
     mean, scale, prediction = meta["latent_mean"], meta["latent_scale"], meta.get("prediction", "velocity")

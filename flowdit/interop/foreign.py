@@ -9,12 +9,12 @@ import numpy as np
 
 from flowdit.config import Config
 from flowdit.data.loader import DataConfig
+from flowdit.fields import listed
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig, foreign_meta
 from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
-from flowdit.models.pretrained import listed
 from flowdit.models.transformer import ModelConfig
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flowdit.fields import shown
+from flowdit.fields import listed, shown
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.foreign import Found, assemble
@@ -19,7 +19,6 @@ from flowdit.interop.portable import Portable
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.layers import sincos_positions
-from flowdit.models.pretrained import listed
 from flowdit.models.transformer import ModelConfig
 
 # Heads by width in the papers; the files do not contain the number of heads.

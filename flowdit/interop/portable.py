@@ -20,10 +20,10 @@ from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
 from flowdit.checkpoint.writer import save_slim
 from flowdit.diffusion.sampling import PREDICTIONS
-from flowdit.fields import shortened, shown
+from flowdit.fields import listed, shortened, shown
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
-from flowdit.models.pretrained import check_finite, listed, read_tensors
+from flowdit.models.pretrained import check_finite, read_tensors
 
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")

@@ -5,7 +5,6 @@ A network is built as shapes only and then filled from the files by key: a param
 key. All files are untrusted: JSON and safetensors hold data only, and an index cannot point outside its folder.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,9 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from flowdit.fields import FieldError, shortened, shown
-
-
-def listed(names: Sequence[str], limit: int = 5) -> str:
-    """The first names of a list for an error message, as a damaged file may have millions of them.
-
-    "a, b, c, d, e ... and 484 more"; long names are cut, and names with line breaks or control characters are quoted.
-    """
-    first = ", ".join(shortened(name if name.isprintable() else repr(name)) for name in names[:limit])
-    return f"{first} ... and {len(names) - limit} more" if len(names) > limit else first
+from flowdit import json_input
+from flowdit.errors import first_line
+from flowdit.fields import FieldError, listed, require, shown
 
 
 def find_folder(
@@ -68,7 +60,7 @@ def _download(field: str, name: str, patterns: list[str], accepted: str) -> Path
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the client raises the errors of its HTTP library
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         problem = f"must be {accepted}, got {name!r} ({type(error).__name__}: {reason})"
         raise FieldError(field, problem) from error
 
@@ -106,12 +98,9 @@ def _shard(index: Path, name: Any) -> Path:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read the object in a JSON file. Raises `ValueError` naming the file if there is none."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a readable JSON file ({error})") from error
+    content = json_input.read_json(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: must hold a JSON object, not {type(content).__name__}")
+        raise ValueError(f"{file}: must hold a JSON object, got {shown(content)}")
     return content
 
 
@@ -153,6 +142,15 @@ def numbers_after(prefix: str, keys: Iterable[str]) -> set[str]:
     Their number is bounded by the file size, the largest number is not.
     """
     return {key.removeprefix(prefix).partition(".")[0] for key in keys if key.startswith(prefix)}
+
+
+def check_sizes(config: Any, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `FieldError` naming the first of the sizes in `config` that is larger than every axis of the tensors."""
+    largest = max((size for shape in shapes.values() if 0 not in shape for size in shape), default=0)
+    for name in names:
+        value = getattr(config, name)
+        is_found = (max(value) if isinstance(value, tuple) else value) <= largest
+        require(name, value, is_found, f"must be at most {largest}, the largest size of a tensor")
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], source: str | Path) -> None:

@@ -11,16 +11,19 @@ diffusers' `models/autoencoders/autoencoder_kl.py`, the reference of the tests.
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from flowdit import hashing
-from flowdit.fields import require, shown
+from flowdit.fields import require
+from flowdit.json_input import STRICT, STRICT_PART, Count, Listed, Positive, parse
 from flowdit.models import pretrained
 from flowdit.models.vae_blocks import DownBlock, MidBlock, UpBlock, chain, conv, norm
 
@@ -31,21 +34,28 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class VaeConfig:
     """The fields of a diffusers `config.json` of an `AutoencoderKL`, with diffusers' defaults."""
 
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    in_channels: int = 3
-    out_channels: int = 3
+    block_out_channels: Annotated[Listed[Count], Field(min_length=1)] = (64,)
+    layers_per_block: Count = 1
+    latent_channels: Count = 4
+    norm_num_groups: Count = 32
+    in_channels: Count = 3
+    out_channels: Count = 3
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    scaling_factor: float = 0.18215
+    scaling_factor: Positive = 0.18215
     shift_factor: float = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "VaeConfig":
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        are_multiples = not any(width % groups for width in widths)
+        require("block_out_channels", list(widths), are_multiples, f"must be multiples of norm_num_groups={groups}")
+        return self
 
     @property
     def stride(self) -> int:
@@ -61,75 +71,36 @@ class VaeConfig:
             shapes: of the tensors in the weight files. Other sizes are refused before a network is built.
 
         Raises:
-            FieldError: naming the first field that is invalid, of another architecture, or does not match the tensors.
+            ValueError: naming the first field that is damaged, belongs to another architecture or fits no tensor.
         """
-        values: dict[str, Any] = {field.name: raw.get(field.name, field.default) for field in dataclasses.fields(cls)}
-        if values["shift_factor"] is None:
-            values["shift_factor"] = 0.0
-        _check_architecture(raw)
-        _check_values(values)
-        _check_sizes(values, shapes)
-        num_blocks = len(values["block_out_channels"])
-        _require_equal(raw, "down_block_types", ["DownEncoderBlock2D"] * num_blocks, default=["DownEncoderBlock2D"])
-        _require_equal(raw, "up_block_types", ["UpDecoderBlock2D"] * num_blocks, default=["UpDecoderBlock2D"])
-        values["block_out_channels"] = tuple(values["block_out_channels"])
-        values["scaling_factor"] = float(values["scaling_factor"])
-        values["shift_factor"] = float(values["shift_factor"])
-        return cls(**values)
+        blocks = parse(_Architecture, raw)
+        content = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+        if content.get("shift_factor", 0) is None:
+            content["shift_factor"] = 0.0
+        config = parse(cls, content)
+        widths, layers = config.block_out_channels, config.layers_per_block
+        found = len(pretrained.numbers_after("encoder.down_blocks.", shapes))
+        rule = f"must be a list of {found}, as in its tensors"
+        require("block_out_channels", list(widths), len(widths) == found, rule)
+        found = len(pretrained.numbers_after("encoder.down_blocks.0.resnets.", shapes))
+        require("layers_per_block", layers, layers == found, f"must be {found}, as in its tensors")
+        pretrained.check_sizes(config, ("block_out_channels", "latent_channels", "in_channels", "out_channels"), shapes)
+        for name in ("down_block_types", "up_block_types"):
+            kinds = list(getattr(blocks, name))
+            require(name, kinds, len(kinds) == len(widths), f"must be a list of {len(widths)}")
+        return config
 
 
-def _check_architecture(raw: Mapping[str, Any]):
-    _require_equal(raw, "_class_name", "AutoencoderKL")
-    _require_equal(raw, "act_fn", "silu", default="silu")
-    # If given, per-channel affines replace scaling_factor.
-    _require_equal(raw, "latents_mean", None)
-    _require_equal(raw, "latents_std", None)
+@dataclass(frozen=True, config=STRICT_PART)
+class _Architecture:
+    """What the file must say of what is computed. Per-channel affines would take the place of `scaling_factor`."""
 
-
-def _check_values(values: Mapping[str, Any]):
-    for name in ("layers_per_block", "latent_channels", "norm_num_groups", "in_channels", "out_channels"):
-        require(name, values[name], _is_count(values[name]), "must be a whole number above 0")
-    for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
-        require(name, values[name], isinstance(values[name], bool), "must be true or false")
-    scale, shift = values["scaling_factor"], values["shift_factor"]
-    require("scaling_factor", scale, _is_number(scale) and scale > 0, "must be above 0")
-    require("shift_factor", shift, _is_number(shift), "must be a finite number")
-    widths, groups = values["block_out_channels"], values["norm_num_groups"]
-    require("block_out_channels", widths, _are_counts(widths), "must be a list of whole numbers above 0")
-    are_multiples = not any(width % groups for width in widths)
-    require("block_out_channels", widths, are_multiples, f"must be multiples of {groups}")
-
-
-def _check_sizes(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
-    levels = len(pretrained.numbers_after("encoder.down_blocks.", shapes))
-    layers = len(pretrained.numbers_after("encoder.down_blocks.0.resnets.", shapes))
-    largest = max((size for shape in shapes.values() if 0 not in shape for size in shape), default=0)
-    widths, count = values["block_out_channels"], values["layers_per_block"]
-    rule = f"must be a list of {levels}, as in its tensors"
-    require("block_out_channels", widths, len(widths) == levels, rule)
-    require("layers_per_block", count, count == layers, f"must be {layers}, as in its tensors")
-    fits = f"must be at most {largest}, the largest size of a tensor"
-    require("block_out_channels", widths, max(widths) <= largest, fits)
-    for name in ("latent_channels", "in_channels", "out_channels"):
-        require(name, values[name], values[name] <= largest, fits)
-
-
-def _require_equal(raw: Mapping[str, Any], name: str, expected: Any, default: Any = None):
-    value = raw.get(name, default)
-    require(name, value, value == expected, f"must be {shown(expected)}")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list | tuple) and len(values) > 0 and all(map(_is_count, values))
-
-
-def _is_number(value: Any) -> bool:
-    # NaN compares false, and an int of hundreds of digits does not fit a float.
-    return type(value) in (int, float) and abs(value) < 1e100
+    class_name: Annotated[Literal["AutoencoderKL"], Field(alias="_class_name")]
+    act_fn: Literal["silu"] = "silu"
+    latents_mean: None = None
+    latents_std: None = None
+    down_block_types: Listed[Literal["DownEncoderBlock2D"]] = ("DownEncoderBlock2D",)
+    up_block_types: Listed[Literal["UpDecoderBlock2D"]] = ("UpDecoderBlock2D",)
 
 
 class Posterior(NamedTuple):

@@ -186,7 +186,7 @@ def test_a_cache_of_another_data_set_is_refused(captions, cache):
     ("change", "message"),
     [
         (lambda d: d.pop("dtype"), "dtype: is missing"),
-        (lambda d: d.update(dtype="float16"), "dtype: must be one of bfloat16, float32, got 'float16'"),
+        (lambda d: d.update(dtype="float16"), "dtype: must be 'bfloat16' or 'float32', got 'float16'"),
         (lambda d: d.update(schema_version=2), "schema_version: must be 1, got 2"),
         (lambda d: d["shards"][0].update(file="../a.array_record"), r"shards\[0\].file: must be a plain file name"),
         (lambda d: d["shards"].pop(0), "shards: must be those of the data set, at two records for one"),

@@ -49,7 +49,7 @@ def test_list_in_place_of_a_number(stock, tmp_path):
 def test_json_nested_without_end(stock, tmp_path):
     folder = copied(stock, "dit", tmp_path)
     (folder / "config.json").write_text("[" * 100_000)
-    assert "config.json: not a readable JSON file (" in short(unreadable(folder))
+    assert "config.json: is not JSON: " in short(unreadable(folder))
 
 
 def test_number_of_a_block_in_the_name_of_a_tensor(stock, tmp_path):

@@ -23,7 +23,7 @@ def test_damaged_flowdit_files(whole_run, tmp_path):
     with_json(exported / "flowdit.json", config={"model": {"depth": "x"}})
     assert "metadata" in refused(exported) or "depth" in refused(exported)
     (exported / "flowdit.json").write_text("{")
-    assert "flowdit.json: not a readable JSON file" in refused(exported)
+    assert "flowdit.json: is not JSON" in refused(exported)
     file = tmp_path / "single.safetensors"
     safetensors.numpy.save_file({"a": np.zeros(2)}, file, {"flowdit": "{}"})
     assert "metadata that are not a flowdit checkpoint's" in refused(file)

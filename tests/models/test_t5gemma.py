@@ -210,35 +210,33 @@ def test_other_architecture_says_what_was_found_and_expected(own_folder):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "told"),
     [
-        ("hidden_activation", "silu"),
-        ("attention_bias", True),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}),
-        ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
-        ("rope_theta", -1.0),
-        ("hidden_size", "48"),
-        ("vocab_size", 0),
-        ("sliding_window", None),
-        ("num_key_value_heads", 3),
-        ("head_dim", 15),
-        ("query_pre_attn_scalar", 0),
-        ("attn_logit_softcapping", -3.0),
-        ("rms_norm_eps", float("nan")),
-        ("layer_types", ["full_attention"]),
-        ("layer_types", ["full_attention", "chunked_attention", "full_attention"]),
-        ("pad_token_id", 320),
+        ("hidden_activation", "silu", ": must be 'gelu_pytorch_tanh', got 'silu'"),
+        ("attention_bias", True, ": must be False, got True"),
+        ("rope_scaling", {"factor": 2.0}, ": must be null, got {'factor': 2.0}"),
+        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "yarn"}, ".rope_type: must be 'default', got 'yarn'"),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}, ".full_attention: is not a known field"),
+        ("rope_theta", -1.0, ": must be greater than 0, got -1.0"),
+        ("hidden_size", "48", ": must be a valid integer, got '48'"),
+        ("vocab_size", 0, ": must be greater than or equal to 1, got 0"),
+        ("sliding_window", None, ": must be a valid integer, got None"),
+        ("num_key_value_heads", 3, ": must be a divisor of num_attention_heads=4, got 3"),
+        ("head_dim", 15, ": must be even, got 15"),
+        ("query_pre_attn_scalar", 0, ": must be greater than 0, got 0"),
+        ("attn_logit_softcapping", -3.0, ": must be greater than 0, got -3.0"),
+        ("rms_norm_eps", float("nan"), ": must be a finite number, got nan"),
+        ("layer_types", ["full_attention"], ": must be a list of 3, got ['full_attention']"),
+        ("layer_types", ["full_attention", "chunked"], "[1]: must be 'sliding_attention' or 'full_attention', got "),
+        ("pad_token_id", 320, ": must be a token below vocab_size=320, got 320"),
     ],
 )
-def test_unsupported_settings_are_refused_by_field_and_value(own_folder, field, value):
+def test_unsupported_settings_are_refused_by_field_and_value(own_folder, field, value, told):
     encoder = dict(ENCODER) | {field: value}
     if field == "rope_theta":
         del encoder["rope_parameters"]
     (own_folder / "config.json").write_text(json.dumps({"model_type": "t5gemma", "encoder": encoder}))
-    message = load_error(own_folder)
-    assert message.startswith(f"{own_folder}: {field}: must be ")
-    assert repr(value) in message
+    assert load_error(own_folder).startswith(f"{own_folder}: {field}{told}")
 
 
 def test_older_configs_have_the_rotary_base_outside(own_folder, folder):

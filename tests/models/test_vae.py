@@ -186,27 +186,30 @@ def test_every_missing_unexpected_or_misshapen_tensor_is_listed(small_folder):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "told"),
     [
-        ("_class_name", "AutoencoderTiny"),
-        ("act_fn", "mish"),
-        ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
-        ("up_block_types", ["UpDecoderBlock2D"]),
-        ("latents_mean", [0.0, 0.0, 0.0, 0.0]),
-        ("block_out_channels", 32),
-        ("block_out_channels", [32, 60]),
-        ("layers_per_block", 1.5),
-        ("latent_channels", 0),
-        ("use_quant_conv", "yes"),
-        ("scaling_factor", float("nan")),
-        ("shift_factor", "0"),
+        ("_class_name", "AutoencoderTiny", ": must be 'AutoencoderKL', got 'AutoencoderTiny'"),
+        ("act_fn", "mish", ": must be 'silu', got 'mish'"),
+        (
+            "down_block_types",
+            ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+            "[1]: must be 'DownEncoderBlock2D', got 'AttnDownEncoderBlock2D'",
+        ),
+        ("up_block_types", ["UpDecoderBlock2D"], ": must be a list of 2, got ['UpDecoderBlock2D']"),
+        ("latents_mean", [0.0, 0.0], ": must be null, got [0.0, 0.0]"),
+        ("block_out_channels", 32, ": must be a valid array, got 32"),
+        ("block_out_channels", [], ": must have at least 1 item, got []"),
+        ("block_out_channels", [32, 60], ": must be multiples of norm_num_groups="),
+        ("layers_per_block", 1.5, ": must be a valid integer, got 1.5"),
+        ("latent_channels", 0, ": must be greater than or equal to 1, got 0"),
+        ("use_quant_conv", "yes", ": must be a valid boolean, got 'yes'"),
+        ("scaling_factor", float("nan"), ": must be a finite number, got nan"),
+        ("shift_factor", "0", ": must be a valid number, got '0'"),
     ],
 )
-def test_other_configurations_are_refused_by_field_and_value(small_folder, field, value):
+def test_other_configurations_are_refused_by_field_and_value(small_folder, field, value, told):
     rewrite_config(small_folder, **{field: value})
-    message = load_error(small_folder)
-    assert message.startswith(f"{small_folder / 'config.json'}: {field}: must be ")
-    assert repr(value) in message
+    assert load_error(small_folder).startswith(f"{small_folder / 'config.json'}: {field}{told}")
 
 
 def test_null_shift_factor_means_no_shift(small_folder):
