@@ -9,7 +9,9 @@ from benchmarks.timing import Timing, seconds, table
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
 from flowdit.checkpoint.writer import CheckpointWriter
 
-BATCH_SIZE, ROUNDS, WARMUP = 64, 5, 1
+BATCH_SIZE = 64
+ROUNDS = 5
+WARMUP = 1
 ROWS = ("training step", "save (blocking)", "save, to the files being on disk", "save and the step after it")
 
 

@@ -16,7 +16,10 @@ from typing import Any
 from benchmarks.timing import seconds, table
 
 SHAPES = {"S/2": (12, 384, 6), "B/2": (12, 768, 12), "XL/2": (28, 1152, 16)}
-CHANNELS, SIDE, PATCH, CLASSES = 4, 32, 2, 1000
+CHANNELS = 4
+SIDE = 32
+PATCH = 2
+CLASSES = 1000
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HEADER = ["model", "parameters", "in", "peak memory", "out", "peak memory", "relative error", "largest", "out == in"]
 
@@ -28,9 +31,15 @@ def build(folder: str, depth: str, dim: str, heads: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
-        int(heads), int(dim) // int(heads), in_channels=CHANNELS, out_channels=2 * CHANNELS, num_layers=int(depth),
-        sample_size=SIDE, patch_size=PATCH, num_embeds_ada_norm=CLASSES,
-    )  # fmt: skip
+        int(heads),
+        int(dim) // int(heads),
+        in_channels=CHANNELS,
+        out_channels=2 * CHANNELS,
+        num_layers=int(depth),
+        sample_size=SIDE,
+        patch_size=PATCH,
+        num_embeds_ada_norm=CLASSES,
+    )
     first: Any = model.transformer_blocks[0]
     blocks: Any = model.transformer_blocks
     for block in blocks:  # trained models have copies of one embedder in all blocks

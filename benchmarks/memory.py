@@ -14,7 +14,10 @@ from flowdit.models.transformer import ModelConfig
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
 
-LATENT, LENGTH, WIDTH, MICRO_BATCH = (16, 32, 32), 120, 2304, 8
+LATENT = (16, 32, 32)
+LENGTH = 120
+WIDTH = 2304
+MICRO_BATCH = 8
 MODEL = ModelConfig(name="mmdit", depth=12, hidden_dim=384, num_heads=6, remat="dots")
 
 

@@ -12,7 +12,10 @@ import torch
 from benchmarks.timing import interleave, table
 from flowdit.models.layers import mlp, xavier_linear
 
-BATCH_SIZE, NUM_TOKENS, DIM, NUM_HEADS = 8, 256, 384, 6
+BATCH_SIZE = 8
+NUM_TOKENS = 256
+DIM = 384
+NUM_HEADS = 6
 ROWS = BATCH_SIZE * NUM_TOKENS
 
 

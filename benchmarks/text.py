@@ -35,7 +35,9 @@ from flowdit.sharding import MeshConfig, make_mesh, prefetch_to_device
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
 
-BATCH_SIZE, STEPS, LENGTH = 64, 4, 120
+BATCH_SIZE = 64
+STEPS = 4
+LENGTH = 120
 DEMO = ModelConfig(name="mmdit", depth=6, hidden_dim=128, num_heads=4)
 SMALL = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
 
@@ -44,9 +46,13 @@ def random_encoder() -> TextEncoder:
     """The tokenizer of `wordllama` with a network of T5Gemma-S's shape."""
     words = load_text_encoder(TextConfig("wordllama", LENGTH, "float32"))
     config = T5GemmaConfig(
-        **SMALL, num_key_value_heads=8, head_dim=64, vocab_size=len(words.network.weight), query_pre_attn_scalar=64,
+        **SMALL,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=len(words.network.weight),
+        query_pre_attn_scalar=64,
         layer_types=("sliding_attention", "full_attention") * 4,
-    )  # fmt: skip
+    )
     shapes = eqx.filter_eval_shape(T5GemmaEncoder, config)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
     network = jax.tree.map(lambda leaf: 0.03 * jax.random.normal(next(keys), leaf.shape), shapes)

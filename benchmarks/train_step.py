@@ -22,10 +22,15 @@ def torch_step(config: ModelConfig) -> Callable[[], None]:
     """A training step of diffusers' class with the same objective, clipping, AdamW and EMA."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_dim // config.num_heads,
-        num_layers=config.depth, patch_size=config.patch_size, sample_size=LATENT[1], in_channels=LATENT[0],
-        out_channels=LATENT[0], num_embeds_ada_norm=NUM_CLASSES,
-    ).train()  # fmt: skip
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_dim // config.num_heads,
+        num_layers=config.depth,
+        patch_size=config.patch_size,
+        sample_size=LATENT[1],
+        in_channels=LATENT[0],
+        out_channels=LATENT[0],
+        num_embeds_ada_norm=NUM_CLASSES,
+    ).train()
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999)
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)

@@ -85,7 +85,9 @@ def write_tiny_data(folder: Path, extra: Callable[[int], dict[str, Any]] = lambd
 
 def call(main: Callable[[], None], *overrides: str) -> Finished:
     """Run an entry point in this process, with these arguments."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *overrides])
         patch.setattr(command, "end_process", sys.exit)

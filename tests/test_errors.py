@@ -67,7 +67,7 @@ SETTINGS = [
     ("train.sample_labels=[4]", "train.sample_labels: must be in [0, 4)", "got 4"),
     ("train.sample_labels=[mouse]", "train.sample_labels: ", "cat, dog, heart, sun", "got 'mouse'"),
     ("train.sample_labels=[]", "train.sample_labels: ", "got []"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("override", "expected"), [(o, e) for o, *e in SETTINGS], ids=[o for o, *_ in SETTINGS])

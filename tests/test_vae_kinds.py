@@ -36,10 +36,16 @@ def build_vae(kind: str) -> diffusers.AutoencoderKL:
     channels, quant, scale, shift = KINDS[kind]
     torch.manual_seed(0)
     return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=channels, use_quant_conv=quant,
-        use_post_quant_conv=quant, scaling_factor=scale, shift_factor=shift,
-    ).eval()  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=channels,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+        scaling_factor=scale,
+        shift_factor=shift,
+    ).eval()
 
 
 def save_vae(kind: str, folder: Path) -> Path:
@@ -75,9 +81,15 @@ def prepared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for kind in KINDS:
         vae, data = save_vae(kind, root / f"{kind}_vae"), root / f"{kind}_data"
         finished = call(
-            prepare, f"source={images}", f"out={data}", f"vae={vae}", "image_size=32", "held_out_fraction=0.2",
-            "license=CC0", "attribution=none",
-        )  # fmt: skip
+            prepare,
+            f"source={images}",
+            f"out={data}",
+            f"vae={vae}",
+            "image_size=32",
+            "held_out_fraction=0.2",
+            "license=CC0",
+            "attribution=none",
+        )
         assert finished.status == 0, finished.err
         found[kind] = vae, data
     return found
@@ -120,7 +132,9 @@ def test_trains_previews_and_samples_by_configuration_alone(prepared, tmp_path):
 
 
 def test_vae_of_another_layout_is_refused(prepared, tmp_path):
-    (sdxl, _), (_, data), (sd3, _) = prepared["sdxl"], prepared["sd1"], prepared["sd3"]
+    sdxl = prepared["sdxl"][0]
+    data = prepared["sd1"][1]
+    sd3 = prepared["sd3"][0]
     manifest = Manifest.read(data)
     with pytest.raises(ValueError, match=r"^vae: must make latents of 4 channels.*scale 0.18215, .* scale 0.13025$"):
         load_matching_vae(str(sdxl), manifest)

@@ -48,7 +48,9 @@ class CheckpointWriter:
         meta: dict[str, Any],
         report: Callable[[str], None],
     ):
-        self.folder, self._meta, self._report = folder, meta, report
+        self.folder = folder
+        self._meta = meta
+        self._report = report
         self._moment: Moment | None = None
         self._writing: int | None = None
         self._failure: CheckpointError | None = None

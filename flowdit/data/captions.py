@@ -41,7 +41,9 @@ class TokenizedCaptions:
     """Reads `text_ids` int32 (n, max_length) beside the mask, for an encoder that runs in the training loop."""
 
     def __init__(self, tokenize: Callable[[Sequence[str]], Tokens], long_caption_prob: float):
-        self._tokenize, self._long_caption_prob, self._truncated = tokenize, long_caption_prob, Counter()
+        self._tokenize = tokenize
+        self._long_caption_prob = long_caption_prob
+        self._truncated = Counter()
 
     @property
     def truncated(self) -> int:

@@ -61,7 +61,9 @@ def check_opcodes(data: bytes) -> None:
 
 def _walk(data: bytes) -> None:
     """The frequent opcodes come first. A size beyond the end is found when the next opcode is not there."""
-    position, previous, shared = 0, 0, 0
+    position = 0
+    previous = 0
+    shared = 0
     memo: list[int] = []  # the opcode that made each entry
     for _ in range(MAX_OPCODES):
         opcode = data[position]

@@ -186,8 +186,15 @@ def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, image_set: 
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
     with tqdm(total=total, initial=total - left, unit=" images", desc="encoding", dynamic_ncols=True) as progress:
         for job in todo:
-            records = encoded_records(job.items, image_set, encode_batch, config.image_size, config.batch_size,
-                                      config.dtype, config.posterior_std)  # fmt: skip
+            records = encoded_records(
+                job.items,
+                image_set,
+                encode_batch,
+                image_size=config.image_size,
+                batch_size=config.batch_size,
+                dtype=config.dtype,
+                posterior_std=config.posterior_std,
+            )
             write_shard(out / job.file, _counted(records, progress))
 
 

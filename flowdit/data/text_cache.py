@@ -115,7 +115,9 @@ class FeatureCache:
             raise RecordError(f"{min(missing)}: is missing, the record has {sorted(entry)}")
         if type(entry["truncated"]) is not bool:
             raise RecordError(f"truncated: must be a bool, got {type(entry['truncated']).__name__}")
-        features, limit, width = entry["features"], self._manifest.max_length, self._manifest.width
+        features = entry["features"]
+        limit = self._manifest.max_length
+        width = self._manifest.width
         dtype = packed_dtype(self._manifest.dtype)
         if not isinstance(features, np.ndarray) or features.dtype != dtype:
             found = getattr(features, "dtype", type(features).__name__)
@@ -145,7 +147,9 @@ class CachedCaptions:
     """Reads `text_features` (n, max_length, width) in the encoder's dtype beside the mask (`captions.TextReader`)."""
 
     def __init__(self, cache: FeatureCache, long_caption_prob: float):
-        self._cache, self._long_caption_prob, self._truncated = cache, long_caption_prob, Counter()
+        self._cache = cache
+        self._long_caption_prob = long_caption_prob
+        self._truncated = Counter()
 
     @property
     def truncated(self) -> int:

@@ -133,7 +133,7 @@ def _solve(
     interval = (config.guidance_low, config.guidance_high)
 
     def field(t, x, args):
-        return guided_velocity(model, x, t, condition, null, config.guidance, interval)
+        return guided_velocity(model, x, t, condition, null, guidance=config.guidance, interval=interval)
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),  # type: ignore[arg-type]

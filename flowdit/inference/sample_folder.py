@@ -45,7 +45,9 @@ def write_samples(sampler: Sampler, requests: Requests, solver: SamplerConfig, c
             path.unlink()
         # The list of files is written first, so that files of an interrupted run can be identified, too.
         (out / UNFINISHED).write_text(json.dumps(record, indent=1) + "\n")
-    names, shown, evaluations = _image_names(requests.captions), [], 0
+    names = _image_names(requests.captions)
+    shown = []
+    evaluations = 0
     for drawn in itertools.chain([first], batches):
         with _naming_the_folder(out):
             _write_batch(out, names, drawn, config.save_latents)

@@ -47,5 +47,13 @@ def _describe(meta: Mapping[str, Any]) -> Trained:
     config, manifest = from_stored(meta["config"]), parse(Manifest, meta["manifest"])
     conditioning = from_checkpoint(config, manifest, meta)
     template = jax.eval_shape(conditioning.model_builder(config, manifest))
-    mean, scale, prediction = meta["latent_mean"], meta["latent_scale"], meta.get("prediction", "velocity")
-    return Trained(template, config, manifest, conditioning, mean, scale, meta["step"], prediction)
+    return Trained(
+        model=template,
+        config=config,
+        manifest=manifest,
+        conditioning=conditioning,
+        mean=meta["latent_mean"],
+        scale=meta["latent_scale"],
+        step=meta["step"],
+        prediction=meta.get("prediction", "velocity"),
+    )

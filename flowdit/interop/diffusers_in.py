@@ -55,7 +55,16 @@ def read_diffusers(folder: Path, weights: str, hints: ForeignConfig) -> Portable
     prediction = hints.prediction or _scheduled_prediction(folder, tensors, layout, model, latent_shape[0])
     if hints.vae is None and (folder / "vae" / "config.json").is_file():
         hints = dataclasses.replace(hints, vae=str(folder))
-    return assemble(Found(str(folder), layout, tensors, model, latent_shape, prediction, notes), hints)
+    found = Found(
+        source=str(folder),
+        layout=layout,
+        tensors=tensors,
+        model=model,
+        latent_shape=latent_shape,
+        prediction=prediction,
+        notes=notes,
+    )
+    return assemble(found, hints)
 
 
 def _read_tensors(folder: Path, weights: str, notes: list[str]) -> Arrays:

@@ -36,7 +36,15 @@ def read_original(file: Path, weights: str, hints: ForeignConfig) -> Portable:
     layout = _original_layout(file, tensors, hints.format)
     model, latent_shape = _original_shape(file, layout, tensors, hints)
     prediction = hints.prediction or ("velocity" if hints.format == "sit" else "noise")
-    found = Found(str(file), layout, tensors, model, latent_shape, prediction, notes)
+    found = Found(
+        source=str(file),
+        layout=layout,
+        tensors=tensors,
+        model=model,
+        latent_shape=latent_shape,
+        prediction=prediction,
+        notes=notes,
+    )
     return assemble(found, hints, fold_sit if hints.format == "sit" else None)
 
 
@@ -136,7 +144,9 @@ def fold_sit(arrays: Arrays) -> Arrays:
     weight = arrays["time_embed.up.weight"].astype(np.float64)
     half = len(weight) // 2
     frequencies = np.exp(-np.log(10_000) * np.arange(half) / half)[:, None]
-    cos, sin, (of_cos, of_sin) = np.cos(frequencies), np.sin(frequencies), np.split(weight, 2)
+    cos = np.cos(frequencies)
+    sin = np.sin(frequencies)
+    of_cos, of_sin = np.split(weight, 2)
     rotated = np.concatenate([cos * of_cos + sin * of_sin, sin * of_cos - cos * of_sin])
     dtype = arrays["time_embed.up.weight"].dtype
     negated = {name: -arrays[name] for name in ("final_linear.weight", "final_linear.bias")}

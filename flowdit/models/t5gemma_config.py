@@ -43,7 +43,9 @@ class T5GemmaConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "T5GemmaConfig":
-        heads, kv_heads, tokens = self.num_attention_heads, self.num_key_value_heads, self.vocab_size
+        heads = self.num_attention_heads
+        kv_heads = self.num_key_value_heads
+        tokens = self.vocab_size
         rule = f"must be a divisor of num_attention_heads={heads}"
         require("num_key_value_heads", kv_heads, heads % kv_heads == 0, rule)
         require("head_dim", self.head_dim, self.head_dim % 2 == 0, "must be even")

@@ -66,7 +66,9 @@ class Attention(eqx.Module):
 
     def __init__(self, channels: int, groups: int):
         self.group_norm = norm(channels, groups)
-        self.to_q, self.to_k, self.to_v = _linear(channels), _linear(channels), _linear(channels)
+        self.to_q = _linear(channels)
+        self.to_k = _linear(channels)
+        self.to_v = _linear(channels)
         self.to_out = [_linear(channels)]
 
     def __call__(self, x: Float[Array, "channels height width"]) -> Float[Array, "channels height width"]:

@@ -118,7 +118,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), len(jax.tree.leaves(batch)[0]))
-        losses, grads = loss_and_grads(objective, state.parameters, batch, keys, state.step, gradient_accum, compute)
+        losses, grads = loss_and_grads(
+            objective, state.parameters, batch, keys, step=state.step, gradient_accum=gradient_accum, compute=compute
+        )
         if mesh is not None:  # reduce-scatter to the owners of the parameters instead of all-reduce
             grads = jax.lax.with_sharding_constraint(grads, parameter_shardings(mesh, grads))
         loss, grad_norm = losses.total.mean(), optax.tree.norm(grads)
@@ -143,7 +145,13 @@ def make_train_step(
             "bins": jax.tree.map(lambda part: time_bins(part, losses.t), {"loss": losses.total, **losses.parts}),
         }
         new_state = TrainState(
-            state.step + 1, parameters.model, ema, parameters.auxiliary, opt_state, skipped, skipped_in_row
+            step=state.step + 1,
+            model=parameters.model,
+            ema=ema,
+            auxiliary=parameters.auxiliary,
+            opt_state=opt_state,
+            skipped=skipped,
+            skipped_in_row=skipped_in_row,
         )
         return new_state, metrics
 

@@ -214,7 +214,9 @@ class Progress:
         self._window: list[Any] = []
         self._parts: list[str] = []
         self._seconds, self._since = 0.0, time.perf_counter()
-        self._compiled, self._timed_steps, self._timed_seconds = False, 0, 0.0
+        self._compiled = False
+        self._timed_steps = 0
+        self._timed_seconds = 0.0
 
     def add(self, metrics: Any) -> None:
         """Keep one step's metrics, still on the device."""
@@ -242,7 +244,9 @@ class Progress:
         self._parts = [name for name in window[-1]["bins"] if name != "loss"]
         now = time.perf_counter()
         seconds = max(self._seconds + now - self._since, 1e-9)
-        self._window, self._seconds, self._since = [], 0.0, now
+        self._window = []
+        self._seconds = 0.0
+        self._since = now
         good = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])] or window
         return {
             "train/loss": float(np.mean([m["loss"] for m in good])),

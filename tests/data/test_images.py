@@ -15,7 +15,9 @@ from PIL import Image
 from flowdit.data import images
 from flowdit.data.images import center_crop, load_images
 
-GREY, COLOUR, GREY_ALPHA = 0, 2, 4
+GREY = 0
+COLOUR = 2
+GREY_ALPHA = 4
 """Colour types of PNG."""
 
 
@@ -23,7 +25,8 @@ def png(values: np.ndarray, colour: int, transparent: bytes = b"", size: tuple[i
     """A PNG of unsigned integers (height, width, ...), as Pillow cannot write all 16-bit types."""
     height, width = values.shape[:2]
     big_endian = values.astype(values.dtype.newbyteorder(">"))
-    header = struct.pack(">IIBBBBB", *(size or (width, height)), 8 * values.itemsize, colour, 0, 0, 0)
+    # Width, height, depth; then compression, filter and interlace, all 0.
+    header = struct.pack(">IIBB3x", *(size or (width, height)), 8 * values.itemsize, colour)
     chunks = [
         (b"IHDR", header),
         (b"tRNS", transparent),

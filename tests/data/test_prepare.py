@@ -45,9 +45,13 @@ def source(tmp_path) -> Path:
 def config(source, tmp_path) -> PrepareConfig:
     """5 shards for training, 2 for validation."""
     return PrepareConfig(
-        source=str(source), out=str(tmp_path / "out"), image_size=16, batch_size=2, records_per_shard=4,
+        source=str(source),
+        out=str(tmp_path / "out"),
+        image_size=16,
+        batch_size=2,
+        records_per_shard=4,
         held_out_fraction=0.2,
-    )  # fmt: skip
+    )
 
 
 def replaced(config, **changes):
@@ -87,9 +91,8 @@ def test_training_records_are_shuffled_over_the_shards(config):
 
 
 def test_options_add_mirrored_copies_standard_deviations_and_single_precision(config):
-    plain, full = prepare(config), prepare(
-        replaced(config, out=config.out + "-full", hflip=True, posterior_std=True, dtype="float32")
-    )  # fmt: skip
+    plain = prepare(config)
+    full = prepare(replaced(config, out=config.out + "-full", hflip=True, posterior_std=True, dtype="float32"))
     assert full.num_records("train") == 2 * plain.num_records("train")
     assert full.num_records("validation") == plain.num_records("validation")
     assert full.has_latent_std and full.latent_dtype == "float32"
@@ -257,8 +260,11 @@ def test_a_full_disk_is_named_and_leaves_no_half_shard(config):
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), repr(vars(config))],
-        cwd=Path(prepare_module.__file__).parents[2], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=Path(prepare_module.__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.stderr.strip().split("\n")[-1].startswith(f"ValueError: out: cannot write to {config.out}: ")
     assert os.listdir(config.out) == ["prepare.json"]
 

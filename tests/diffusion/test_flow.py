@@ -88,6 +88,12 @@ def velocity_of_label(x, t, label):
 def test_guidance_acts_on_all_channels_inside_its_interval(t, expected):
     x = jnp.zeros((2, 4, 2, 2))
     v = flow.guided_velocity(
-        velocity_of_label, x, jnp.asarray(t), jnp.array([2, 2]), jnp.array([7, 7]), 3.0, (0.2, 0.9)
+        velocity_of_label,
+        x,
+        jnp.asarray(t),
+        jnp.array([2, 2]),
+        jnp.array([7, 7]),
+        guidance=3.0,
+        interval=(0.2, 0.9),
     )
     np.testing.assert_allclose(v, jnp.full(x.shape, expected))

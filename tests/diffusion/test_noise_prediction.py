@@ -19,9 +19,13 @@ import torch
 
 # `set_alpha_to_one`: the last step goes to data, like the flow at t = 0. Without it DDIM stops at the noise of step 0.
 DDIM = diffusers.DDIMScheduler(
-    beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True,
+    beta_start=1e-4,
+    beta_end=2e-2,
+    beta_schedule="linear",
+    clip_sample=False,
+    set_alpha_to_one=True,
     timestep_spacing="trailing",
-)  # fmt: skip
+)
 SIGNAL = DDIM.alphas_cumprod.double().numpy()
 LOG_RATIOS = (0.5 * np.log((1 - SIGNAL) / SIGNAL)).astype(np.float32)
 STEP_TIMES = 1 / (1 + np.exp(-LOG_RATIOS))

@@ -39,7 +39,9 @@ class Embedder(nn.Module):
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         batch, tokens, _ = x.shape
@@ -51,7 +53,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_linear, self.kv_linear, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, text, mask):
         query = self.q_linear(x).reshape(len(x), x.shape[1], self.heads, -1).transpose(1, 2)
@@ -122,7 +126,9 @@ class DiT(nn.Module):
 class PixArtBlock(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.attn, self.cross_attn, self.mlp = Attention(dim, heads), CrossAttention(dim, heads), Mlp(dim, 4 * dim, dim)
+        self.attn = Attention(dim, heads)
+        self.cross_attn = CrossAttention(dim, heads)
+        self.mlp = Mlp(dim, 4 * dim, dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
 
     def forward(self, x, text, mask, t0):

@@ -16,7 +16,9 @@ from flowdit.interop import ConvertConfig, convert
 from flowdit.interop.portable import Portable, to_trained, write_checkpoint, write_single
 from flowdit.models.pixart import TextCondition
 
-WIDTH, TOKENS, CLASSES = 24, 6, 4
+WIDTH = 24
+TOKENS = 6
+CLASSES = 4
 TEXT = {"name": "wordllama", "fingerprint": "0" * 64, "dtype": "float32", "max_length": TOKENS, "width": WIDTH}
 SMALL = {"depth": 2, "hidden_dim": 48, "num_heads": 4}
 STOCK_CLASS = SMALL | {"name": "ccdit", "qk_norm": False, "time_freq_shift": 1.0}

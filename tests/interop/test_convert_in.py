@@ -59,10 +59,18 @@ def assert_equal(trained: Trained, x: np.ndarray, condition, expected: torch.Ten
 def diffusers_dit(
     heads: int = 4, head_dim: int = 12, out_channels: int = 8, **settings
 ) -> diffusers.DiTTransformer2DModel:
-    model = randomised(diffusers.DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=head_dim, num_layers=1 if heads == 16 else 2, in_channels=4,
-        out_channels=out_channels, sample_size=8, num_embeds_ada_norm=10, **settings,
-    ))  # fmt: skip
+    model = randomised(
+        diffusers.DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            num_layers=1 if heads == 16 else 2,
+            in_channels=4,
+            out_channels=out_channels,
+            sample_size=8,
+            num_embeds_ada_norm=10,
+            **settings,
+        )
+    )
     first = model.transformer_blocks[0].norm1.emb.state_dict()
     for block in model.transformer_blocks:
         block.norm1.emb.load_state_dict(first)
@@ -80,10 +88,19 @@ def test_diffusers_dit(tmp_path, heads, head_dim):
 
 
 def diffusers_pixart(heads: int = 4, head_dim: int = 12, **settings) -> diffusers.PixArtTransformer2DModel:
-    return randomised(diffusers.PixArtTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=head_dim, num_layers=1 if heads == 16 else 2, in_channels=4, out_channels=8,
-        sample_size=8, cross_attention_dim=heads * head_dim, caption_channels=TEXT_DIM, **settings,
-    ))  # fmt: skip
+    return randomised(
+        diffusers.PixArtTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            num_layers=1 if heads == 16 else 2,
+            in_channels=4,
+            out_channels=8,
+            sample_size=8,
+            cross_attention_dim=heads * head_dim,
+            caption_channels=TEXT_DIM,
+            **settings,
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,10 +115,12 @@ def test_diffusers_pixart(tmp_path, heads, head_dim, micro, tokens, shards):
     features, mask, sizes = texts(tokens)
     size = torch.from_numpy(sizes)
     expected = model(
-        torch.from_numpy(latents()), torch.from_numpy(features), torch.from_numpy(1000 * TIMES),
+        torch.from_numpy(latents()),
+        torch.from_numpy(features),
+        torch.from_numpy(1000 * TIMES),
         added_cond_kwargs={"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]} if micro else None,
         encoder_attention_mask=torch.from_numpy(mask),
-    ).sample  # fmt: skip
+    ).sample
     assert_equal(trained, latents(), TextCondition(features, mask, np.zeros(3, bool), sizes), expected[:, :4])
     assert trained.conditioning.describe()["text"]["max_length"] == tokens
     assert "null caption, which is set to 0" in out
@@ -109,17 +128,22 @@ def test_diffusers_pixart(tmp_path, heads, head_dim, micro, tokens, shards):
 
 @pytest.mark.parametrize(
     ("scheduler", "prediction"),
-    [(diffusers.DDIMScheduler(beta_schedule="linear", beta_end=0.02), "noise"),
-     (diffusers.FlowMatchEulerDiscreteScheduler(), "velocity")],
-)  # fmt: skip
+    [
+        (diffusers.DDIMScheduler(beta_schedule="linear", beta_end=0.02), "noise"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "velocity"),
+    ],
+)
 def test_pipeline_folder_has_the_prediction_type_and_the_vae(tmp_path, scheduler, prediction):
     folder = tmp_path / "pipeline"
     diffusers_dit(out_channels=4).save_pretrained(folder / "transformer")
     scheduler.save_pretrained(folder / "scheduler")
     vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.13,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        scaling_factor=0.13,
+    )
     vae.save_pretrained(folder / "vae")
     (folder / "model_index.json").write_text("{}")
     trained, _ = converted(folder)

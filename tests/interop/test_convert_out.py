@@ -55,7 +55,7 @@ def test_stock_classes_load_without_a_warning_and_agree(meta, tmp_path, diffuser
     portable = random_model(meta, model)
     finished = call(
         main, f"source={saved(portable, tmp_path / 'slim')}", f"target={tmp_path / 'out'}", "to=diffusers", "image=none"
-    )  # fmt: skip
+    )
     assert finished.status == 0, finished.err
     assert re.search(r"out: 0\.\d M parameters, diffusers, float32$", finished.out.strip())
     stock = diffusers.DiTTransformer2DModel if model["name"] == "ccdit" else diffusers.PixArtTransformer2DModel
@@ -152,9 +152,7 @@ def test_overflow_is_refused(meta, tmp_path, to):
     source = saved(portable, tmp_path / "source.safetensors")
     before = listing(tmp_path)
     out = tmp_path / "out.safetensors"
-    finished = call(
-        main, f"source={source}", f"target={out}", f"to={to}", "dtype=float16", "image=none"
-    )  # fmt: skip
+    finished = call(main, f"source={source}", f"target={out}", f"to={to}", "dtype=float16", "image=none")
     assert error_line(finished) == (
         "error: dtype: blocks.mlp.up.weight has values beyond the range of float16; use bfloat16 or float32"
     )
@@ -169,9 +167,14 @@ CHAIN = ("diffusers", "safetensors", "checkpoint", "diffusers")
 
 @pytest.mark.parametrize(
     ("model", "own_class"),
-    [(STOCK_CLASS, False), (DEFAULT_CLASS | OTHERS, True), (MICRO_TEXT, False), (DEFAULT_TEXT | {"null_tokens": 6}, True)],
+    [
+        (STOCK_CLASS, False),
+        (DEFAULT_CLASS | OTHERS, True),
+        (MICRO_TEXT, False),
+        (DEFAULT_TEXT | {"null_tokens": 6}, True),
+    ],
     ids=["class", "own-class", "text", "own-text"],
-)  # fmt: skip
+)
 def test_round_trips_are_bit_identical(meta, tmp_path, model, own_class):
     portable = random_model(meta, model)
     source, steps = saved(portable, tmp_path / "0"), []

@@ -18,8 +18,12 @@ from flowdit.interop import convert as convert_model
 
 def test_damaged_flowdit_files(whole_run, tmp_path):
     exported = tmp_path / "exported"
-    assert call(convert, f"source={whole_run / '6'}", f"target={exported}", "to=diffusers", "own_class=true",
-                "image=none").status == 0  # fmt: skip
+    assert (
+        call(
+            convert, f"source={whole_run / '6'}", f"target={exported}", "to=diffusers", "own_class=true", "image=none"
+        ).status
+        == 0
+    )
     with_json(exported / "flowdit.json", config={"model": {"depth": "x"}})
     assert "metadata" in refused(exported) or "depth" in refused(exported)
     (exported / "flowdit.json").write_text("{")

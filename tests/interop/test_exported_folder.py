@@ -85,10 +85,22 @@ def test_card_has_data_licence_recipe_and_sampler(drawn_folder, meta):
     assert "Class-conditional (4)" in body and "predicts the velocity" in body
     rows = dict(re.findall(r"^\| (\S[^|]*) \| ([^|]*) \|$", body, re.MULTILINE))
     wanted = {
-        "records": "{'train': 48, 'validation': 8}", "licence": "CC0", "VAE": "openmoji", "image size": "64",
-        "batch_size": "8", "num_steps": "6", "ema_decay": "0.9", "optim.learning_rate": "0.001", "seed": "0",
-        "solver": "euler", "steps": "2", "guidance": "2.0", "time_shift": "1.0", "depth": "2", "qk_norm": "True",
-    }  # fmt: skip
+        "records": "{'train': 48, 'validation': 8}",
+        "licence": "CC0",
+        "VAE": "openmoji",
+        "image size": "64",
+        "batch_size": "8",
+        "num_steps": "6",
+        "ema_decay": "0.9",
+        "optim.learning_rate": "0.001",
+        "seed": "0",
+        "solver": "euler",
+        "steps": "2",
+        "guidance": "2.0",
+        "time_shift": "1.0",
+        "depth": "2",
+        "qk_norm": "True",
+    }
     assert rows | wanted == rows
     assert meta["versions"]["jax"] in rows["versions"]
     assert set(re.findall("^## (.*)$", body, re.MULTILINE)) == {"Use", "Data", "Recipe", "Sampler", "Model"}
@@ -134,9 +146,12 @@ def test_every_field_of_the_model_is_exported_or_for_training_only(meta, tmp_pat
     out = converted(saved(portable, tmp_path / "source.safetensors"), tmp_path / "out", to="diffusers", own_class=True)
     config = read_json(out / "transformer" / "config.json")
     renamed = {
-        "name": "_class_name", "depth": "num_layers", "hidden_dim": "cross_attention_dim",
-        "num_heads": "num_attention_heads", "micro_conditioning": "use_additional_conditions",
-    }  # fmt: skip
+        "name": "_class_name",
+        "depth": "num_layers",
+        "hidden_dim": "cross_attention_dim",
+        "num_heads": "num_attention_heads",
+        "micro_conditioning": "use_additional_conditions",
+    }
     elsewhere = {"remat", "null_tokens"}  # training only; the shape of the null caption in model_index.json
     fields = set(ModelConfig.__dataclass_fields__) - elsewhere
     assert {renamed.get(field, field) for field in fields} <= config.keys()

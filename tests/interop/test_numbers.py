@@ -30,7 +30,9 @@ pytest.importorskip("torch", reason="needs torch")
 import diffusers
 import torch
 
-STEPS, GUIDANCE, SHIFT = 20, 3.0, 3.0
+STEPS = 20
+GUIDANCE = 3.0
+SHIFT = 3.0
 LABELS, LENGTHS = (0, 1, 2, 3), (TOKENS, 2, 1, 4)
 OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.05}
 
@@ -118,7 +120,9 @@ def losses_in_torch(portable, folder, steps: int) -> list[float]:
         transformer.parameters(), lr=OPTIMIZER["learning_rate"], weight_decay=OPTIMIZER["weight_decay"]
     )
     x_0, eps, t = map(torch.from_numpy, batch())
-    condition, at, losses = torch_condition(portable, LABELS, LENGTHS), t[:, None, None, None], []
+    condition = torch_condition(portable, LABELS, LENGTHS)
+    at = t[:, None, None, None]
+    losses = []
     for _ in range(steps):
         output = transformer((1 - at) * x_0 + at * eps, timestep=1000 * t, **condition).sample
         loss = (output - (eps - x_0)).square().mean()

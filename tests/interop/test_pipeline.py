@@ -27,7 +27,10 @@ import torch
 import transformers
 from interop.exported_files import CLASSES_OF, FlowDiTPipeline
 
-LATENT, TEXT_DIM, TOKENS, CLASSES = (4, 8, 8), 48, 16, 10
+LATENT = (4, 8, 8)
+TEXT_DIM = 48
+TOKENS = 16
+CLASSES = 10
 MEAN, SCALE = [0.5, -0.25, 0.0, 1.0], [0.5, 1.0, 2.0, 0.75]
 SMALL = {"depth": 2, "hidden_dim": 48, "num_heads": 4}
 
@@ -49,19 +52,29 @@ def randomise(model):
 def torch_model(config):
     """The exported class for a configuration of ours."""
     common = dict(
-        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_dim // config.num_heads,
-        num_layers=config.depth, in_channels=LATENT[0], sample_size=LATENT[1], patch_size=config.patch_size,
-        interpolation_scale=config.interpolation_scale, qk_norm=config.qk_norm, mlp_ratio=config.mlp_ratio,
-        mlp_norm_eps=config.mlp_norm_eps, time_freq_shift=config.time_freq_shift, time_scale=config.time_scale,
-    )  # fmt: skip
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_dim // config.num_heads,
+        num_layers=config.depth,
+        in_channels=LATENT[0],
+        sample_size=LATENT[1],
+        patch_size=config.patch_size,
+        interpolation_scale=config.interpolation_scale,
+        qk_norm=config.qk_norm,
+        mlp_ratio=config.mlp_ratio,
+        mlp_norm_eps=config.mlp_norm_eps,
+        time_freq_shift=config.time_freq_shift,
+        time_scale=config.time_scale,
+    )
     if config.name == "ccdit":
         return randomise(CLASSES_OF.FlowDiTClassTransformer(num_embeds_ada_norm=CLASSES, **common))
     return randomise(
         CLASSES_OF.FlowDiTTextTransformer(
-            cross_attention_dim=config.hidden_dim, caption_channels=TEXT_DIM,
-            use_additional_conditions=config.micro_conditioning, **common,
+            cross_attention_dim=config.hidden_dim,
+            caption_channels=TEXT_DIM,
+            use_additional_conditions=config.micro_conditioning,
+            **common,
         )
-    )  # fmt: skip
+    )
 
 
 def null_caption(rows=1):
@@ -122,9 +135,12 @@ def test_transformers_equal_flowdit(config):
             condition = TextCondition(*(jnp.asarray(v) for v in (features, mask, np.zeros(2, bool), size)))
             added = {"resolution": tensors[4], "aspect_ratio": tensors[4][:, :1] / tensors[4][:, 1:]}
             expected = model(
-                tensors[0], tensors[2], tensors[1], added_cond_kwargs=added if config.micro_conditioning else None,
+                tensors[0],
+                tensors[2],
+                tensors[1],
+                added_cond_kwargs=added if config.micro_conditioning else None,
                 encoder_attention_mask=tensors[3],
-            ).sample  # fmt: skip
+            ).sample
     got = jax.jit(jax.vmap(ours(model, config)))(jnp.asarray(x), jnp.asarray(t), condition)
     error = relative_error(got, expected)
     print(f"relative error {error:.2e}")
@@ -176,9 +192,17 @@ def class_pipeline(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text_pipeline(tmp_path_factory):
     made = FlowDiTPipeline(
-        torch_model(TEXT), scheduler(), null_caption=null_caption().tolist(), max_length=TOKENS, steps=20, guidance=4.0,
-        latents_mean=MEAN, latents_scale=SCALE, text_encoder_name="an/encoder", vae_name="a/vae",
-    )  # fmt: skip
+        torch_model(TEXT),
+        scheduler(),
+        null_caption=null_caption().tolist(),
+        max_length=TOKENS,
+        steps=20,
+        guidance=4.0,
+        latents_mean=MEAN,
+        latents_scale=SCALE,
+        text_encoder_name="an/encoder",
+        vae_name="a/vae",
+    )
     return reload(made, tmp_path_factory.mktemp("text"))
 
 
@@ -220,9 +244,11 @@ def test_text_latents_equal_flowdit(text_pipeline, rows):
     text_pipeline.register_to_config(null_caption=null_caption(rows).tolist())
     features, mask = text_inputs()
     got = text_pipeline(
-        prompt_embeds=torch.from_numpy(features), prompt_attention_mask=torch.from_numpy(mask),
-        latents=torch.from_numpy(noise()), output_type="latent",
-    ).images  # fmt: skip
+        prompt_embeds=torch.from_numpy(features),
+        prompt_attention_mask=torch.from_numpy(mask),
+        latents=torch.from_numpy(noise()),
+        output_type="latent",
+    ).images
     text_pipeline.register_to_config(null_caption=null_caption().tolist())
     condition, null = text_conditions(features, mask)
     config = ModelConfig("mmdit", **SMALL, null_tokens=rows)
@@ -256,9 +282,13 @@ def test_size_reaches_a_micro_conditioned_transformer():
     parts = {"transformer": torch_model(config), "scheduler": scheduler(), "null_caption": null_caption().tolist()}
     features, mask = text_inputs()
     draw = lambda pipeline: pipeline(
-        prompt_embeds=torch.from_numpy(features), prompt_attention_mask=torch.from_numpy(mask),
-        latents=torch.from_numpy(noise()), output_type="latent", num_inference_steps=20, return_dict=False,
-    )[0]  # fmt: skip
+        prompt_embeds=torch.from_numpy(features),
+        prompt_attention_mask=torch.from_numpy(mask),
+        latents=torch.from_numpy(noise()),
+        output_type="latent",
+        num_inference_steps=20,
+        return_dict=False,
+    )[0]
     with pytest.raises(ValueError, match="^image_size: must be given"):
         draw(FlowDiTPipeline(**parts))
     got = draw(FlowDiTPipeline(**parts, image_size=[64, 32]))
@@ -284,10 +314,12 @@ def encoder_folder(tmp_path_factory):
 def whole_pipeline(text_pipeline, encoder_folder):
     """All components, with those besides the transformer passed as in the error messages."""
     return diffusers.DiffusionPipeline.from_pretrained(
-        text_pipeline.config._name_or_path, trust_remote_code=True, vae=tiny_vae(),
+        text_pipeline.config._name_or_path,
+        trust_remote_code=True,
+        vae=tiny_vae(),
         tokenizer=transformers.AutoTokenizer.from_pretrained(encoder_folder),
         text_encoder=transformers.T5GemmaEncoderModel.from_pretrained(encoder_folder, is_encoder_decoder=False),
-    )  # fmt: skip
+    )
 
 
 def test_prompts_are_encoded_as_by_flowdit(whole_pipeline, encoder_folder):
@@ -313,7 +345,7 @@ def test_prompts_give_images_and_survive_saving(whole_pipeline, tmp_path):
         generator = torch.Generator().manual_seed(5)
         return pipeline(
             ["red", ""], negative_prompt="blue", num_inference_steps=3, generator=generator, output_type=output_type
-        ).images  # fmt: skip
+        ).images
 
     images = draw(whole_pipeline, "pil")
     assert [image.size for image in images] == [(16, 16)] * 2
@@ -327,8 +359,11 @@ def test_prompts_give_images_and_survive_saving(whole_pipeline, tmp_path):
 def test_negative_and_blank_prompts(whole_pipeline):
     whole_pipeline.set_progress_bar_config(disable=True)
     draw = functools.partial(
-        whole_pipeline, num_inference_steps=2, latents=torch.from_numpy(noise()[:1]), output_type="latent",
-    )  # fmt: skip
+        whole_pipeline,
+        num_inference_steps=2,
+        latents=torch.from_numpy(noise()[:1]),
+        output_type="latent",
+    )
     plain, negative = draw("red").images, draw("red", negative_prompt="a flag").images
     assert relative_error(negative, plain) > 1e-3
     # A blank prompt is the null caption, so guidance has no effect.

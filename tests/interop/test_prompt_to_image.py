@@ -39,10 +39,12 @@ def test_prompts_give_the_same_images_in_diffusers(whole_run, encoder_folder, tm
     assert (folder / "sample.png").is_file()
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, trust_remote_code=True, low_cpu_mem_usage=False,
+        folder,
+        trust_remote_code=True,
+        low_cpu_mem_usage=False,
         tokenizer=transformers.AutoTokenizer.from_pretrained(encoder_folder),
         text_encoder=transformers.T5GemmaEncoderModel.from_pretrained(encoder_folder, is_encoder_decoder=False),
-    )  # fmt: skip
+    )
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(np.array(image_noise(0, jnp.arange(len(PROMPTS)), LATENT_SHAPE)))
     theirs = pipeline(PROMPTS, latents=noise).images

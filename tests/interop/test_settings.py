@@ -86,7 +86,9 @@ def test_class_by_its_published_name(stock, tmp_path, name):
 
 # --- contradictions ---
 
-WHOLE, NUMBER, FLAG = "a whole number above 0", "a number above 0", "true or false"
+WHOLE = "a whole number above 0"
+NUMBER = "a number above 0"
+FLAG = "true or false"
 
 
 @pytest.mark.parametrize(

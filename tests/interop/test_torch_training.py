@@ -147,7 +147,9 @@ def test_own_class_has_one_embedder_and_saves_a_copy_for_each_block(tmp_path):
         tmp_path / "model", output_loading_info=True, low_cpu_mem_usage=False
     )
     assert not any(info.values()), info
-    x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 500.0]), torch.tensor([1, 10])
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([3.0, 500.0])
+    labels = torch.tensor([1, 10])
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x, t, labels).sample, stock.eval()(x, t, labels).sample)
 

@@ -27,7 +27,9 @@ from flowdit.training import setup
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step, make_validation_step
 
-LATENT, TEXT_DIM, LENGTH = (4, 4, 6), 10, 5
+LATENT = (4, 4, 6)
+TEXT_DIM = 10
+LENGTH = 5
 MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=3)
 SELF, CROSS = AttentionShape(8, 6), AttentionShape(8, 6, LENGTH)
 BFLOAT16_SELF = Compute("bfloat16", frozenset({SELF}))

@@ -32,9 +32,15 @@ def reference(num_heads: int, head_dim: int, depth: int, patch_size: int) -> Any
 
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=num_heads, attention_head_dim=head_dim, num_layers=depth, patch_size=patch_size,
-        in_channels=4, out_channels=4, sample_size=8, num_embeds_ada_norm=10,
-    ).eval()  # fmt: skip
+        num_attention_heads=num_heads,
+        attention_head_dim=head_dim,
+        num_layers=depth,
+        patch_size=patch_size,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter))
@@ -95,7 +101,9 @@ def test_equals_diffusers_dit(heads, head_dim, patch_size):
     torch = pytest.importorskip("torch", reason="needs torch")
     torch_model = reference(heads, head_dim, depth=3, patch_size=patch_size)
     # Eighths of the flow time are exact in float32, and so is 1000 t (JAX's own division by 1000 is not).
-    x, t, labels = torch.randn(4, *LATENT), torch.tensor([0.0, 125.0, 500.0, 875.0]), torch.tensor([0, 4, 9, 10])
+    x = torch.randn(4, *LATENT)
+    t = torch.tensor([0.0, 125.0, 500.0, 875.0])
+    labels = torch.tensor([0, 4, 9, 10])
     with torch.no_grad():
         expected = torch_model(x, t, labels).sample.numpy()
     ours = from_diffusers(torch_model)

@@ -17,7 +17,9 @@ from flowdit.models.transformer import ModelConfig
 
 MODEL = ModelConfig(depth=3, hidden_dim=48, num_heads=2, patch_size=2, mlp_ratio=3.0)
 LATENT = (4, 8, 12)
-TOKENS, PATCH, DIM = 4 * 6, 4 * 4, 48
+TOKENS = 4 * 6
+PATCH = 4 * 4
+DIM = 48
 TEXT_TOKENS, TEXT_DIM = 7, 20
 
 
@@ -117,11 +119,7 @@ def test_class_model(remat):
 def test_text_model(micro_conditioning):
     config = dataclasses.replace(MODEL, name="mmdit", micro_conditioning=micro_conditioning)
     model = eqx.filter_eval_shape(lambda: build_pixart(config, LATENT, TEXT_DIM, key=jax.random.key(0)))
-    cross = (
-        2 * linear(TOKENS, DIM, DIM)
-        + linear(TEXT_TOKENS, DIM, 2 * DIM)
-        + 4 * TOKENS * TEXT_TOKENS * DIM
-    )  # fmt: skip
+    cross = 2 * linear(TOKENS, DIM, DIM) + linear(TEXT_TOKENS, DIM, 2 * DIM) + 4 * TOKENS * TEXT_TOKENS * DIM
     expected = (
         linear(TOKENS, PATCH, DIM)
         + time_mlp(DIM)

@@ -31,11 +31,18 @@ def reference(config: ModelConfig) -> Any:
 
     torch.manual_seed(0)
     model = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_dim // config.num_heads,
-        num_layers=config.depth, patch_size=config.patch_size, in_channels=4, out_channels=4, sample_size=8,
-        cross_attention_dim=config.hidden_dim, caption_channels=TEXT_DIM,
-        interpolation_scale=config.interpolation_scale, use_additional_conditions=config.micro_conditioning,
-    ).eval()  # fmt: skip
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_dim // config.num_heads,
+        num_layers=config.depth,
+        patch_size=config.patch_size,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        cross_attention_dim=config.hidden_dim,
+        caption_channels=TEXT_DIM,
+        interpolation_scale=config.interpolation_scale,
+        use_additional_conditions=config.micro_conditioning,
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter))
@@ -109,9 +116,12 @@ def relative_error_to_diffusers(model: Any, config, latent_shape) -> float:
     added = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]} if config.micro_conditioning else None
     with torch.no_grad():
         expected = model(
-            tensors["x_t"], tensors["features"], timestep=torch.from_numpy(1000 * inputs["t"]),
-            added_cond_kwargs=added, encoder_attention_mask=tensors["mask"],
-        ).sample.numpy()  # fmt: skip
+            tensors["x_t"],
+            tensors["features"],
+            timestep=torch.from_numpy(1000 * inputs["t"]),
+            added_cond_kwargs=added,
+            encoder_attention_mask=tensors["mask"],
+        ).sample.numpy()
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     ours = from_diffusers(state, config, latent_shape, jnp.zeros(TEXT_DIM))
     condition = TextCondition(inputs["features"], inputs["mask"], np.zeros(3, bool), inputs["size"])

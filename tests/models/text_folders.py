@@ -76,7 +76,9 @@ def write_t5gemma(
 def random_tensors(encoder: dict, seed: int) -> dict[str, np.ndarray]:
     """The encoder's tensors by key, in float32: norms that are not 1, queries and keys large enough for the cap."""
     generator = np.random.default_rng(seed)
-    width, inner, head_dim = encoder["hidden_size"], encoder["intermediate_size"], encoder["head_dim"]
+    width = encoder["hidden_size"]
+    inner = encoder["intermediate_size"]
+    head_dim = encoder["head_dim"]
     query_dim, kv_dim = (head_dim * encoder[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
     matrices = {
         "self_attn.q_proj": (query_dim, width),

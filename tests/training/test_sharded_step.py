@@ -28,7 +28,10 @@ from flowdit.sharding import MeshConfig, make_mesh, parameter_shardings, shard_b
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step, make_validation_step
 
-DEPTH, CLASSES, LATENT, TEXT = 3, 5, (4, 2, 14), (11, 18)
+DEPTH = 3
+CLASSES = 5
+LATENT = (4, 2, 14)
+TEXT = (11, 18)
 BATCH = 40
 OPTIMIZER = make_optimizer(OptimConfig(learning_rate=1e-2), 100)
 # The gradient of the null caption is summed over the batch before it is summed over the tokens that share it.

@@ -33,13 +33,17 @@ from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
 from flowdit.training.tracking import Progress
 
-LATENT, WIDTH, LENGTH = (4, 8, 8), 6, 5
+LATENT = (4, 8, 8)
+WIDTH = 6
+LENGTH = 5
 MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=2)
 OBJECTIVE = FlowMatching(Text(), 0.3, (0.1,) * 4, (0.9,) * 4)
 
 
 def test_resume_is_exact(tiny_data, whole_text_run, tmp_path):
-    run, seen, add = tmp_path / "run", [], Progress.add
+    run = tmp_path / "run"
+    seen = []
+    add = Progress.add
 
     def add_and_stop(self, values):
         add(self, values)

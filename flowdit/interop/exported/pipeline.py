@@ -101,9 +101,13 @@ class FlowDiTPipeline(DiffusionPipeline):
         if output_type != "latent":
             self._check_vae()
         self._check_kind(
-            prompt=prompt, negative_prompt=negative_prompt or None, prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask, class_labels=class_labels, num_images=num_images,
-        )  # fmt: skip
+            prompt=prompt,
+            negative_prompt=negative_prompt or None,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            class_labels=class_labels,
+            num_images=num_images,
+        )
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         if self._takes_text:
@@ -207,9 +211,13 @@ class FlowDiTPipeline(DiffusionPipeline):
         """Features (n, max_length, width) and mask; the mask of a blank text is empty, without special tokens."""
         self._check_encoder()
         tokens = self.tokenizer(
-            texts, padding="max_length", padding_side="right", truncation=True, max_length=self.config.max_length,
+            texts,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=self.config.max_length,
             return_tensors="pt",
-        ).to(self._execution_device)  # fmt: skip
+        ).to(self._execution_device)
         # The encoder does get the special tokens of a blank text: without any token its attention might not be finite.
         features = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         has_tokens = torch.tensor([[bool(text.strip())] for text in texts], device=features.device)

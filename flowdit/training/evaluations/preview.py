@@ -36,7 +36,9 @@ class Preview(Evaluation):
         seed: int,
     ):
         self.every = train.sample_every
-        self._folder, self._captions, self._seed = Path(train.checkpoint_dir) / "samples", requests.captions, seed
+        self._folder = Path(train.checkpoint_dir) / "samples"
+        self._captions = requests.captions
+        self._seed = seed
         # Padded to a number that the devices can share.
         size = batch_shape(len(requests), len(requests), batch_shards(mesh))
         self._numbers = [min(i, len(requests) - 1) for i in range(size)]

@@ -33,7 +33,9 @@ class Validation(Evaluation):
         seed: int,
     ):
         self.every = train.validate_every
-        self._source, self._mesh, self._encode = source, mesh, encode
+        self._source = source
+        self._mesh = mesh
+        self._encode = encode
         self._batch_size, self._limit = train.batch_size // train.gradient_accum, train.validation_records
         self._times = objective.validation_times
         self._step = make_validation_step(objective, seed, compute, mesh)
