@@ -11,6 +11,7 @@ for images in sampler.draw(labels=["heart"] * 8, seed=0):  # uint8 (n, height, w
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Sampler", "load"]
 __version__ = "0.1.0"
+
+# Without a handler of the program's own, Python would print warnings on stderr.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""How a command ends: a user's mistake in one line, and the process with its status whatever its threads still wait for."""
+"""What a command prints and how it ends: a user's mistake in one line, and the process with its status at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 from flowdit.errors import first_line
 
@@ -27,7 +28,7 @@ def run_command(command: Callable[[], None]) -> None:
     if not _wants_traceback():
         silence_libraries()
     try:
-        with user_errors():
+        with messages_on_stdout(), user_errors():
             command()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -39,6 +40,52 @@ def run_command(command: Callable[[], None]) -> None:
     else:
         return
     end_process(status)
+
+
+class Console(logging.Handler):
+    """Prints messages on stdout, warnings after `warning: `; a progress bar on stderr stays below them.
+
+    Of `num_processes` the first alone prints information; each prints its warnings, with its number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.process, self.num_processes = 0, 1
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            line = f"warning: {f'process {self.process}: ' if self.num_processes > 1 else ''}{line}"
+        elif self.process > 0:
+            return
+        with contextlib.suppress(OSError, ValueError):  # a console that is closed or full ends no command
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+
+_CONSOLE = Console()
+
+
+@contextlib.contextmanager
+def messages_on_stdout() -> Iterator[None]:
+    """Prints what flowdit's modules log as information or more, and hands it to no other handler."""
+    logger = logging.getLogger("flowdit")
+    level, propagate = logger.level, logger.propagate
+    tell_processes_apart(0, 1)
+    logger.addHandler(_CONSOLE)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # importing Orbax gives the root logger a handler, which would print all again on stderr
+    try:
+        yield
+    finally:
+        logger.removeHandler(_CONSOLE)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def tell_processes_apart(process: int, num_processes: int) -> None:
+    """Let only the first of several processes print information, and each say its number in its warnings."""
+    _CONSOLE.process, _CONSOLE.num_processes = process, num_processes
 
 
 def end_process(status: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
@@ -10,16 +12,17 @@ from flowdit.command import run_command, user_errors
 from flowdit.config import resolve
 from flowdit.interop import ConvertConfig, convert
 
+# By its name, as this module is `__main__` when it is run.
+logger = logging.getLogger("flowdit.convert")
+
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="convert")
 @user_errors()
 def _convert(composed: DictConfig) -> None:
     config: ConvertConfig = resolve(composed, ConvertConfig)
     portable = convert(config)
-    for note in portable.notes:
-        print(f"note: {note}", flush=True)
     million = sum(array.size for array in portable.arrays.values()) / 1e6
-    print(f"{config.target}: {million:.1f} M parameters, {config.to}, {config.dtype}", flush=True)
+    logger.info("%s: %.1f M parameters, %s, %s", config.target, million, config.to, config.dtype)
 
 
 def register_schema() -> None:

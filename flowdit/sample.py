@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from flowdit.config import SampleConfig, register_schemas, resolve
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
+
+# By its name, as this module is `__main__` when it is run.
+logger = logging.getLogger("flowdit.sample")
 
 
 def read_prompts(config: SampleConfig) -> list[str] | None:
@@ -40,16 +44,16 @@ def _sample(composed: DictConfig) -> None:
     check_folder(config)
     wishes: dict[str, Any] = {"labels": config.labels, "prompts": read_prompts(config)}
     wishes["negative_prompt"] = config.negative_prompt
-    say = lambda note: print(f"note: {note}", flush=True)
     try:
-        sampler = load(config.checkpoint, report=say, vae=config.vae, text_encoder=config.text_encoder)
+        sampler = load(config.checkpoint, vae=config.vae, text_encoder=config.text_encoder)
     except ValueError as problem:
         raise ValueError(re.sub("^source: ", "checkpoint: ", str(problem))) from problem
     solver = sampler.sampler_config(config.sampler_fields())
     requests = sampler.requests(config.num_images, wishes)
     count, step = len(requests), sampler.trained.step
-    print(f"step {step}: {count} images, {solver.solver}, {solver.steps} steps, guidance {solver.guidance}", flush=True)
-    print(f"samples: {write_samples(sampler, requests, solver, config)}", flush=True)
+    settings = f"{solver.solver}, {solver.steps} steps, guidance {solver.guidance}"
+    logger.info("step %d: %d images, %s", step, count, settings)
+    logger.info("samples: %s", write_samples(sampler, requests, solver, config))
 
 
 def main() -> None:

@@ -9,10 +9,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
 
 import hydra
+import jax
 from omegaconf import DictConfig
 
 from flowdit import conditioning
-from flowdit.command import run_command, user_errors
+from flowdit.command import run_command, tell_processes_apart, user_errors
 from flowdit.config import Config, register_schemas, resolve
 from flowdit.processes import join_processes
 from flowdit.training.loop import train
@@ -38,6 +39,7 @@ def _train(composed: DictConfig, model: str) -> None:
     conditioning.check(config)
     config.check()
     join_processes(config.mesh)
+    tell_processes_apart(jax.process_index(), jax.process_count())
     train(config)
 
 

@@ -1,9 +1,11 @@
 """Setup of all tests: four virtual CPU devices, strict promotion, run-time type checks, a shared compile cache."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -75,6 +77,13 @@ def whole_text_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     assert (finished.status, finished.err) == (0, "")
     assert "captions, wordllama features of 256 x 32 tokens online" in finished.out
     return run
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What flowdit has logged in this test, oldest first."""
+    caplog.set_level(logging.INFO, "flowdit")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("flowdit")]
 
 
 @pytest.fixture(autouse=True)

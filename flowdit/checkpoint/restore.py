@@ -6,6 +6,7 @@ The files are verified (`checkpoint.files`) before anything in them is believed.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,7 +28,8 @@ from flowdit.errors import first_line
 from flowdit.processes import from_first, wait_for_all
 from flowdit.sharding import parameter_shardings
 
-Report = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Fresh = Callable[[set[str]], dict[str, Any]]
 State = TypeVar("State")
 """A training state: a pytree of arrays whose field `ema` holds the averaged weights."""
@@ -85,10 +87,8 @@ def _restore_step(step_folder: Path, template: State, fresh: Fresh) -> Restored[
     return Restored(from_named(template, arrays), dataset, meta)
 
 
-def restore_newest(
-    folder: Path, template: State, check_meta: Callable[[dict], None], report: Report, fresh: Fresh
-) -> Restored[State]:
-    """The newest checkpoint that is whole; damaged newer ones are reported and renamed to `<step>.damaged`.
+def restore_newest(folder: Path, template: State, check_meta: Callable[[dict], None], fresh: Fresh) -> Restored[State]:
+    """The newest checkpoint that is whole; damaged newer ones are logged and renamed to `<step>.damaged`.
 
     The first process finds it, and all are told before any of them restores. `template` holds `ShapeDtypeStruct`s with
     shardings. `check_meta` raises `ValueError` for a checkpoint that is whole but belongs to another run: that ends the
@@ -96,16 +96,14 @@ def restore_newest(
     by their names. Raises `CheckpointError` if no step can be read.
     """
     step, damaged = from_first(lambda: _find_newest(folder, check_meta))
-    for name, reason in damaged.items():
-        report(f"checkpoint {folder / name} is damaged and passed over: {reason}")
     restored = _restore_step(folder / str(step), template, fresh)
     wait_for_all("restored")
     from_first(lambda: [set_aside(folder / name) for name in damaged])
     return restored
 
 
-def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int, dict[str, str]]:
-    """The newest step that is whole, and for newer ones, by name, what is damaged in them."""
+def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int, list[str]]:
+    """The newest step that is whole, and the names of newer ones, which are damaged."""
     step, damaged = _newest_whole(folder)
     step_folder = folder / str(step)
     meta = verified_meta(step_folder)
@@ -115,7 +113,7 @@ def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int,
     return step, damaged
 
 
-def _newest_whole(folder: Path) -> tuple[int, dict[str, str]]:
+def _newest_whole(folder: Path) -> tuple[int, list[str]]:
     damaged: dict[str, str] = {}
     for step in reversed(list_steps(folder)):
         try:
@@ -123,7 +121,9 @@ def _newest_whole(folder: Path) -> tuple[int, dict[str, str]]:
         except DamagedCheckpoint as problem:
             damaged[str(step)] = str(problem)
             continue
-        return step, damaged
+        for name, reason in damaged.items():
+            logger.warning("checkpoint %s is damaged and passed over: %s", folder / name, reason)
+        return step, list(damaged)
     raise CheckpointError(f"{folder}: no checkpoint can be read: " + "; ".join(damaged.values()))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from flowdit.checkpoint.meta import FORMAT
 from flowdit.checkpoint.names import named_arrays, split_state
 from flowdit.errors import first_line
 from flowdit.processes import any_process
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 # Indices, checksums, whole blocks of the file system for small files, the log and the images written meanwhile.
@@ -36,21 +38,13 @@ class Moment(NamedTuple):
 class CheckpointWriter:
     """Saves what `reached` was last told; keeps the newest `keep_last` steps and every multiple of `keep_every`.
 
-    As a context manager it saves once more when the run ends by an error. `meta` goes with every checkpoint, `report`
-    gets a line where a save fails.
+    As a context manager it saves once more when the run ends by an error. `meta` goes with every checkpoint. A save that
+    fails is logged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep_last: int,
-        keep_every: int | None,
-        meta: dict[str, Any],
-        report: Callable[[str], None],
-    ):
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None, meta: dict[str, Any]):
         self.folder = folder
         self._meta = meta
-        self._report = report
         self._moment: Moment | None = None
         self._writing: int | None = None
         self._failure: CheckpointError | None = None
@@ -87,7 +81,7 @@ class CheckpointWriter:
         # Of several processes one may fail alone, and the others would not try again with it.
         for _ in range(1 if failure or jax.process_count() > 1 else 2):
             if failure:
-                self._report(f"{failure}; saving step {self._moment.step} at once")
+                logger.warning("%s; saving step %d at once", failure, self._moment.step)
             wait = wait or failure is not None
             failure = self._write(self._moment, wait)
             if failure is None:
@@ -132,9 +126,9 @@ class CheckpointWriter:
         try:
             self.save(wait=True)
         except Exception as problem:  # a broken device or disk; the run ends by its error all the same
-            self._report(f"step {self._moment.step} cannot be saved: {first_line(problem)}")
+            logger.warning("step %d cannot be saved: %s", self._moment.step, first_line(problem))
         else:
-            self._report(f"the run ends by an error; step {self._moment.step} is saved: {self.last_good()}")
+            logger.warning("the run ends by an error; step %d is saved: %s", self._moment.step, self.last_good())
 
     def _write(self, moment: Moment, wait: bool) -> CheckpointError | None:
         """One attempt; its error."""
@@ -165,7 +159,7 @@ class CheckpointWriter:
             if not (self.folder / str(step)).is_dir():
                 return self._failed(step, problem)
             # It got its name, so it is whole; deleting older ones comes after that.
-            self._report(f"an old checkpoint cannot be deleted: {first_line(problem)}")
+            logger.warning("an old checkpoint cannot be deleted: %s", first_line(problem))
             self._look_again()
         self._writing = None
         return None

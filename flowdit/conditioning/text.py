@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from flowdit.models.pixart import PixArt, TextCondition, build_pixart
 from flowdit.models.text_encoder import WORDLLAMA, TextConfig, TextEncoder, encode_tokens, load_text_encoder
 from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import batch_sharding, join_micro_batches, micro_batch, on_mesh
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2**16
 """The longest text that is taken: no tensor has this size, and it takes memory when a sample is drawn."""
@@ -195,7 +198,7 @@ class Text(Conditioning):
             some = distinct[start : start + chunk]
             for prompt, is_cut in zip(some, self.encoder.tokenize(some).truncated, strict=True):
                 if is_cut:
-                    print(f"warning: longer than {length} tokens, the rest is ignored: {prompt[:60]!r}...", flush=True)
+                    logger.warning("longer than %d tokens, the rest is ignored: %r...", length, prompt[:60])
 
     # --- what is said of it ---
 

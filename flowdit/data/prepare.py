@@ -6,6 +6,7 @@ written when all are. Nothing depends on where a run was interrupted, so the man
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 
 from flowdit.data import manifest as manifests
 from flowdit.data.encode_images import encoded_records, latent_encoder
 from flowdit.data.images import ImageSet, load_images
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
+from flowdit.data.progress import ProgressBar, progress_bar
 from flowdit.data.shards import (
     channel_statistics,
     claim_folder,
@@ -33,6 +34,8 @@ from flowdit.fields import require, require_choice, under
 from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
 from flowdit.models.vae import AutoencoderKL, load_vae
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -176,7 +179,7 @@ def _finished(out: Path) -> Manifest:
     manifest = Manifest.read(out)
     manifests.verify(out, manifest)
     _remove_sidecars(manifest, out)
-    print(f"{out} is already prepared from these images with these settings: nothing to do")
+    logger.info("%s is already prepared from these images with these settings: nothing to do", out)
     return manifest
 
 
@@ -184,7 +187,7 @@ def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, image_set: 
     encode_batch = latent_encoder(vae, config.batch_size)
     todo = [job for job in jobs if read_sidecar(out / job.file) is None]
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
-    with tqdm(total=total, initial=total - left, unit=" images", desc="encoding", dynamic_ncols=True) as progress:
+    with progress_bar("encoding", "images", total, left) as progress:
         for job in todo:
             records = encoded_records(
                 job.items,
@@ -198,7 +201,7 @@ def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, image_set: 
             write_shard(out / job.file, _counted(records, progress))
 
 
-def _counted(records: Iterator[dict[str, Any]], progress: tqdm) -> Iterator[dict[str, Any]]:
+def _counted(records: Iterator[dict[str, Any]], progress: ProgressBar) -> Iterator[dict[str, Any]]:
     for record in records:
         yield record
         progress.update()
@@ -232,7 +235,7 @@ def _finish(jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageS
     )
     manifest.write(out)
     _remove_sidecars(manifest, out)
-    print(_summary(manifest, out))
+    logger.info(_summary(manifest, out))
     return manifest
 
 

@@ -1,21 +1,24 @@
 """Captions to a cache of text features (`text_cache`), in steps that can be interrupted and run again."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from flowdit.data.captions import CAPTIONS, caption_key
 from flowdit.data.loader import open_source
 from flowdit.data.manifest import Manifest, Shard, read_manifest, verify_shards, write_json
+from flowdit.data.progress import ProgressBar, progress_bar
 from flowdit.data.records import CAPTION_FIELDS, record_schema
 from flowdit.data.shards import claim_folder, finished_sidecar, read_sidecar, remove_sidecar, write_shard
 from flowdit.data.text_cache import FILE_NAME, CacheManifest, packed_dtype
 from flowdit.models.text_encoder import MAX_BATCH, TextEncoder
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 128
 """Records read at a time: enough captions to find some of like length, features (140 MB of T5Gemma's) that fit memory."""
@@ -33,11 +36,11 @@ def write_cache(folder: Path, data: Path, manifest: Manifest, encoder: TextEncod
         cache = read_manifest(CacheManifest, folder / FILE_NAME)
         cache.check_made_by(folder, encoder, manifest)
         verify_shards(folder, cache.shards, hashes=False)
-        print(f"{folder} already holds the text features of this data set: nothing to do")
+        logger.info("%s already holds the text features of this data set: nothing to do", folder)
     else:
         _write_shards(folder, data, manifest, encoder)
         cache = _finish(folder, manifest, encoder)
-        print(_summary(folder, cache))
+        logger.info(_summary(folder, cache))
     for shard in cache.shards:
         remove_sidecar(folder / shard.file)
     return cache
@@ -46,13 +49,13 @@ def write_cache(folder: Path, data: Path, manifest: Manifest, encoder: TextEncod
 def _write_shards(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder) -> None:
     todo = [shard for shard in manifest.shards if read_sidecar(folder / shard.file) is None]
     total, left = (sum(shard.records for shard in some) for some in (manifest.shards, todo))
-    with tqdm(total=total, initial=total - left, unit=" records", desc="encoding text", dynamic_ncols=True) as progress:
+    with progress_bar("encoding text", "records", total, left) as progress:
         for shard in todo:
             write_shard(folder / shard.file, _records(data, manifest, shard, encoder, progress), _text_sums)
 
 
 def _records(
-    data: Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, progress: tqdm
+    data: Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, progress: ProgressBar
 ) -> Iterator[dict[str, Any]]:
     alone = dataclasses.replace(manifest, shards=(shard,))
     schema = record_schema(manifest.latent_shape, CAPTION_FIELDS, manifest.has_latent_std)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from flowdit.interop.portable import (
     write_single,
 )
 from flowdit.interop.torch_files import ENTRIES, SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 TARGETS = ("checkpoint", "diffusers", "safetensors")
 WEIGHTS = tuple(ENTRIES)
@@ -130,7 +133,7 @@ def convert(config: ConvertConfig) -> Portable:
             write = write_checkpoint if config.to == "checkpoint" else write_single
             write(portable, partial, config.dtype)
     if config.push_to_hub:
-        print(f"uploaded: {push(target, config.push_to_hub, config.private)}", flush=True)
+        logger.info("uploaded: %s", push(target, config.push_to_hub, config.private))
     return portable
 
 
@@ -160,7 +163,7 @@ def _write_diffusers(portable: Portable, folder: Path, config: ConvertConfig) ->
         try:
             draw_grid(Sampler(to_trained(portable), vae=config.vae), image, config.prompts)
         except ValueError as problem:  # a missing VAE or text encoder must not prevent the export
-            print(f"no sample image: {problem}", flush=True)
+            logger.warning("no sample image: %s", problem)
     elif config.image != "none":
         shutil.copyfile(config.image, image)
     write_card(portable, folder, Path(config.target).name, config.weights, image.is_file())

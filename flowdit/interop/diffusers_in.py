@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from flowdit.interop.portable import Portable, array_shapes, check_shapes, check
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.transformer import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 META_FILE = "flowdit.json"
@@ -43,14 +46,13 @@ def read_diffusers(folder: Path, weights: str, hints: ForeignConfig) -> Portable
     own = folder / "transformer" if (folder / "transformer" / "config.json").is_file() else folder
     raw = pretrained.read_json(own / "config.json")
     architecture, kind = find_class(own / "config.json", raw)  # before the weights, which are slow to read
-    notes: list[str] = []
-    tensors = _read_tensors(own, weights, notes)
+    tensors = _read_tensors(own, weights)
     layout, model, latent_shape = read_config(own / "config.json", raw, tensors)
     if (meta := _own_meta(folder)) is not None:
-        return _own_export(folder, meta, layout, tensors, model, latent_shape)._replace(notes=tuple(notes))
+        return _own_export(folder, meta, layout, tensors, model, latent_shape)
     if kind is architecture.own:
-        notes.append(
-            "the folder has no flowdit metadata: latents are assumed to be normalised by shift and scale of the VAE"
+        logger.warning(
+            "%s has no flowdit metadata: latents are assumed to be normalised by shift and scale of the VAE", folder
         )
     prediction = hints.prediction or _scheduled_prediction(folder, tensors, layout, model, latent_shape[0])
     if hints.vae is None and (folder / "vae" / "config.json").is_file():
@@ -62,12 +64,11 @@ def read_diffusers(folder: Path, weights: str, hints: ForeignConfig) -> Portable
         model=model,
         latent_shape=latent_shape,
         prediction=prediction,
-        notes=notes,
     )
     return assemble(found, hints)
 
 
-def _read_tensors(folder: Path, weights: str, notes: list[str]) -> Arrays:
+def _read_tensors(folder: Path, weights: str) -> Arrays:
     """Read the tensors from safetensors files or, if there are none, from torch's `.bin` files."""
     has_safetensors, has_bin = (
         any((folder / f"{WEIGHTS_STEM}{suffix}").is_file() for suffix in (kind, f"{kind}.index.json"))
@@ -75,10 +76,10 @@ def _read_tensors(folder: Path, weights: str, notes: list[str]) -> Arrays:
     )
     if has_safetensors or not has_bin:
         if has_bin:
-            notes.append(f"{folder} also holds {WEIGHTS_STEM}.bin, which is ignored: the safetensors file is read")
+            logger.info("%s also holds %s.bin, which is ignored: the safetensors file is read", folder, WEIGHTS_STEM)
         return pretrained.read_tensors(pretrained.find_weights(folder, WEIGHTS_STEM))
     files = pretrained.find_weights(folder, WEIGHTS_STEM, suffix=".bin")
-    return {name: tensor for file in files for name, tensor in read_torch_file(file, weights, notes).tensors.items()}
+    return {name: tensor for file in files for name, tensor in read_torch_file(file, weights).tensors.items()}
 
 
 def _own_meta(folder: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from flowdit.interop.metadata import ForeignConfig, foreign_meta
 from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
 from flowdit.models.transformer import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 
 class Found(NamedTuple):
     """A checkpoint of another project before conversion: tensors by their original names, and the model's shape."""
@@ -27,12 +30,11 @@ class Found(NamedTuple):
     model: ModelConfig
     latent_shape: tuple[int, int, int]
     prediction: str
-    notes: list[str]
 
 
 def assemble(found: Found, hints: ForeignConfig, fold: Callable[[Arrays], Arrays] | None = None) -> Portable:
     """Check the tensors against the architecture, rename them and add checkpoint metadata."""
-    model, notes = found.model, found.notes
+    model = found.model
     layout = layouts.for_model(found.layout, model)
     tensors = {n: t for n, t in found.tensors.items() if not n.startswith(layout.ignored)}
     tensors = _first_half(found, tensors)
@@ -40,7 +42,7 @@ def assemble(found: Found, hints: ForeignConfig, fold: Callable[[Arrays], Arrays
     config = Config(model=model, data=DataConfig(path=""))
     size = condition_size(found.layout, tensors)
     condition = ARCHITECTURES[model.name].condition(config, hints, size)
-    meta = foreign_meta(config, condition, found.latent_shape, hints, notes)
+    meta = foreign_meta(config, condition, found.latent_shape, hints)
     meta |= {"prediction": found.prediction, "source": layout.name}
     shapes = array_shapes(describe(meta, found.source))
     check_shapes(
@@ -50,11 +52,11 @@ def assemble(found: Found, hints: ForeignConfig, fold: Callable[[Arrays], Arrays
     arrays = layouts.to_ours(layout, tensors, model.depth)
     arrays = fold(arrays) if fold else arrays
     if "null_caption" in shapes and "null_caption" not in arrays:
-        notes.append("the folder holds no null caption, which is set to 0: use a negative prompt for guidance")
+        logger.warning("%s holds no null caption, which is set to 0: use a negative prompt for guidance", found.source)
         arrays["null_caption"] = np.zeros(shapes["null_caption"], next(iter(arrays.values())).dtype)
     if found.prediction == "noise":
-        notes.append("the network predicts noise (DDPM): sampling converts it to a velocity")
-    return checked(Portable(arrays, meta, tuple(notes)), found.source)
+        logger.info("%s: the network predicts noise (DDPM): sampling converts it to a velocity", found.source)
+    return checked(Portable(arrays, meta), found.source)
 
 
 def condition_size(layout: Layout, tensors: Arrays) -> int:
@@ -70,7 +72,8 @@ def _first_half(found: Found, tensors: Arrays) -> Arrays:
     names = [found.layout.theirs(f"final_linear.{part}") for part in ("weight", "bias")]
     if any(name not in tensors or len(tensors[name]) != 2 * channels * patch_area for name in names):
         return tensors
-    found.notes.append(f"learned sigmas are dropped: the first {channels} of {2 * channels} output channels are kept")
+    kept = f"the first {channels} of {2 * channels} output channels are kept"
+    logger.info("%s: learned sigmas are dropped: %s", found.source, kept)
     halves = {n: tensors[n].reshape(patch_area, 2 * channels, -1)[:, :channels] for n in names}
     return tensors | {n: half.reshape(-1, *tensors[n].shape[1:]) for n, half in halves.items()}
 

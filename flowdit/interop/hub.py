@@ -7,6 +7,8 @@ from pathlib import Path
 
 import huggingface_hub
 
+from flowdit.errors import first_line
+
 # Data only: code in a repository is neither downloaded nor run.
 ITEMS = ("meta/*", "model_ema/*", "state/*", "dataset/*", "_CHECKPOINT_METADATA")  # of a flowdit checkpoint
 PATTERNS = ("*.json", "*.safetensors", *ITEMS)
@@ -27,7 +29,7 @@ def find_source(name: str) -> Path:
         # Repositories often hold their weights in both formats: `.bin` is only fetched if there is no safetensors.
         return folder if _has_weights(folder) else _download(name, (*PATTERNS, *BIN))
     except Exception as problem:  # the client raises the errors of its HTTP library
-        reason = str(problem).strip().partition("\n")[0]
+        reason = first_line(problem)
         raise ValueError(
             f"source: must be a file, a folder or a reachable Hugging Face hub id, not {name!r} "
             f"({type(problem).__name__}: {reason})"
@@ -53,7 +55,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         else:
             api.upload_folder(folder_path=folder, repo_id=repo_id)
     except Exception as problem:
-        reason = str(problem).strip().partition("\n")[0]
+        reason = first_line(problem)
         raise ValueError(
             f"push_to_hub: {repo_id} cannot be written ({type(problem).__name__}: {reason}); {folder} is complete"
         ) from None

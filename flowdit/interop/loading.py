@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
@@ -21,16 +19,19 @@ def load(
     weights: str = "ema",
     *,
     mesh: Mesh | None = None,
-    report: Callable[[str], None] | None = None,
     **hints: Any,
 ) -> Sampler:
     """Load the model `name` for sampling: `load("checkpoints").draw(labels=["heart"] * 8)`.
 
-    Args: name: a checkpoint folder, a run folder (its newest whole checkpoint), an exported diffusers folder, a
-    safetensors file, a file of another project, or a hub id. weights: "ema" or "model", of a checkpoint that has both.
-    mesh: devices that share each batch; by default all of this process. report: called with a note for each assumption,
-    and each part of the files that is not read; default: a warning. hints: fields of `ForeignConfig`, for information
-    that is not in the files. `vae` and `text_encoder` can also be new locations of the ones used in training.
+    Assumptions, and parts of the files that are not read, are logged.
+
+    Args:
+        name: a checkpoint folder, a run folder (its newest whole checkpoint), an exported diffusers folder, a
+            safetensors file, a file of another project, or a hub id.
+        weights: "ema" or "model", of a checkpoint that has both.
+        mesh: devices that share each batch; by default all of this process.
+        hints: fields of `ForeignConfig`, for information that is not in the files. `vae` and `text_encoder` can also be
+            new locations of the ones used in training.
 
     Raises:
         ValueError: with one line, for a source that is missing, damaged or of another architecture.
@@ -39,17 +40,11 @@ def load(
     if unknown := [hint for hint in hints if hint not in known]:
         raise ValueError(f"{unknown[0]}: no such setting, must be one of {', '.join(known)}")
     portable = read_source(name, weights, ForeignConfig(**hints))
-    for note in portable.notes:
-        (report or _warn)(f"{name}: {note}")
     mesh = mesh or make_local_mesh()
     trained = to_trained(portable, replicated(mesh))
     if encoder := hints.get("text_encoder"):
         trained = trained._replace(conditioning=trained.conditioning.with_encoder(encoder))
     return Sampler(trained, mesh, hints.get("vae"))
-
-
-def _warn(note: str) -> None:
-    warnings.warn(note, stacklevel=3)
 
 
 def from_pretrained(name: str, weights: str = "ema", **hints: Any) -> Sampler:

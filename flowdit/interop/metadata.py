@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from flowdit.data.manifest import Manifest, VaeInfo
 from flowdit.diffusion.sampling import PREDICTIONS
 from flowdit.fields import require, require_choice
 from flowdit.models.vae import load_vae
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("dit", "sit", "pixart")
 # The VAE of DiT, SiT and PixArt-alpha, and of nearly every other model with four channels.
@@ -92,14 +95,13 @@ def foreign_meta(
     condition: ForeignCondition,
     latent_shape: tuple[int, int, int],
     hints: ForeignConfig,
-    notes: list[str],
 ) -> dict[str, Any]:
     """Metadata with configuration, condition and latents of a model, without data.
 
     Raises `ValueError` if the VAE does not match the latents.
     """
     config.conditioning = condition.kind
-    manifest = _manifest(latent_shape, _vae_info(hints.vae, latent_shape[0], notes), condition.class_names)
+    manifest = _manifest(latent_shape, _vae_info(hints.vae, latent_shape[0]), condition.class_names)
     conditioning = from_checkpoint(config, manifest, {"text": condition.text})
     mean, scale = ([value] * latent_shape[0] for value in (manifest.vae.shift, manifest.vae.scale))
     meta = run_meta(config, manifest, conditioning, mean, scale)
@@ -124,11 +126,13 @@ def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tup
     )
 
 
-def _vae_info(name: str | None, channels: int, notes: list[str]) -> VaeInfo:
+def _vae_info(name: str | None, channels: int) -> VaeInfo:
     if name is None:
         if channels != 4:
             raise ValueError(f"vae: must be given for latents of {channels} channels, whose scale is unknown")
-        notes.append(f"no VAE is given: latents are assumed to be those of Stable Diffusion 1.x (scale {SD_VAE.scale})")
+        logger.warning(
+            "no VAE is given: latents are assumed to be those of Stable Diffusion 1.x (scale %s)", SD_VAE.scale
+        )
         return SD_VAE
     vae = load_vae(name)
     if vae.config.latent_channels != channels:

@@ -27,11 +27,10 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 def read_original(file: Path, weights: str, hints: ForeignConfig) -> Portable:
     """Read a file of facebookresearch/DiT, willisma/SiT or PixArt-alpha / sigma: `.pt`, `.pth` or safetensors."""
-    notes: list[str] = []
     if file.suffix == ".safetensors":
         tensors, arguments = pretrained.read_tensors([file]), {}
     else:
-        tensors, arguments = read_torch_file(file, weights, notes)
+        tensors, arguments = read_torch_file(file, weights)
     hints = _with_format(file, hints, arguments)
     layout = _original_layout(file, tensors, hints.format)
     model, latent_shape = _original_shape(file, layout, tensors, hints)
@@ -43,7 +42,6 @@ def read_original(file: Path, weights: str, hints: ForeignConfig) -> Portable:
         model=model,
         latent_shape=latent_shape,
         prediction=prediction,
-        notes=notes,
     )
     return assemble(found, hints, fold_sit if hints.format == "sit" else None)
 

@@ -32,11 +32,10 @@ MAX_SAMPLED_SIDE = 1024
 
 
 class Portable(NamedTuple):
-    """Arrays by dotted name (blocks have a leading depth axis), checkpoint metadata, and notes for the user."""
+    """Arrays by dotted name (blocks have a leading depth axis) and checkpoint metadata."""
 
     arrays: Arrays
     meta: dict[str, Any]
-    notes: tuple[str, ...] = ()
 
 
 def read_checkpoint(folder: Path, weights: str) -> Portable:

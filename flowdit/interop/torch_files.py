@@ -8,6 +8,7 @@ torch is an optional extra, and only this module imports it.
 from __future__ import annotations
 
 import argparse
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from flowdit.errors import first_line
 from flowdit.fields import shown
 from flowdit.models.pretrained import check_finite
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # The entries with the weights in training checkpoints: of DiT and SiT, then of PixArt.
@@ -30,7 +34,7 @@ class TorchFile(NamedTuple):
     arguments: dict[str, Any]
 
 
-def read_torch_file(file: Path, weights: str, notes: list[str]) -> TorchFile:
+def read_torch_file(file: Path, weights: str) -> TorchFile:
     """Read tensors by name; from a training checkpoint the tensors of `weights` ("ema" or "model").
 
     Raises `ValueError` naming the file if it is damaged, would import something, does not hold tensors by name, or
@@ -48,7 +52,7 @@ def read_torch_file(file: Path, weights: str, notes: list[str]) -> TorchFile:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as problem:  # pickle, zip and torch raise different types
         raise ValueError(f"source: {file} must hold tensors only: {_reason(problem)}") from None
-    tensors = _choose(file, content, weights, notes)
+    tensors = _choose(file, content, weights)
     wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if wrong:
         raise ValueError(
@@ -94,12 +98,12 @@ def _is_zip(file: Path) -> bool:
 
 def _reason(problem: Exception) -> str:
     """The line with the refused name; torch's advice to switch off the protection is left out."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    refused = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
-    return (refused or lines or [type(problem).__name__])[0][:200]
+    lines = (line.strip() for line in str(problem).splitlines())
+    refused = (line for line in lines if "Unsupported" in line or "GLOBAL" in line)
+    return next(refused, first_line(problem))[:200]
 
 
-def _choose(file: Path, content: Any, weights: str, notes: list[str]) -> dict[str, Any]:
+def _choose(file: Path, content: Any, weights: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"source: {file} must hold tensors by name, it holds {type(content).__name__}")
     found = {
@@ -109,7 +113,7 @@ def _choose(file: Path, content: Any, weights: str, notes: list[str]) -> dict[st
         return content
     kind = weights if found[weights] else next(kind for kind, name in found.items() if name)
     if kind != weights:
-        notes.append(f"{file} holds no {weights} weights; {found[kind]!r} is used")
+        logger.warning("%s holds no %s weights; %r is used", file, weights, found[kind])
     return content[found[kind]]
 
 

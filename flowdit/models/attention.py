@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flowdit.errors import first_line
+
+logger = logging.getLogger(__name__)
 
 
 class AttentionShape(NamedTuple):
@@ -99,8 +101,8 @@ def _cudnn_computes(shape: AttentionShape) -> bool:
             return True
         reason = f"relative error {error:.3g} against XLA"
     to = f" to {shape.key_tokens}" if shape.key_tokens else ""
-    warnings.warn(
-        f"cuDNN attention is not used (head size {shape.head_dim}, {shape.tokens} tokens{to}): {reason}", stacklevel=2
+    logger.warning(
+        "cuDNN attention is not used (head size %d, %d tokens%s): %s", shape.head_dim, shape.tokens, to, reason
     )
     return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from flowdit.sharding import prefetch_to_device
 from flowdit.training.evaluations import closing
 from flowdit.training.setup import Run, start_run
 from flowdit.training.tracking import Progress, Tracker
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingDiverged(ValueError):
@@ -35,9 +38,11 @@ def train(config: Config) -> None:
     primary = jax.process_index() == 0
     tracker = Tracker(run.folder, config.wandb, run.meta["config"], run_id=run.meta["run_id"], primary=primary)
     progress = Progress(settings.num_steps, settings.batch_size, settings.compute_dtype)
-    announce(tracker, run, start, settings.num_steps)
+    announce(run, start, settings.num_steps)
+    if run.figures:
+        tracker.log(start, run.figures)
 
-    writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta, tracker.warn)
+    writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta)
     with stop_signal() as signalled, tracker, writer, closing(run.evaluations, tracker):
         batches = prefetch_to_device(run.mesh, run.stream, run.conditioning.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
@@ -48,14 +53,14 @@ def train(config: Config) -> None:
             progress.add(metrics)
             last = step == settings.num_steps
             stopping = writer.reached_preemption(step) if jax.process_count() > 1 else bool(signalled)
-            logging = is_due(step, settings.log_every) or step == start + 1 or last or stopping
+            due = is_due(step, settings.log_every) or step == start + 1 or last or stopping
 
-            if logging:
-                values = progress.summary(step) | run.conditioning.figures() | bad_records(run.data, tracker)
+            if due:
+                values = progress.summary(step) | run.conditioning.figures() | bad_records(run.data)
                 tracker.log(step, values)
-                tracker.say(progress.line(step, values))
+                logger.info(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)
-            if is_due(step, settings.save_every) or last or stopping or (logging and writer.has_failed()):
+            if is_due(step, settings.save_every) or last or stopping or (due and writer.has_failed()):
                 with progress.paused():
                     writer.save(wait=last or stopping)
             if stopping:
@@ -64,9 +69,8 @@ def train(config: Config) -> None:
                 if evaluation.is_due(step, last):
                     with progress.paused(), tracker.warns_only(evaluation.folder):
                         tracker.report(step, evaluation(step, state))
-        tracker.say(
-            f"{'done' if step >= settings.num_steps else 'stopped by signal'}; checkpoint: {writer.last_good()}"
-        )
+        ended = "done" if step >= settings.num_steps else "stopped by signal"
+        logger.info("%s; checkpoint: %s", ended, writer.last_good())
 
 
 def is_due(step: int, every: int) -> bool:
@@ -74,29 +78,26 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def bad_records(data: DataSet, tracker: Tracker) -> dict[str, int]:
+def bad_records(data: DataSet) -> dict[str, int]:
     """The count of bad records that this process has read so far, a few batches ahead of the step; each is said once."""
     sources = [source for source in (data.train, data.validation) if source is not None]
     for problem in (line for source in sources for line in source.bad_records.take_new()):
-        tracker.warn(f"bad record, the next one is read in its place: {problem}")
+        logger.warning("bad record, the next one is read in its place: %s", problem)
     bad = sum(len(source.bad_records) for source in sources)
     return {"data/bad_records": bad} if bad else {}
 
 
-def announce(tracker: Tracker, run: Run, start: int, num_steps: int) -> None:
+def announce(run: Run, start: int, num_steps: int) -> None:
     """What is about to run, before the silence of the first compilation."""
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.model))
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     manifest = run.meta["manifest"]
     shape = "x".join(map(str, manifest["latent_shape"]))
-    for note in run.notes:
-        tracker.say(note)
-    if run.figures:
-        tracker.log(start, run.figures)
-    tracker.say(f"model: {parameters / 1e6:.2f} M parameters; {devices}, mesh {dict(run.mesh.shape)}")
-    tracker.say(f"data: {run.stream.get_state()['num_records']} records, latents {shape}, {run.conditioning.summary}")
+    records = run.stream.get_state()["num_records"]
+    logger.info("model: %.2f M parameters; %s, mesh %s", parameters / 1e6, devices, dict(run.mesh.shape))
+    logger.info("data: %d records, latents %s, %s", records, shape, run.conditioning.summary)
     if start < num_steps:
-        tracker.say(f"compiling the training step, then steps {start + 1} to {num_steps}")
+        logger.info("compiling the training step, then steps %d to %d", start + 1, num_steps)
 
 
 def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWriter) -> None:

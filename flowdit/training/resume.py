@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from flowdit.config import Config, from_stored
 from flowdit.data.loader import TrainStream
 from flowdit.sharding import init_sharded
 from flowdit.training.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 # Fields that an exact resume needs unchanged; the rest may change and is reported.
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
@@ -56,25 +59,25 @@ def resume(
     stream: TrainStream,
     conditioning: Conditioning,
     meta: dict[str, Any],
-    notes: list[str],
 ) -> TrainState:
-    """State of the newest whole checkpoint; the stream is moved to the batch after it. Appends what to tell the user.
+    """State of the newest whole checkpoint; the stream is moved to the batch after it. Logs what has changed.
 
     Parameters of auxiliary losses that the checkpoint lacks come from `build_state`.
     """
 
     def check(stored: dict[str, Any]) -> None:
         conditioning.check_resumable(stored)
-        notes.extend(check_same_run(stored, meta))
+        for change in check_same_run(stored, meta):
+            logger.info(change)
 
     def fresh(names: set[str]) -> dict[str, jax.Array]:
         build = lambda: {name: array for name, array in named_arrays(build_state()).items() if name in names}
         return init_sharded(mesh, build)
 
-    restored = restore_newest(folder, template, check, notes.append, fresh)
+    restored = restore_newest(folder, template, check, fresh)
     stream.set_state(restored.dataset)
     meta["run_id"] = restored.meta["run_id"]
-    notes.append(f"resumed from {folder / str(int(restored.state.step))}")
+    logger.info("resumed from %s", folder / str(int(restored.state.step)))
     return restored.state
 
 

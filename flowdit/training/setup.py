@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ from flowdit.training.resume import prepare_folder, resume
 from flowdit.training.start import Start, drift_figures, initial_model, load_start
 from flowdit.training.step import TrainState, TrainStep, image_flops, init_state, make_train_step
 
+logger = logging.getLogger(__name__)
+
 
 class Run(NamedTuple):
     """The parts of a run, ready for the loop. `figures` are logged once, before the first step.
@@ -51,7 +54,6 @@ class Run(NamedTuple):
     image_flops: Callable[[Batch], int]
     evaluations: list[Evaluation]
     meta: dict[str, Any]
-    notes: list[str]
     figures: dict[str, float]
 
 
@@ -70,10 +72,11 @@ def start_run(config: Config) -> Run:
     evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
     stream = make_stream(config, data.train)
     meta = run_meta(config, manifest, conditioning, objective.mean, objective.scale)
-    notes = [] if data.validation or not train.validate_every else ["no validation records: no validation loss"]
+    if data.validation is None and train.validate_every:
+        logger.info("no validation records: no validation loss")
     start = None
     if train.init_from and not list_steps(folder):
-        start = load_start(config, manifest, conditioning, meta, mesh, notes)
+        start = load_start(config, manifest, conditioning, meta, mesh)
     resuming = from_first(lambda: prepare_folder(folder, train.is_restore))
 
     optimizer = make_optimizer(config.optim, train.num_steps)
@@ -93,11 +96,10 @@ def start_run(config: Config) -> Run:
             stream=stream,
             conditioning=conditioning,
             meta=meta,
-            notes=notes,
         )
     else:
         state = init_sharded(mesh, build_state, start)
-    figures = drift_figures(start, state.model, train, notes)
+    figures = drift_figures(start, state.model, train)
     plain = dataclasses.replace(objective, auxiliary=())  # which come and go, and would make the total jump
     return Run(
         folder=folder,
@@ -110,7 +112,6 @@ def start_run(config: Config) -> Run:
         image_flops=functools.partial(image_flops, plain, compute, template.parameters),
         evaluations=evaluations,
         meta=meta,
-        notes=notes,
         figures=figures,
     )
 

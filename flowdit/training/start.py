@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from flowdit.inference.trained import Trained, describe_trained
 from flowdit.models.reparameterise import check_compatible, drift, reparameterise, without_sizes
 from flowdit.sharding import dotted_name
 
+logger = logging.getLogger(__name__)
+
 
 class Start(eqx.Module):
     """The EMA model of another run's checkpoint, and the parts of this run's model that it cannot fill.
@@ -42,12 +45,11 @@ def load_start(
     conditioning: Conditioning,
     meta: Mapping[str, Any],
     mesh: Mesh,
-    notes: list[str],
 ) -> Start:
     """The model at `train.init_from` on the mesh, checked to fit this run's before any weight is read.
 
-    `meta` is what this run will say of itself. Appends to `notes` what is not taken over and what makes the start worth
-    less. Raises `ValueError` naming what does not fit.
+    `meta` is what this run will say of itself. Logs what is not taken over and what makes the start worth less. Raises
+    `ValueError` naming what does not fit.
     """
     assert config.train.init_from is not None
     folder = Path(config.train.init_from)
@@ -67,7 +69,8 @@ def load_start(
         weights = restore_weights(folder, theirs.model, mesh)
     remarks = [f"{part} stays freshly initialised: {reason}" for part, reason in fresh.items()]
     remarks += conditioning.differences(theirs.conditioning) + differences(theirs, meta)
-    notes += [f"train.init_from: {folder}: {remark}" for remark in remarks]
+    for remark in remarks:
+        logger.info("train.init_from: %s: %s", folder, remark)
     return Start(weights, tuple(fresh), is_other)
 
 
@@ -115,19 +118,19 @@ def copy_weights(model: Any, start: Start) -> Any:
     return jax.tree_util.tree_map_with_path(take, model)
 
 
-def drift_figures(start: Start | None, model: Any, train: TrainConfig, notes: list[str]) -> dict[str, float]:
-    """By time, how far the velocities of a text model and its class model are apart on noise, relatively.
+def drift_figures(start: Start | None, model: Any, train: TrainConfig) -> dict[str, float]:
+    """By time, how far the velocities of a text model and its class model are apart on noise, relatively; it is logged.
 
     On the class model's own grid it is 0, to rounding, at `train.init_time`. Other starts have no such figures.
     """
     if start is None:
         return {}
     if not start.reparameterised:
-        notes.append(f"started from {train.init_from}")
+        logger.info("started from %s", train.init_from)
         return {}
     times = jnp.asarray(sorted({*VALIDATION_TIMES, train.init_time}))
     x_t = jax.random.normal(jax.random.key(0), (len(times), 4, *model.latent_shape))
     apart = jax.jit(drift, static_argnames="class_condition")(start.model, model, times, x_t, train.init_class)
     by_time = ", ".join(f"{t:.3g}: {d:.2g}" for t, d in zip(times, apart, strict=True))
-    notes.append(f"started from {train.init_from}; relative drift of the velocity by t: {by_time}")
+    logger.info("started from %s; relative drift of the velocity by t: %s", train.init_from, by_time)
     return {f"init/drift_t{t:.4f}": float(d) for t, d in zip(times, apart, strict=True)}

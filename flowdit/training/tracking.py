@@ -1,4 +1,4 @@
-"""Where a run's figures go: the console, `metrics.jsonl` in the run folder, and Weights & Biases."""
+"""Where a run's figures go: the log, `metrics.jsonl` in the run folder, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import netrc
 import os
 import threading
@@ -20,6 +21,8 @@ import numpy as np
 from flowdit.errors import first_line
 from flowdit.fields import require_choice
 from flowdit.hardware import peak_flops
+
+logger = logging.getLogger(__name__)
 
 MODES = ("online", "offline", "disabled")
 METRICS = "metrics.jsonl"
@@ -68,18 +71,6 @@ class Tracker:
         self._warned: set[str] = set()
         self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
 
-    def say(self, line: str) -> None:
-        """A line on the console, from the first process alone. A console that is gone or full ends no run either."""
-        if self.primary:
-            with contextlib.suppress(OSError):
-                print(line, flush=True)
-
-    def warn(self, line: str) -> None:
-        """A line from whichever process it is, which of several says its number."""
-        process = f" process {jax.process_index()}:" if jax.process_count() > 1 else ""
-        with contextlib.suppress(OSError):
-            print(f"warning:{process} {line}", flush=True)
-
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of `metrics.jsonl` and one W&B entry."""
         if not self.primary:
@@ -99,13 +90,13 @@ class Tracker:
                 raise
             if name not in self._warned:
                 reason = problem.strerror or problem
-                self.warn(f"{self.folder / name} cannot be written ({reason}): going on without")
+                logger.warning("%s cannot be written (%s): going on without", self.folder / name, reason)
             self._warned.add(name)
 
     def report(self, step: int, report: Report) -> None:
         """What an evaluation says: figures, images by their paths, and a line."""
         if report.line:
-            self.say(f"step {step}  {report.line}")
+            logger.info("step %d  %s", step, report.line)
         if report.figures:
             self.log(step, report.figures)
         if report.images:
@@ -132,7 +123,7 @@ class Tracker:
             shown = {name: wandb.Image(str(v)) if isinstance(v, Path) else v for name, v in values.items()}
             self._wandb.log(shown, step=step)
         except Exception as problem:  # whatever goes wrong there must not cost a training run
-            self.say(f"wandb: logging failed ({problem}): going on with metrics.jsonl alone")
+            logger.warning("wandb: logging failed (%s): going on with metrics.jsonl alone", first_line(problem))
             self._wandb = None
 
 
@@ -173,18 +164,18 @@ def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], r
     arguments = dict(project=config.project, name=config.name, config=run_config, dir=str(folder), id=run_id)
     mode = config.mode
     if mode == "online" and not _has_login():
-        print("wandb: no login found (run `wandb login`): logging offline", flush=True)
+        logger.info("wandb: no login found (run `wandb login`): logging offline")
         mode = "offline"
     # W&B raises its own, requests' and OS errors; none of them may stop a training run.
     try:
         return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
     except Exception as problem:
-        print(f"wandb: {mode} start failed ({first_line(problem)}): logging offline", flush=True)
+        logger.warning("wandb: %s start failed (%s): logging offline", mode, first_line(problem))
     try:
         wandb.teardown()
         return wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
     except Exception as problem:
-        print(f"wandb: offline start failed ({first_line(problem)}): going on with metrics.jsonl alone", flush=True)
+        logger.warning("wandb: offline start failed (%s): going on with metrics.jsonl alone", first_line(problem))
         return None
 
 

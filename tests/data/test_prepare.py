@@ -155,12 +155,12 @@ def test_a_killed_run_continues_to_the_same_data_set(config):
     assert prepare(config).id == whole.id
 
 
-def test_a_finished_data_set_is_not_changed(config, capsys):
+def test_a_finished_data_set_is_not_changed(config, messages):
     manifest = prepare(config)
-    assert "training and" in capsys.readouterr().out
+    assert "training and" in messages()[-1]
     times = {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
     assert prepare(config) == manifest
-    assert "already prepared" in capsys.readouterr().out
+    assert "already prepared" in messages()[-1]
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()} == times
 
 
@@ -342,12 +342,12 @@ def test_captions_of_other_images_leave_no_files(config, source, tmp_path):
     assert not Path(config.out).exists()
 
 
-def test_text_features_are_added_to_a_finished_data_set(config, source, tmp_path, capsys):
+def test_text_features_are_added_to_a_finished_data_set(config, source, tmp_path, messages):
     captioned = replaced(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
     manifest = prepare(captioned)
     with_text = replaced(captioned, text_encoder="wordllama", text_dtype="float32", text_max_length=6)
     assert prepare(with_text) == manifest
-    assert "text_features: features of 48 captions by wordllama in float32" in capsys.readouterr().out
+    assert "text_features: features of 48 captions by wordllama in float32" in messages()[-1]
     encoder = load_text_encoder(TextConfig(encoder="wordllama", dtype="float32", max_length=6))
     text = open_cache(Path(config.out) / "text_features", manifest, "train", encoder, 0.5)
     source = open_captioned(config.out, text)
@@ -362,13 +362,13 @@ def test_text_features_are_added_to_a_finished_data_set(config, source, tmp_path
     assert (other / "text_features.json").exists()
 
 
-def test_a_run_without_an_encoder_does_not_change_the_text_features(config, source, tmp_path, capsys):
+def test_a_run_without_an_encoder_does_not_change_the_text_features(config, source, tmp_path, messages):
     captioned = replaced(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
     prepare(replaced(captioned, text_encoder="wordllama"))
     times = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
     assert Path(config.out, "text_features", "text_features.json") in times
     prepare(captioned)
-    assert "already prepared" in capsys.readouterr().out
+    assert "already prepared" in messages()[-1]
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == times
 
 

@@ -96,20 +96,20 @@ def test_records_without_any_caption_have_an_empty_mask(tmp_path):
     assert not batch["text_features"][0].any()
 
 
-def test_the_manifest_and_the_summary_count_captions(captions, capsys):
+def test_the_manifest_and_the_summary_count_captions(captions, messages):
     written = write_cache(captions / "text", captions, Manifest.read(captions), word_encoder())
     # Long captions have 2 to 6 words, of which 4 are kept; indices 0 to 19 and 100 to 106.
     assert (written.captions, written.truncated) == (54, 10)
     data = Manifest.read(captions).shards
     assert [(s.file, s.records) for s in written.shards] == [(s.file, 2 * s.records) for s in data]
-    out = capsys.readouterr().out
+    (out,) = messages()
     assert "features of 54 captions by words in bfloat16" in out and "10 captions truncated to 4 tokens" in out
 
 
-def test_a_finished_cache_is_not_changed(captions, cache, capsys):
+def test_a_finished_cache_is_not_changed(captions, cache, messages):
     times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     write_cache(cache, captions, Manifest.read(captions), word_encoder())
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in messages()[-1]
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == times
 
 

@@ -84,7 +84,7 @@ def test_diffusers_dit(tmp_path, heads, head_dim):
     trained, out = converted(tmp_path / "dit")
     expected = model(torch.from_numpy(latents()), torch.from_numpy(1000 * TIMES), torch.from_numpy(LABELS)).sample
     assert_equal(trained, latents(), LABELS, expected[:, :4])
-    assert trained.prediction == "noise" and "note: learned sigmas are dropped: the first 4 of 8" in out
+    assert trained.prediction == "noise" and "learned sigmas are dropped: the first 4 of 8" in out
 
 
 def diffusers_pixart(heads: int = 4, head_dim: int = 12, **settings) -> diffusers.PixArtTransformer2DModel:

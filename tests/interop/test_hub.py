@@ -76,9 +76,9 @@ def hub(tmp_path, monkeypatch) -> Path:
         ("model.safetensors", {"to": "safetensors"}),
     ],
 )
-def test_pushed_model_draws_the_same_images(hub, checkpoint, images, tmp_path, capsys, target, fields):
+def test_pushed_model_draws_the_same_images(hub, checkpoint, images, tmp_path, messages, target, fields):
     convert(ConvertConfig(source=checkpoint, target=str(tmp_path / target), push_to_hub=REPOSITORY, **fields))
-    assert capsys.readouterr().out.strip() == f"uploaded: {huggingface_hub.HfApi().endpoint}/{REPOSITORY}"
+    assert messages()[-1] == f"uploaded: {huggingface_hub.HfApi().endpoint}/{REPOSITORY}"
     assert (hub / REPOSITORY / ".gitattributes").read_text() == f"private={fields.get('private', True)}"
     shutil.rmtree(tmp_path / target) if (tmp_path / target).is_dir() else (tmp_path / target).unlink()
     np.testing.assert_array_equal(drawn(REPOSITORY), images)

@@ -79,11 +79,12 @@ SAVINGS = {
     ],
     ids=["own", "stock", "bin", "shards"],
 )
-def test_class_model_is_imported_with_its_metadata(meta, tmp_path, model, saving):
+def test_class_model_is_imported_with_its_metadata(meta, tmp_path, messages, model, saving):
     portable = exported(meta, model, tmp_path)
     transformer = train_as_documented(model is STOCK_CLASS, SAVINGS[saving])
+    messages_before = messages()
     back = read_source("tuned")
-    assert back.meta == portable.meta and back.notes == ()
+    assert back.meta == portable.meta and messages() == messages_before
     assert output_error(transformer, back) < 1e-5
     moved = {name: np.abs(array - portable.arrays[name]).max() for name, array in back.arrays.items()}
     assert min(moved.values()) > 1e-5, moved
@@ -180,7 +181,7 @@ def test_embedders_that_were_trained_separately(meta, tmp_path):
 # --- required and optional files ---
 
 
-def test_saved_pipeline_without_its_metadata(meta, tmp_path):
+def test_saved_pipeline_without_its_metadata(meta, tmp_path, messages):
     """Otherwise the normalisation would be the VAE's, and silently wrong."""
     exported(meta, DEFAULT_CLASS, tmp_path)
     shutil.move("exported/flowdit.json", "flowdit.json")
@@ -188,10 +189,9 @@ def test_saved_pipeline_without_its_metadata(meta, tmp_path):
     message = "must hold flowdit.json, like the folder that its pipeline was loaded from"
     assert refused(Path("exported")) == f"error: source: exported {message}"
     hints = ForeignConfig(prediction="velocity", vae="openmoji")
-    (note,) = read_source("exported/transformer", hints=hints).notes
-    assert note.startswith(
-        "the folder has no flowdit metadata: latents are assumed to be normalised by shift and scale"
-    )
+    read_source("exported/transformer", hints=hints)
+    warning = "exported/transformer has no flowdit metadata: latents are assumed to be normalised by shift and scale"
+    assert messages()[-1].startswith(warning)
     shutil.move("flowdit.json", "exported/flowdit.json")
     assert read_source("exported").meta["manifest"] == meta["manifest"]
 
@@ -211,10 +211,11 @@ def test_state_dict_that_torch_saved(stock, tmp_path):
         assert refused(tmp_path / "state.pt").endswith(message)
 
 
-def test_bin_file_next_to_safetensors(stock, tmp_path):
+def test_bin_file_next_to_safetensors(stock, tmp_path, messages):
     folder = Path(shutil.copytree(stock / "dit", tmp_path / "dit"))
     torch.save({}, folder / "diffusion_pytorch_model.bin")
-    note = f"{folder} also holds diffusion_pytorch_model.bin, which is ignored: the safetensors file is read"
-    assert note in read_source(str(folder)).notes
+    read_source(str(folder))
+    message = f"{folder} also holds diffusion_pytorch_model.bin, which is ignored: the safetensors file is read"
+    assert message in messages()
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     assert "dit must hold tensors of transformer_blocks.0, none found" in refused(folder)

@@ -81,43 +81,45 @@ def assert_copied(run: Run, start: Path, *fresh: str) -> None:
                 assert abs(float(ours.mean())) < SHIFT / 2 < abs(float(theirs[name].mean())), name
 
 
-def remarks(run: Run, start: Path) -> list[str]:
-    """The notes about the start, except the one that reports it."""
-    assert run.notes[-1] == f"started from {start}"
+def remarks(messages: list[str], run: Run, start: Path) -> list[str]:
+    """The messages about the start, without the last one, that it was made."""
+    assert messages[-1] == f"started from {start}"
     assert run.figures == {}
     prefix = f"train.init_from: {start}: "
-    assert all(note.startswith(prefix) for note in run.notes[:-1]), run.notes
-    return [note.removeprefix(prefix) for note in run.notes[:-1]]
+    assert all(message.startswith(prefix) for message in messages[:-1]), messages
+    return [message.removeprefix(prefix) for message in messages[:-1]]
 
 
-def test_class_model_from_a_class_model(tiny_data, class_start, tmp_path):
+def test_class_model_from_a_class_model(tiny_data, class_start, tmp_path, messages):
     run = begin(tiny_data, tmp_path / "run", CLASS, f"train.init_from={class_start}", "seed=1")
     assert_copied(run, class_start)
-    assert remarks(run, class_start) == []
+    assert remarks(messages(), run, class_start) == []
     assert int(run.state.step) == 0
 
 
-def test_another_number_of_classes_gives_a_fresh_class_table(tiny_data, class_start, tmp_path):
+def test_another_number_of_classes_gives_a_fresh_class_table(tiny_data, class_start, tmp_path, messages):
     data = with_classes(tiny_data, tmp_path / "data", *CLASS_NAMES, "tree")
     run = begin(data, tmp_path / "run", CLASS, f"train.init_from={class_start}")
     assert_copied(run, class_start, "class_table")
     assert run.state.model.class_table.shape[0] == len(CLASS_NAMES) + 2
-    assert remarks(run, class_start) == [
+    assert remarks(messages(), run, class_start) == [
         "class_table stays freshly initialised: it has 4 classes, the data have 5",
     ]
 
 
-def test_other_class_names_are_reported(tiny_data, class_start, tmp_path):
+def test_other_class_names_are_reported(tiny_data, class_start, tmp_path, messages):
     data = with_classes(tiny_data, tmp_path / "data", "cat", "wolf", "heart", "moon")
     run = begin(data, tmp_path / "run", CLASS, f"train.init_from={class_start}")
     assert_copied(run, class_start)
-    assert remarks(run, class_start) == ["2 of its 4 classes have other names: dog is now wolf, sun is now moon"]
+    assert remarks(messages(), run, class_start) == [
+        "2 of its 4 classes have other names: dog is now wolf, sun is now moon"
+    ]
 
 
-def test_another_objective_and_normalisation_are_reported(tiny_data, class_start, tmp_path):
+def test_another_objective_and_normalisation_are_reported(tiny_data, class_start, tmp_path, messages):
     start = retold(class_start, tmp_path / "7", prediction="noise", latent_mean=[0.5] * 16)
     run = begin(tiny_data, tmp_path / "run", CLASS, f"train.init_from={start}")
-    assert remarks(run, start) == [
+    assert remarks(messages(), run, start) == [
         "was trained on latents of another mean and scale than this run's",
         "predicts the noise, this run trains the velocity: the objective changes",
     ]
@@ -144,35 +146,35 @@ def text_run(data: Path, folder: Path, start: Path, *overrides: str) -> Run:
     return begin(data, folder / "run", TEXT, "model.hidden_dim=48", f"train.init_from={start}", *overrides)
 
 
-def test_text_model_from_a_text_model_on_a_smaller_grid(tiny_data, text_start, tmp_path):
+def test_text_model_from_a_text_model_on_a_smaller_grid(tiny_data, text_start, tmp_path, messages):
     manifest = read_meta(text_start)["manifest"] | {"latent_shape": [16, 4, 4], "image_size": 32}
     start = retold(text_start, tmp_path / "7", manifest=manifest)
     run = text_run(tiny_data, tmp_path, start, "model.interpolation_scale=2", "seed=1")
     assert_copied(run, start)
-    assert remarks(run, start) == []
+    assert remarks(messages(), run, start) == []
     assert (run.state.model.interpolation_scale, run.state.model.latent_shape) == (2.0, (16, 8, 8))
 
 
-def test_another_text_encoder_gives_fresh_caption_layers(tiny_data, text_start, tmp_path):
+def test_another_text_encoder_gives_fresh_caption_layers(tiny_data, text_start, tmp_path, messages):
     text = read_meta(text_start)["text"]
     start = retold(text_start, tmp_path / "7", text=text | {"name": "t5", "fingerprint": "0" * 16})
     run = text_run(tiny_data, tmp_path, start)
     assert_copied(run, start, "caption_proj", "null_caption")
     encoders = f"t5 ({'0' * 16}, width 256) and wordllama ({text['fingerprint']}, width 256)"
-    assert remarks(run, start) == [
+    assert remarks(messages(), run, start) == [
         f"{part} stays freshly initialised: the text encoders differ, {encoders}"
         for part in ("caption_proj", "null_caption")
     ]
 
 
-def test_parts_missing_in_the_start_are_fresh_and_sizes_have_no_effect(tiny_data, text_start, tmp_path):
+def test_parts_missing_in_the_start_are_fresh_and_sizes_have_no_effect(tiny_data, text_start, tmp_path, messages):
     run = text_run(tiny_data, tmp_path, text_start, "model.null_tokens=32", "model.micro_conditioning=true")
     model = run.state.model
     assert_copied(run, text_start, "null_caption", "size_embed")
     assert model.null_caption.shape == (32, 256)
     assert not any(x.any() for x in jax.tree.leaves((model.size_embed.side.down, model.size_embed.aspect.down)))
     assert model.size_embed.side.up.weight.any()
-    assert remarks(run, text_start) == [
+    assert remarks(messages(), run, text_start) == [
         "null_caption stays freshly initialised: model.null_tokens was 1, is 32",
         "size_embed stays freshly initialised: model.micro_conditioning was false; its output starts at zero",
     ]

@@ -33,7 +33,7 @@ for stage, *arguments in tasks:
     sys.argv = [stage, *arguments, *cluster]
     getattr(train, stage)()
 for run in sorted(Path(folder).iterdir()):
-    restored = restore_newest(run, layout, lambda meta: None, lambda line: None, lambda names: {})
+    restored = restore_newest(run, layout, lambda meta: None, lambda names: {})
     print("restored", run.name, int(restored.state.step), flush=True)
 """
 
