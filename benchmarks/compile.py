@@ -6,7 +6,7 @@ import jax
 
 from benchmarks.timing import interleave, table
 from benchmarks.workload import training
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import DiTConfig
 
 DEPTHS = (2, 28)
 
@@ -14,7 +14,7 @@ DEPTHS = (2, 28)
 def compile_step(depth: int) -> None:
     """Compile without any cache: traced functions and programs of an earlier call are not reused."""
     jax.clear_caches()
-    config = ModelConfig(depth=depth, hidden_dim=96, num_heads=4, patch_size=2)
+    config = DiTConfig(depth=depth, hidden_dim=96, num_heads=4, patch_size=2)
     work = training(config, (4, 16, 16), batch_size=4)
     work.train_step.lower(jax.eval_shape(work.init), work.batch).compile()  # type: ignore[attr-defined]
 

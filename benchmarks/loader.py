@@ -11,7 +11,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from benchmarks.timing import Timing, interleave, table
 from flowdit.data.loader import Source, TrainStream
-from flowdit.data.records import LabelField, record_schema
+from flowdit.data.schema import LabelField, record_schema
 from flowdit.data.shards import write_shard
 
 BATCH_SIZE = 128

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from benchmarks.timing import table
 from flowdit.conditioning.text import Text
 from flowdit.diffusion.objective import FlowMatching
+from flowdit.models.config import PixArtConfig
 from flowdit.models.pixart import build_pixart
-from flowdit.models.transformer import ModelConfig
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
 
@@ -18,7 +18,7 @@ LATENT = (16, 32, 32)
 LENGTH = 120
 WIDTH = 2304
 MICRO_BATCH = 8
-MODEL = ModelConfig(name="mmdit", depth=12, hidden_dim=384, num_heads=6, remat="dots")
+MODEL = PixArtConfig(depth=12, hidden_dim=384, num_heads=6, remat="dots")
 
 
 def reserved(gradient_accum: int, micro_batch: int = MICRO_BATCH) -> list[str]:
@@ -30,7 +30,7 @@ def reserved(gradient_accum: int, micro_batch: int = MICRO_BATCH) -> list[str]:
         "text_mask": jax.ShapeDtypeStruct((size, LENGTH), jnp.bool_),
     }
     optimizer = make_optimizer(OptimConfig(), num_steps=10)
-    state = jax.eval_shape(lambda: init_state(build_pixart(MODEL, LATENT, WIDTH, key=jax.random.key(0)), optimizer))
+    state = jax.eval_shape(lambda: init_state(build_pixart(MODEL, LATENT[0], WIDTH, key=jax.random.key(0)), optimizer))
     objective = FlowMatching(Text(), 0.1, mean=(0.0,) * LATENT[0], scale=(1.0,) * LATENT[0])
     step = make_train_step(optimizer, objective, 0, gradient_accum)
     memory = step.lower(state, batch).compile().memory_analysis()

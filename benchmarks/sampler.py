@@ -17,7 +17,7 @@ SAMPLER = SamplerConfig(solver="heun", steps=20, guidance=3.0)
 
 
 def measure() -> str:
-    model = build_dit(EMBEDDED, EMBEDDED_LATENT, NUM_CLASSES, key=jax.random.key(0))
+    model = build_dit(EMBEDDED, EMBEDDED_LATENT[0], NUM_CLASSES, key=jax.random.key(0))
     noise = jax.random.normal(jax.random.key(1), (BATCH_SIZE, *EMBEDDED_LATENT))
     labels, channels = jnp.arange(BATCH_SIZE), EMBEDDED_LATENT[0]
     null = jnp.full_like(labels, NUM_CLASSES)

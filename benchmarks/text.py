@@ -22,15 +22,15 @@ from flowdit.data.captions import TextReader, TokenizedCaptions
 from flowdit.data.loader import DataConfig, TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.prepare import PrepareConfig, prepare
-from flowdit.data.records import CAPTION_FIELDS, record_schema
+from flowdit.data.schema import CAPTION_FIELDS, record_schema
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 from flowdit.diffusion.objective import FlowMatching
+from flowdit.models.config import PixArtConfig
 from flowdit.models.pixart import build_pixart
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
-from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, make_mesh, prefetch_to_device
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
@@ -38,7 +38,7 @@ from flowdit.training.step import init_state, make_train_step
 BATCH_SIZE = 64
 STEPS = 4
 LENGTH = 120
-DEMO = ModelConfig(name="mmdit", depth=6, hidden_dim=128, num_heads=4)
+DEMO = PixArtConfig(depth=6, hidden_dim=128, num_heads=4)
 SMALL = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
 
 
@@ -67,7 +67,7 @@ def training(
     channels = manifest.latent_shape[0]
     objective = FlowMatching(Text(), 0.1, mean=(0.0,) * channels, scale=(1.0,) * channels)
     train_step = make_train_step(optimizer, objective, seed=0)
-    build = lambda: init_state(build_pixart(DEMO, manifest.latent_shape, width, key=jax.random.key(0)), optimizer)
+    build = lambda: init_state(build_pixart(DEMO, channels, width, key=jax.random.key(0)), optimizer)
     state = jax.jit(build)()
     source = open_source(folder, manifest, schema=record_schema(manifest.latent_shape, CAPTION_FIELDS), text=text)
 

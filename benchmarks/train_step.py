@@ -11,14 +11,14 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from benchmarks.timing import interleave, table
 from benchmarks.workload import NUM_CLASSES, repeated, training
 from flowdit.models.compute import FLOAT32
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import DiTConfig
 from flowdit.training.step import image_flops
 
 BATCH_SIZE, LATENT = 8, (4, 32, 32)
-DIT_S_2 = ModelConfig(depth=12, hidden_dim=384, num_heads=6, patch_size=2, qk_norm=False)
+DIT_S_2 = DiTConfig(depth=12, hidden_dim=384, num_heads=6, patch_size=2, qk_norm=False)
 
 
-def torch_step(config: ModelConfig) -> Callable[[], None]:
+def torch_step(config: DiTConfig) -> Callable[[], None]:
     """A training step of diffusers' class with the same objective, clipping, AdamW and EMA."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(

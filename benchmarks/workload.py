@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from flowdit.conditioning.labels import Labels
 from flowdit.diffusion.objective import FlowMatching
+from flowdit.models.config import DiTConfig
 from flowdit.models.dit import build_dit
-from flowdit.models.transformer import ModelConfig
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import Batch, TrainState, TrainStep, init_state, make_train_step
 
 NUM_CLASSES = 1000
-EMBEDDED = ModelConfig(depth=8, hidden_dim=192, num_heads=6, patch_size=2)
+EMBEDDED = DiTConfig(depth=8, hidden_dim=192, num_heads=6, patch_size=2)
 EMBEDDED_LATENT = (16, 8, 8)
 """The latents of the `openmoji` preset, whose model is `EMBEDDED`."""
 
@@ -28,7 +28,7 @@ class Workload(NamedTuple):
     objective: FlowMatching
 
 
-def training(config: ModelConfig, latent_shape: tuple[int, int, int], batch_size: int) -> Workload:
+def training(config: DiTConfig, latent_shape: tuple[int, int, int], batch_size: int) -> Workload:
     """Float32 training of `config`: draws, loss, gradient, clipping, AdamW and EMA, as in a run."""
     optimizer = make_optimizer(OptimConfig(), num_steps=1000)
     channels = latent_shape[0]
@@ -37,7 +37,7 @@ def training(config: ModelConfig, latent_shape: tuple[int, int, int], batch_size
     )
 
     def init() -> TrainState:
-        return init_state(build_dit(config, latent_shape, NUM_CLASSES, key=jax.random.key(0)), optimizer)
+        return init_state(build_dit(config, channels, NUM_CLASSES, key=jax.random.key(0)), optimizer)
 
     latents = jax.random.normal(jax.random.key(1), (batch_size, *latent_shape))
     batch = {"latent": latents, "label": jnp.arange(batch_size, dtype=jnp.int32)}

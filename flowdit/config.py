@@ -18,9 +18,9 @@ from flowdit.diffusion.auxiliary import AUXILIARY, RESERVED_NAMES, AuxiliaryLoss
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.fields import FieldError, require, require_choice, under
+from flowdit.models.config import MODELS, DiTConfig, ModelConfig, stored_model
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
-from flowdit.models.transformer import ModelConfig
 from flowdit.processes import check_processes
 from flowdit.sharding import MeshConfig
 from flowdit.training.optim import OptimConfig
@@ -141,7 +141,7 @@ class Config:
     conditioning: str | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=DiTConfig)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -159,6 +159,9 @@ class Config:
         warmup, steps = self.optim.warmup_steps, self.train.num_steps
         require("optim.warmup_steps", warmup, 0 <= warmup < steps, f"must be in [0, train.num_steps={steps})")
         check_processes(self.mesh)
+        for loss in self.auxiliary_losses():
+            depth, rule = self.model.depth, f"must be blocks in [1, model.depth={self.model.depth}]"
+            require(f"auxiliary.{loss.name}.depths", loss.depths(), all(1 <= i <= depth for i in loss.depths()), rule)
 
     def auxiliary_losses(self) -> tuple[AuxiliaryLoss, ...]:
         """The auxiliary losses that are switched on. Raises `ValueError` for one that there is not."""
@@ -248,14 +251,23 @@ def as_list(value: Any) -> list[Any] | None:
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, which checks names and types of every override against them."""
     store = ConfigStore.instance()
-    for name, schema in (("train_schema", Config), ("sample_schema", SampleConfig), ("prepare_schema", PrepareConfig)):
+    # The model is of the base class until a group of `model` says which: a node can only become a subclass's.
+    train = OmegaConf.structured(Config(model=ModelConfig()))
+    for name, schema in (("train_schema", train), ("sample_schema", SampleConfig), ("prepare_schema", PrepareConfig)):
         store.store(name=name, node=schema)
+    for name, model in MODELS.items():
+        store.store(group="model", name=f"{name}_schema", node=model)
 
 
 def resolve(composed: DictConfig, schema: type) -> Any:
     """The composed configuration as an instance of `schema`. Raises `ValueError` for unknown or missing fields."""
     # `+new.key=1` gets past Hydra's own check and would be dropped without a word.
-    unknown = _unknown_keys(OmegaConf.to_container(composed), schema())
+    default = schema()
+    if isinstance(default, Config):
+        model_class = OmegaConf.get_type(composed, "model")
+        assert model_class is not None
+        default.model = model_class()
+    unknown = _unknown_keys(OmegaConf.to_container(composed), default)
     if unknown:
         raise FieldError(unknown[0], "no such field in the configuration (overrides with + are not taken)")
     missing = sorted(OmegaConf.missing_keys(composed))
@@ -270,9 +282,11 @@ def from_stored(values: Any) -> Config:
     The settings of auxiliary losses stay as they are: they are of no use but to compare, and the losses may be gone.
     """
     values = dict(values)
-    auxiliary = values.pop("auxiliary", {})
+    auxiliary, model = values.pop("auxiliary", {}), values.pop("model", {})
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     assert isinstance(config, Config)
+    model_class, fields = stored_model(dict(model))
+    config.model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(model_class), fields))  # type: ignore[assignment]
     config.auxiliary = auxiliary if isinstance(auxiliary, dict) else {}
     return config
 

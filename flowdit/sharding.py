@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,19 +16,35 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# First match on the dotted name of a parameter wins; optimizer moments and EMA end in the same names. Specs are of the
-# last axes: blocks in a stack lead with the depth axis, which is scanned and never sharded. Everything else is small
-# and replicated: sharding biases, norms and tables makes XLA rematerialise whole tensors.
-RULES = (
-    (r"blocks\..*(qkv|query|key_value|up|ada_ln)\.weight$", PartitionSpec("fsdp", "tensor")),
-    (r"blocks\..*(out|down)\.weight$", PartitionSpec("tensor", "fsdp")),
-    (r"time_block\.weight$", PartitionSpec("fsdp", "tensor")),
-    # The text encoder's, stored (out, in) as Hugging Face does.
-    (r"layers\..*(q_proj|k_proj|v_proj|gate_proj|up_proj)\.weight$", PartitionSpec("tensor", "fsdp")),
-    (r"layers\..*(o_proj|down_proj)\.weight$", PartitionSpec("fsdp", "tensor")),
-    (r"embed_tokens\.weight$", PartitionSpec(None, "fsdp")),
-    (r"", PartitionSpec()),
-)
+LOGICAL_AXES: dict[str | None, str | None] = {
+    "embed": "fsdp",  # the width of the residual stream
+    "heads": "tensor",  # channels of all heads of an attention
+    "mlp": "tensor",  # hidden channels of an MLP
+    "modulation": "tensor",  # shifts, scales and gates of a block
+    None: None,
+}
+"""Mesh axis of each logical axis of a parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """What a layer says of one of its parameters, for sharding and for the optimizer.
+
+    `axes` are logical axes, one for each of the parameter's own axes; empty for a parameter that every device holds:
+    sharding biases, norms and tables makes XLA rematerialise whole tensors. `parts` is the number of projections that are
+    fused along the last axis. `decay` says whether weight decay applies. `stacked` counts the leading axes over blocks,
+    which are scanned and never sharded.
+    """
+
+    axes: tuple[str | None, ...] = ()
+    parts: int = 1
+    decay: bool = False
+    stacked: int = 0
+
+
+REPLICATED = ParameterSpec()
+STACKED = "stacked"
+"""Says of a field that it holds modules whose parameters lead with an axis over blocks."""
 
 
 @dataclasses.dataclass
@@ -98,22 +113,54 @@ def check_batch_size(mesh: Mesh, batch_size: int, gradient_accum: int) -> None:
 
 
 def dotted_name(path: tuple) -> str:
-    """`blocks.attention.qkv.weight` for a pytree path: the name on disk and the subject of the rules."""
+    """`blocks.attention.qkv.weight` for a pytree path: the name on disk."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """The sharding of every array in a pytree of arrays or `ShapeDtypeStruct`s, by `RULES`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(mesh, dotted_name(path), leaf.shape)), shapes
+def parameter_specs(tree: Any) -> Any:
+    """The `ParameterSpec` of every array in a pytree of arrays or shapes: a model, its gradients, an optimizer's state.
+
+    A module declares its arrays in a method `parameter_specs() -> {field: ParameterSpec or STACKED}`. Arrays that nothing
+    declares are replicated, and decayed where they are called `weight`, as the matrices of other libraries' layers are.
+    Raises `ValueError` for a matrix in a stack of blocks that no module declares: replicating it would cost every device
+    the memory of the whole stack.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _find_spec(tree, path, leaf), tree)
+
+
+def _find_spec(tree: Any, path: tuple, leaf: Any) -> ParameterSpec:
+    node, stacked = tree, 0
+    for entry in path:
+        declared = node.parameter_specs().get(entry.name) if hasattr(node, "parameter_specs") else None
+        if isinstance(declared, ParameterSpec):
+            return dataclasses.replace(declared, stacked=stacked)
+        stacked += declared == STACKED
+        node = _child(node, entry)
+    if stacked and len(leaf.shape) - stacked > 1:
+        raise ValueError(
+            f"{dotted_name(path)}: a matrix of a block must be declared in its module's parameter_specs, got none "
+            f"(shape {leaf.shape})"
+        )
+    return ParameterSpec(decay=dotted_name(path[-1:]) == "weight", stacked=stacked)
+
+
+def _child(node: Any, entry: Any) -> Any:
+    if isinstance(entry, jax.tree_util.GetAttrKey):
+        return getattr(node, entry.name)
+    return node[entry.idx] if isinstance(entry, jax.tree_util.SequenceKey) else node[entry.key]
+
+
+def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of every array in a pytree of arrays or `ShapeDtypeStruct`s, by what its modules declare."""
+    return jax.tree.map(
+        lambda spec, leaf: NamedSharding(mesh, _partition(mesh, spec, leaf.shape)), parameter_specs(tree), tree
     )
 
 
-def _spec(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    rule = next(spec for pattern, spec in RULES if re.search(pattern, name))
-    if not rule:
-        return rule
-    axes = (None,) * (len(shape) - len(rule)) + tuple(rule)
+def _partition(mesh: Mesh | AbstractMesh, spec: ParameterSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    if not any(spec.axes):
+        return PartitionSpec()
+    axes = (None,) * (len(shape) - len(spec.axes)) + tuple(LOGICAL_AXES[axis] for axis in spec.axes)
     # A dimension that the axis does not divide stays whole rather than failing the run.
     return PartitionSpec(
         *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
@@ -138,8 +185,8 @@ def is_gathering() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
 
 
-def gather(module: Any, name: str) -> Any:
-    """`module`, called `name` in its model, with its matrices whole over `fsdp` and their gradients split again.
+def gather(module: Any) -> Any:
+    """`module` with its matrices whole over `fsdp`, and their gradients split again.
 
     To be called on one block in the scan over blocks, so that the weights of one at a time are whole. Without it XLA
     multiplies activations by each device's part of the weights and sums the products of all devices: many times the
@@ -149,12 +196,12 @@ def gather(module: Any, name: str) -> Any:
         return module
     mesh = jax.sharding.get_abstract_mesh()
 
-    def gather_leaf(path: tuple, leaf: jax.Array) -> jax.Array:
-        split = _spec(mesh, f"{name}.{dotted_name(path)}", leaf.shape)
+    def gather_leaf(spec: ParameterSpec, leaf: jax.Array) -> jax.Array:
+        split = _partition(mesh, spec, leaf.shape)
         whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
         return leaf if whole == split else _relayout(leaf, whole, split)
 
-    return jax.tree_util.tree_map_with_path(gather_leaf, module)
+    return jax.tree.map(gather_leaf, parameter_specs(module), module)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -190,7 +237,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def init_sharded(mesh: Mesh, build: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `build` under jit with its results laid out by `RULES`, so that no device ever holds the whole state.
+    """Run `build` under jit with its results laid out as `parameter_shardings` says, so that no device ever holds the whole state.
 
     `arguments` are pytrees of arrays; as arguments, and not as part of `build`, they do not become constants.
     """

@@ -28,7 +28,7 @@ def _stage1(composed: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="configs", config_name="config_stage2")
 @user_errors()
 def _stage2(composed: DictConfig) -> None:
-    _train(composed, "mmdit")
+    _train(composed, "pixart")
 
 
 def _train(composed: DictConfig, model: str) -> None:

@@ -149,7 +149,7 @@ def test_a_size_on_the_command_line_wins_over_the_experiment(experiment):
 def command_of(option: Path) -> str:
     """The file that composes an option: stage 2's own ones do not fit into stage 1."""
     text = (FOLDER / option.with_suffix(".yaml")).read_text()
-    is_stage_2 = option.parts[0] == "text" or option.name in ("stage2", "mmdit") or "train_stage2.py" in text
+    is_stage_2 = option.parts[0] == "text" or option.name in ("stage2", "mmdit", "pixart") or "train_stage2.py" in text
     return "config_stage2" if is_stage_2 else "config"
 
 
@@ -157,7 +157,7 @@ def command_of(option: Path) -> str:
 def test_an_experiment_is_refused_by_the_other_stage(experiment):
     own = command_of(Path("experiment") / experiment)
     (other,) = COMMANDS.keys() - {own}
-    with pytest.raises(ValueError, match="^model.name: must be (ccdit|mmdit) with conditioning=(labels|text), got "):
+    with pytest.raises(ValueError, match="^model.name: must be (ccdit|pixart) with conditioning=(labels|text), got "):
         training(f"experiment={experiment}", name=other)
 
 
@@ -172,7 +172,7 @@ def test_promised_key_exists(command, name, kind):
 
 def test_stage_2_defaults():
     config = training(name="config_stage2")
-    assert (config.model.name, config.train.gradient_accum, config.optim.clip_norm) == ("mmdit", 8, 0.01)
+    assert (config.model.name, config.train.gradient_accum, config.optim.clip_norm) == ("pixart", 8, 0.01)
     assert (config.text.encoder, config.text.max_length) == ("google/t5gemma-2b-2b-ul2", 120)
     assert (config.wandb.project, config.train.drop_rate) == ("flowdit-stage2", 0.1)
 

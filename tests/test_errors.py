@@ -45,7 +45,7 @@ SETTINGS = [
     ("optim.learning_rate=0", "optim.learning_rate: must be positive, got 0"),
     ("optim.schedule=linear", "optim.schedule: must be one of constant, cosine, got 'linear'"),
     ("optim.warmup_steps=6", "optim.warmup_steps: must be in [0, train.num_steps=6), got 6"),
-    ("model.name=mmdit", "model.name: must be ccdit with conditioning=labels, got mmdit"),
+    ("model.name=pixart", "model.name: must be ccdit with conditioning=labels, got pixart"),
     ("train.init_from=x", "train.init_from: x: not a checkpoint folder"),
     ("train.sample_prompts=[x]", "train.sample_prompts: must be null with conditioning=labels"),
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),

@@ -27,7 +27,7 @@ def text_run(tiny_data, tmp_path_factory) -> Path:
         ("text.dtype=float16", "text.dtype: must be one of bfloat16, float32, got 'float16'"),
         ("text.encoder=''", "text.encoder: must be"),
         ("data.long_caption_prob=1.5", "data.long_caption_prob: must be in [0, 1], got 1.5"),
-        ("model.name=ccdit", "model.name: must be mmdit with conditioning=text, got ccdit"),
+        ("model.name=ccdit", "model.name: must be pixart with conditioning=text, got ccdit"),
         ("model.micro_conditioning=true", "model.hidden_dim: must be divisible by 3"),
         ("train.sample_labels=[1]", "train.sample_labels: must be null with conditioning=text"),
         ("train.init_time=2", "train.init_time: must be in [0, 1], got 2.0"),
@@ -104,7 +104,7 @@ def test_start_from_a_class_model_of_another_shape(tiny_data, whole_run, tmp_pat
 def test_start_of_a_class_model_from_a_text_model(tiny_data, text_run, tmp_path):
     start = f"train.init_from={text_run / '5'}"
     line = refused(lambda: train_here(tiny_data, tmp_path / "run", start), text_run)
-    assert line == "error: train.init_from: must be a ccdit where a ccdit is trained, got mmdit"
+    assert line == "error: train.init_from: must be a ccdit where a ccdit is trained, got pixart"
     assert not (tmp_path / "run").exists()
 
 

@@ -15,10 +15,11 @@ from flowdit.config import Config, TrainConfig
 from flowdit.data.captions import TextReader
 from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import Field
+from flowdit.data.schema import Field
 from flowdit.diffusion.objective import Batch, Example
+from flowdit.fields import under
 from flowdit.models.attention import AttentionShape
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import ModelConfig
 
 DEFAULT_PREVIEWS = 16
 """Images in a preview whose content the configuration leaves open."""
@@ -64,7 +65,7 @@ class Conditioning(abc.ABC):
     """
 
     model: ClassVar[str]
-    """The network that it conditions, a value of `model.name`."""
+    """The network that it conditions, a key of `models.config.MODELS`."""
     starts_from: ClassVar[tuple[str, ...]]
     """The networks whose weights a run may start from, with `train.init_from`."""
     wishes: ClassVar[tuple[str, ...]] = ()
@@ -93,8 +94,11 @@ class Conditioning(abc.ABC):
     # --- the network ---
 
     @abc.abstractmethod
-    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> Any:
-        """A freshly initialised float32 network, called as model(x_t, t, condition) on one example."""
+    def build_model(self, config: Any, channels: int, *, key: PRNGKeyArray) -> Any:
+        """A freshly initialised float32 network for latents of `channels`, called as model(x_t, t, condition) on one example.
+
+        `config` is of the class `models.config.MODELS[self.model]`.
+        """
 
     def check_model(self, config: ModelConfig) -> None:  # noqa: B027
         """Raise `ValueError` for a shape of the network that does not fit what it is conditioned on."""
@@ -105,9 +109,10 @@ class Conditioning(abc.ABC):
 
     def model_builder(self, config: Config, manifest: Manifest) -> Callable[[], Any]:
         """A function that initialises the network of this configuration, on these latents; it works under jit."""
-        config.model.check(manifest.latent_shape)
+        with under("model."):
+            config.model.check(manifest.latent_shape)
         self.check_model(config.model)
-        return lambda: self.build_model(config.model, manifest.latent_shape, key=jax.random.key(config.seed))
+        return lambda: self.build_model(config.model, manifest.latent_shape[0], key=jax.random.key(config.seed))
 
     # --- a batch, from the records to the loss ---
 

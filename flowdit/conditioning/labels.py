@@ -16,9 +16,9 @@ from flowdit.conditioning.base import DEFAULT_PREVIEWS, Conditioning, Example, E
 from flowdit.config import Config, TrainConfig, as_list
 from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import Field, LabelField
+from flowdit.data.schema import Field, LabelField
+from flowdit.models.config import DiTConfig, ModelConfig
 from flowdit.models.dit import DiT, build_dit
-from flowdit.models.transformer import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Labels(Conditioning):
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> DiT:
-        return build_dit(config, latent_shape, self.num_classes, key=key)
+    def build_model(self, config: DiTConfig, channels: int, *, key: PRNGKeyArray) -> DiT:
+        return build_dit(config, channels, self.num_classes, key=key)
 
     def fields(self) -> dict[str, Field]:
         return {"label": LabelField(self.num_classes)}

@@ -14,9 +14,9 @@ from flowdit.conditioning.base import DEFAULT_PREVIEWS, Conditioning, Example, E
 from flowdit.config import Config, TrainConfig
 from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import Field
+from flowdit.data.schema import Field
+from flowdit.models.config import DiTConfig, ModelConfig
 from flowdit.models.dit import DiT, build_dit
-from flowdit.models.transformer import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Unconditional(Conditioning):
     def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Unconditional:
         return cls()
 
-    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> DiT:
-        return build_dit(config, latent_shape, num_classes=0, key=key)
+    def build_model(self, config: DiTConfig, channels: int, *, key: PRNGKeyArray) -> DiT:
+        return build_dit(config, channels, num_classes=0, key=key)
 
     def fields(self) -> dict[str, Field]:
         return {}

@@ -18,13 +18,13 @@ from flowdit.config import Config, TrainConfig, as_list
 from flowdit.data.captions import TextReader, TokenizedCaptions
 from flowdit.data.loader import DataConfig, Source
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import CAPTION_FIELDS, Field
+from flowdit.data.schema import CAPTION_FIELDS, Field, SizeField
 from flowdit.data.text_cache import open_cache
 from flowdit.fields import called, shown, under
 from flowdit.models.attention import AttentionShape
+from flowdit.models.config import ModelConfig, PixArtConfig
 from flowdit.models.pixart import PixArt, TextCondition, build_pixart
 from flowdit.models.text_encoder import WORDLLAMA, TextConfig, TextEncoder, encode_tokens, load_text_encoder
-from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import batch_sharding, join_micro_batches, micro_batch, on_mesh
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class Text(Conditioning):
     """On the features of a text; the null caption is the model's own (PixArt-alpha).
 
     `info` says which encoder made the features (`describe_encoder`); its fingerprint is empty for a model that was
-    trained elsewhere. `size` is (height, width) in pixels, for networks that are micro-conditioned on it. `config` names
-    the encoder that reads prompts.
+    trained elsewhere. `size` is the (height, width) in pixels of examples that do not say theirs, for networks that are
+    micro-conditioned on it. `config` names the encoder that reads prompts.
     """
 
     info: Mapping[str, Any] | None = None
@@ -60,8 +60,8 @@ class Text(Conditioning):
     config: TextConfig | None = None
     training: Training | None = None
 
-    model = "mmdit"
-    starts_from = ("mmdit", "ccdit")
+    model = "pixart"
+    starts_from = ("pixart", "ccdit")
     wishes = ("prompts", "negative_prompt")
     preview_field = "sample_prompts"
 
@@ -101,12 +101,12 @@ class Text(Conditioning):
 
     # --- the network ---
 
-    def build_model(self, config: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> PixArt:
+    def build_model(self, config: PixArtConfig, channels: int, *, key: PRNGKeyArray) -> PixArt:
         assert self.info is not None
-        return build_pixart(config, latent_shape, self.info["width"], key=key)
+        return build_pixart(config, channels, self.info["width"], key=key)
 
     def check_model(self, config: ModelConfig) -> None:
-        assert self.info is not None and self.config is not None
+        assert isinstance(config, PixArtConfig) and self.info is not None and self.config is not None
         if (tokens := max(self.info["max_length"], self.config.max_length)) > MAX_TOKENS:
             raise ValueError(f"text.max_length: must be at most {MAX_TOKENS}, got {tokens}")
         if config.null_tokens not in (1, length := self.info["max_length"]):
@@ -119,7 +119,8 @@ class Text(Conditioning):
     # --- a batch ---
 
     def fields(self) -> dict[str, Field]:
-        return dict(CAPTION_FIELDS)
+        sizes = {} if self.size is None else {"image_size": SizeField(self.size)}
+        return {**CAPTION_FIELDS, **sizes}
 
     def reader(self, split: str) -> TextReader:
         """Tokens for the encoder in the loop, or features from the cache that the same encoder made."""
@@ -146,9 +147,12 @@ class Text(Conditioning):
         return make_encode_step(self.training.mesh, self.training.micro_batch)
 
     def condition(self, example: Example) -> TextCondition:
-        """Of `text_features` and `text_mask`. An example without a valid token has no caption."""
+        """Of `text_features`, `text_mask` and, where the network is conditioned on it, `image_size` or else `size`.
+
+        An example without a valid token has no caption.
+        """
         mask = example["text_mask"]
-        pixels = None if self.size is None else jnp.asarray(self.size, jnp.float32)
+        pixels = None if self.size is None else jnp.asarray(example.get("image_size", self.size), jnp.float32)
         return TextCondition(example["text_features"], mask, ~mask.any(), pixels)
 
     def null(self, condition: TextCondition) -> TextCondition:
@@ -250,6 +254,7 @@ class Text(Conditioning):
 
     def fresh_parts(self, theirs: Conditioning, their_model: ModelConfig, model: ModelConfig) -> dict[str, str]:
         assert isinstance(theirs, Text) and theirs.info is not None and self.info is not None
+        assert isinstance(their_model, PixArtConfig) and isinstance(model, PixArtConfig)
         parts = {}
         # An imported model's encoder was not seen: its name has to do.
         same = "fingerprint" if theirs.info["fingerprint"] else "name"
@@ -271,6 +276,7 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
 
 def micro_condition(config: ModelConfig, manifest: Manifest) -> tuple[int, int] | None:
     """Height and width in pixels for a model that is conditioned on them."""
+    assert isinstance(config, PixArtConfig)
     return (manifest.image_size, manifest.image_size) if config.micro_conditioning else None
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flowdit.data.records import CaptionField, RecordError
+from flowdit.data.records import RecordError
+from flowdit.data.schema import CaptionField
 
 
 def read_captions(path: Path, folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:

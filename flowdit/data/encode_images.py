@@ -8,11 +8,11 @@ import equinox as eqx
 import grain
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt8
 
 from flowdit.data.images import ImageSet, center_crop
 from flowdit.models.vae import AutoencoderKL, Posterior
+from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, replicated
 
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 """Threads that read images, and batches read ahead of the encoder."""
@@ -22,14 +22,13 @@ EncodeBatch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 def latent_encoder(vae: AutoencoderKL, batch_size: int) -> EncodeBatch:
     """Maps uint8 (n, size, size, 3), n at most `batch_size`, to posterior mean and deviation, on all local devices."""
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
-    vae = eqx.filter_shard(vae, NamedSharding(mesh, PartitionSpec()))
-    rows = math.ceil(batch_size / len(devices)) * len(devices)
+    mesh = make_local_mesh()
+    vae = eqx.filter_shard(vae, replicated(mesh))
+    rows = math.ceil(batch_size / batch_shards(mesh)) * batch_shards(mesh)
 
     def encode_batch(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         padded = np.pad(images, ((0, rows - len(images)), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
-        mean, std = _posterior(vae, jax.device_put(padded, NamedSharding(mesh, PartitionSpec("batch"))))
+        mean, std = _posterior(vae, jax.device_put(padded, batch_sharding(mesh)))
         return np.asarray(mean)[: len(images)], np.asarray(std)[: len(images)]
 
     return encode_batch

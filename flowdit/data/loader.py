@@ -18,7 +18,8 @@ from jaxtyping import Float64
 from flowdit.data.captions import TextReader
 from flowdit.data.manifest import HASH_LIMIT_BYTES, Manifest
 from flowdit.data.record_files import BadRecords, RecordFiles, check_files
-from flowdit.data.records import RecordError, Schema
+from flowdit.data.records import RecordError
+from flowdit.data.schema import Schema
 from flowdit.fields import require
 
 Batch = dict[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""Records: the bytes of one training example, and the rules that its fields obey. The only file that knows the bytes.
+"""Records: the bytes of one training example. The only file that knows them; `data.schema` has the rules of the fields.
 
 A record is a pickled flat dict of numpy arrays and plain Python values. Data files are untrusted, so they are read by an
 unpickler that knows nine names (the ones numpy 1 and numpy 2 write for an array) and gives each a stand-in of ours: no
@@ -8,9 +8,8 @@ at all, so that no file makes it take memory or time beyond measure.
 
 import io
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -161,156 +160,3 @@ class _Unpickler(pickle.Unpickler):
             return _ALLOWED[module_name, global_name]
         except KeyError:
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is refused: a record holds only data") from None
-
-
-@runtime_checkable
-class Field(Protocol):
-    """The rules of one field. Both checks raise `RecordError`, whose message says rule and value."""
-
-    def check(self, value: Any) -> None:
-        """Type, shape and range of one record's value."""
-        ...
-
-    def stack(self, values: Sequence[Any]) -> np.ndarray:
-        """The batch of values that passed `check`."""
-        ...
-
-    def check_numbers(self, array: Any) -> None:
-        """What is cheap to check on a whole batch and dear record by record; `array` is one value or a batch."""
-        ...
-
-
-_FLOATS = {np.dtype(order + code): name for code, name in (("f2", "float16"), ("f4", "float32")) for order in "<>"}
-"""Names by dtype, of either byte order: looking one up is faster than `dtype.name`."""
-
-
-@dataclass(frozen=True)
-class ArrayField:
-    """A float16 or float32 array of a fixed shape, all finite and at least `minimum`; batches are float32.
-
-    Where `dtype` is given, as the manifest of a data set gives it, it must be that of the two.
-    """
-
-    shape: tuple[int, ...]
-    minimum: float = -np.inf
-    dtype: str | None = None
-
-    def check(self, value: Any) -> None:
-        dtype = _FLOATS.get(value.dtype) if isinstance(value, np.ndarray) else None
-        if dtype is None:
-            raise RecordError(f"must be a float16 or float32 array, got {_kind(value)}")
-        if dtype != (self.dtype or dtype):
-            raise RecordError(f"must be a {self.dtype} array as latent_dtype of the manifest says, got {_kind(value)}")
-        if value.shape != self.shape:
-            raise RecordError(f"must have shape {self.shape}, got {value.shape}")
-
-    def stack(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        batch = np.empty((len(values), *self.shape), np.float32)
-        for row, value in enumerate(values):
-            batch[row] = value
-        return batch
-
-    def check_numbers(self, array: Any) -> None:
-        if not np.isfinite(array).all():
-            raise RecordError(f"must be finite, got {int(np.sum(~np.isfinite(array)))} NaN or infinite values")
-        if self.minimum > -np.inf and array.min() < self.minimum:
-            raise RecordError(f"must be at least {self.minimum:g}, got {array.min():g}")
-
-
-@dataclass(frozen=True)
-class LabelField:
-    """A class number; batches are int32."""
-
-    num_classes: int
-
-    def check(self, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise RecordError(f"must be an integer, got {_kind(value)}")
-        if not 0 <= value < self.num_classes:
-            raise RecordError(f"must be in [0, {self.num_classes}), got {value}")
-
-    def stack(self, values: Sequence[Any]) -> np.ndarray:
-        return np.array(values, np.int32)
-
-    def check_numbers(self, array: Any) -> None:
-        """Nothing is left to check."""
-
-
-class CaptionField:
-    """A text, possibly empty; batches are arrays of `str` objects."""
-
-    def check(self, value: Any) -> None:
-        if not isinstance(value, str):
-            raise RecordError(f"must be a string, got {_kind(value)}")
-        if not value.isascii() and not _is_unicode(value):
-            raise RecordError(f"must be valid Unicode, got {value[:100]!r}")
-
-    def stack(self, values: Sequence[str]) -> np.ndarray:
-        return np.array(values, object)
-
-    def check_numbers(self, array: Any) -> None:
-        """A caption has no numbers."""
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it could be written to a file: a pickle can hold halves of surrogate pairs, at which tokenizers fail."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-
-
-LATENTS = ("latent", "latent_std")
-"""The fields whose dtype the manifest of a data set says."""
-
-
-@dataclass(frozen=True)
-class Schema:
-    """What every record of a data set must hold. Fields that it does not name are ignored."""
-
-    fields: Mapping[str, Field]
-
-    def of_dtype(self, dtype: str) -> "Schema":
-        """The same with latents of `dtype` alone."""
-        latents = {name: f for name, f in self.fields.items() if name in LATENTS and isinstance(f, ArrayField)}
-        return Schema({**self.fields, **{name: replace(f, dtype=dtype) for name, f in latents.items()}})
-
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Raises `RecordError("field: rule, value")` for the first field that is missing or breaks a rule."""
-        for name, field in self.fields.items():
-            if name not in record:
-                raise RecordError(f"{name}: is missing, the record has {str(sorted(record))[:200]}")
-            _named(name, field.check, record[name])
-
-    def stack(self, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """The batch of records that passed `check`."""
-        return {name: field.stack([record[name] for record in records]) for name, field in self.fields.items()}
-
-    def check_numbers(self, record_or_batch: Mapping[str, Any]) -> None:
-        """Raises `RecordError` for NaN, infinities and the like, in one record or in a whole batch."""
-        for name, field in self.fields.items():
-            _named(name, field.check_numbers, record_or_batch[name])
-
-
-def _named(name: str, check: Callable[[Any], None], value: Any) -> None:
-    try:
-        check(value)
-    except RecordError as error:
-        raise RecordError(f"{name}: {error}") from None
-
-
-CAPTION_FIELDS: Mapping[str, Field] = {"short_caption": CaptionField(), "long_caption": CaptionField()}
-"""Those of a text-conditional record; one or both may be empty."""
-
-
-def record_schema(
-    latent_shape: tuple[int, int, int], fields: Mapping[str, Field], has_latent_std: bool = False
-) -> Schema:
-    """Records of `latent` (channels, height, width), perhaps its `latent_std`, and the `fields` of a conditioning."""
-    std: dict[str, Field] = {"latent_std": ArrayField(tuple(latent_shape), minimum=0.0)} if has_latent_std else {}
-    return Schema({"latent": ArrayField(tuple(latent_shape)), **fields, **std})

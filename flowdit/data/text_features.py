@@ -13,7 +13,7 @@ from flowdit.data.captions import CAPTIONS, caption_key
 from flowdit.data.loader import open_source
 from flowdit.data.manifest import Manifest, Shard, read_manifest, verify_shards, write_json
 from flowdit.data.progress import ProgressBar, progress_bar
-from flowdit.data.records import CAPTION_FIELDS, record_schema
+from flowdit.data.schema import CAPTION_FIELDS, record_schema
 from flowdit.data.shards import claim_folder, finished_sidecar, read_sidecar, remove_sidecar, write_shard
 from flowdit.data.text_cache import FILE_NAME, CacheManifest, packed_dtype
 from flowdit.models.text_encoder import MAX_BATCH, TextEncoder

@@ -68,24 +68,32 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null: Any, rate: float) ->
 
 
 class Prediction(NamedTuple):
-    """The network's output for one noised example, and its mean squared velocity error in float32."""
+    """The network's output for one noised example, and its mean squared velocity error in float32.
+
+    `hidden` holds the tokens after the requested blocks, by depth.
+    """
 
     x_t: Float[Array, "channels height width"]
     velocity: Float[Array, "channels height width"]
     error: Float[Array, ""]
+    hidden: dict[int, Float[Array, "tokens dim"]] = {}
 
 
 def predict(
-    model: Velocity,
+    model: Any,
     x_0: Float[Array, "channels height width"],
     noise: Float[Array, "channels height width"],
     t: Float[Array, ""],
     condition: Any,
+    depths: tuple[int, ...] = (),
 ) -> Prediction:
-    """Apply the network to one example noised to time `t`; the error is that of Lipman et al. 2023, equation 14."""
+    """Apply the network to one example noised to time `t`; the error is that of Lipman et al. 2023, equation 14.
+
+    With `depths`, `hidden` holds the tokens after these blocks.
+    """
     x_t = interpolate(x_0, noise, t)
-    velocity = model(x_t, t, condition)
-    return Prediction(x_t, velocity, jnp.square(velocity - velocity_target(x_0, noise)).mean())
+    velocity, hidden = model.run(x_t, t, condition, depths=depths) if depths else (model(x_t, t, condition), {})
+    return Prediction(x_t, velocity, jnp.square(velocity - velocity_target(x_0, noise)).mean(), hidden)
 
 
 def guided_velocity(

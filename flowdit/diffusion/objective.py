@@ -93,11 +93,12 @@ class FlowMatching:
     def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
         """The flow-matching error of every example, plus the weighted auxiliary losses."""
         drawn = jax.vmap(self.draw)(batch, keys)
-        predict = functools.partial(flow.predict, parameters.model)
+        depths = tuple(sorted({depth for auxiliary in self.auxiliary for depth in auxiliary.depths()}))
+        predict = functools.partial(flow.predict, parameters.model, depths=depths)
         predicted = jax.vmap(predict)(drawn.x_0, drawn.noise, drawn.t, drawn.condition)
         total, parts = predicted.error, {}
         for auxiliary in self.auxiliary:
-            views = View(batch, drawn.x_0, predicted.x_t, drawn.t, predicted.velocity)
+            views = View(batch, drawn.x_0, predicted.x_t, drawn.t, predicted.velocity, predicted.hidden)
             losses = batch_losses(auxiliary, parameters.auxiliary[auxiliary.name], views, step)
             total, parts = total + auxiliary.weight * losses, parts | {auxiliary.name: losses}
         return Losses(total, {"velocity": predicted.error, **parts} if parts else {}, drawn.t)

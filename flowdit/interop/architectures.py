@@ -90,7 +90,8 @@ _PIXART = _HONOURED | {
 }
 _OWN = {"interpolation_scale": 1.0, "qk_norm": False, "mlp_ratio": 4.0, "time_scale": 1000.0}
 _OWN_FIELDS = ("qk_norm", "mlp_ratio", "mlp_norm_eps", "time_freq_shift", "time_scale", "interpolation_scale")
-_STOCK_FIXED = {"qk_norm": False, "mlp_ratio": 4.0, "time_scale": 1000.0}
+_FIXED = {"norm": "layer", "mlp": "gelu", "positions": "sincos", "value_residual": False}
+_STOCK_FIXED = _FIXED | {"qk_norm": False, "mlp_ratio": 4.0, "time_scale": 1000.0}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "ccdit": Architecture(
@@ -104,7 +105,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "FlowDiTClassTransformer",
             _DIT | _OWN | {"mlp_norm_eps": 1e-5, "time_freq_shift": 1.0},
             fields={field: field for field in _OWN_FIELDS},
-            fixed={},
+            fixed=_FIXED,
         ),
         layout=DIFFUSERS_DIT,
         constants=_CONSTANTS | {"norm_type": ("ada_norm_zero",)},
@@ -113,7 +114,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         position_scales=(1.0,),
         condition=class_condition,
     ),
-    "mmdit": Architecture(
+    "pixart": Architecture(
         stock=DiffusersClass(
             "PixArtTransformer2DModel",
             _PIXART
@@ -125,7 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "FlowDiTTextTransformer",
             _PIXART | _OWN | {"use_additional_conditions": False, "mlp_norm_eps": 1e-6, "time_freq_shift": 0.0},
             fields={field: field for field in _OWN_FIELDS} | {"micro_conditioning": "use_additional_conditions"},
-            fixed={},
+            fixed=_FIXED,
         ),
         layout=DIFFUSERS_PIXART,
         # `norm_eps` is also the epsilon of the norm before attention.

@@ -16,7 +16,7 @@ from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES, Architecture, DiffusersClass
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.portable import MAX_SAMPLED_SIDE
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import MODELS, ModelConfig
 
 CLASSES = {kind.name: (architecture, kind) for architecture in ARCHITECTURES.values() for kind in architecture.classes}
 # The class name in published DiT and PixArt files, older than diffusers' classes; the norm distinguishes them.
@@ -83,17 +83,21 @@ def read_config(
     nulls = {name: value for name, value in architecture.nulls(side).items() if settings.values[name] is None}
     settings = Settings(file, {**settings.values, **nulls})
     model = _model(settings, architecture, kind)
+    # diffusers' positions span those of `sample_size` at any other size.
+    model.position_base = side // model.patch_size
     _check_sizes(settings, architecture, tensors, model)
     return architecture.layout, model, (settings.whole("in_channels"), side, side)
 
 
 def _model(settings: Settings, architecture: Architecture, kind: DiffusersClass) -> ModelConfig:
+    model_class = MODELS[architecture.layout.model]
+
     def value(ours: str, name: str) -> Any:
-        is_flag = isinstance(getattr(ModelConfig, ours), bool)
+        is_flag = isinstance(getattr(model_class, ours), bool)
         return settings.flag(name) if is_flag else settings.number(name, may_be_zero=ours in MAY_BE_ZERO)
 
     heads = settings.whole("num_attention_heads")
-    model = ModelConfig(
+    model = model_class(
         name=architecture.layout.model,
         depth=settings.whole("num_layers"),
         hidden_dim=heads * settings.whole("attention_head_dim"),

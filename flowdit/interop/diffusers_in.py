@@ -19,7 +19,7 @@ from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +124,13 @@ def _own_export(
 
 def _check_agreement(folder: Path, described: Trained, model: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
     """Raise `ValueError` naming the first field that differs between metadata and the transformer's `config.json`."""
-    elsewhere = {"remat", "null_tokens"}  # not in config.json
-    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in elsewhere]
-    pairs = {f"model.{name}": (getattr(described.config.model, name), getattr(model, name)) for name in fields}
+    # The first two are not in config.json; null stands for a number in the last one.
+    elsewhere = {"remat", "null_tokens", "position_base"}
+    theirs = described.config.model
+    fields = [field.name for field in dataclasses.fields(model) if field.name not in elsewhere]
+    pairs = {f"model.{name}": (getattr(theirs, name, None), getattr(model, name)) for name in fields}
     pairs["latent_shape"] = (described.manifest.latent_shape, latent_shape)
+    pairs["model.position_base"] = (theirs.position_base_on(latent_shape), model.position_base_on(latent_shape))
     for name, (stored, expected) in pairs.items():
         if stored != expected:
             rule = f"{name} must be {expected} in flowdit's metadata, as in config.json"

@@ -18,7 +18,7 @@ from flowdit.interop.diffusers_in import META_FILE, META_KEY, PIPELINE, WEIGHTS_
 from flowdit.interop.layouts import Arrays
 from flowdit.interop.portable import Portable, cast, save_tensors
 from flowdit.models import pretrained
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import ModelConfig
 from flowdit.models.vae import EMBEDDED
 
 EXPORTED = Path(__file__).parent / "exported"
@@ -55,14 +55,21 @@ def check_representable(described: Trained, own_class: bool) -> None:
     """Raise `ValueError` listing every field that the class does not support, or a condition that the pipeline does not."""
     if described.conditioning.exported() is None:
         raise ValueError(f"to: the diffusers pipeline does not support conditioning={kind_of(described.config)}")
+    if broken := _unrepresentable(described, own_class):
+        can_own_class = not own_class and not _unrepresentable(described, own_class=True)
+        advice = "; own_class=true writes a class that can" if can_own_class else ""
+        name = diffusers_class(described.config.model, own_class).name
+        raise ValueError(f"to: {name} cannot represent this model: {'; '.join(broken)}{advice}")
+
+
+def _unrepresentable(described: Trained, own_class: bool) -> list[str]:
+    """Every field that the class does not support, as "field must be ..., got ..."."""
     model, shape = described.config.model, described.manifest.latent_shape
-    kind = diffusers_class(model, own_class)
     rules = [("the latents' width", shape[2], shape[1])]
-    rules += [(f"model.{field}", getattr(model, field), needed) for field, needed in kind.fixed.items()]
-    broken = [f"{field} must be {needed}, got {found}" for field, found, needed in rules if found != needed]
-    if broken:
-        advice = "" if own_class else "; own_class=true writes a class that can"
-        raise ValueError(f"to: {kind.name} cannot represent this model: {'; '.join(broken)}{advice}")
+    rules += [("model.position_base", model.position_base_on(shape), shape[1] // model.patch_size)]
+    fixed = diffusers_class(model, own_class).fixed
+    rules += [(f"model.{field}", getattr(model, field), needed) for field, needed in fixed.items()]
+    return [f"{field} must be {needed}, got {found}" for field, found, needed in rules if found != needed]
 
 
 def diffusers_class(model: ModelConfig, own_class: bool) -> DiffusersClass:

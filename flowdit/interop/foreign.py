@@ -16,7 +16,7 @@ from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig, foreign_meta
 from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 

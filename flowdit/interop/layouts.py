@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flowdit.models.config import ModelConfig, PixArtConfig
 from flowdit.models.pretrained import numbers_after
-from flowdit.models.transformer import ModelConfig
 
 Arrays = dict[str, np.ndarray]
 BLOCK = "{i}"
@@ -122,7 +122,7 @@ DIFFUSERS_DIT = Layout(
 
 DIFFUSERS_PIXART = Layout(
     "diffusers PixArtTransformer2DModel",
-    "mmdit",
+    "pixart",
     _fields(
         _patches("pos_embed.proj"),
         _mlp("time_embed", "adaln_single.emb.timestep_embedder", "linear_1", "linear_2"),
@@ -164,7 +164,7 @@ ORIGINAL_DIT = Layout(
 
 ORIGINAL_PIXART = Layout(
     "original PixArt",
-    "mmdit",
+    "pixart",
     _fields(
         _patches("x_embedder.proj"),
         _mlp("time_embed", "t_embedder.mlp", "0", "2"),
@@ -188,7 +188,8 @@ ORIGINAL_PIXART = Layout(
 def for_model(layout: Layout, model: ModelConfig) -> Layout:
     """The layout of a model: with Q/K norms (not in stock classes), and without a size embedding, depending on its fields."""
     fields = layout.fields + (layout.head_norms if model.qk_norm else ())
-    absent = () if model.micro_conditioning else ("size_embed.",)
+    has_sizes = isinstance(model, PixArtConfig) and model.micro_conditioning
+    absent = () if has_sizes else ("size_embed.",)
     return layout._replace(fields=tuple(field for field in fields if not field.ours.startswith(absent)))
 
 

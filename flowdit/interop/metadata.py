@@ -15,6 +15,7 @@ from flowdit.config import Config
 from flowdit.data.manifest import Manifest, VaeInfo
 from flowdit.diffusion.sampling import PREDICTIONS
 from flowdit.fields import require, require_choice
+from flowdit.models.config import PixArtConfig
 from flowdit.models.vae import load_vae
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def class_condition(config: Config, hints: ForeignConfig, count: int) -> Foreign
 
 def text_condition(config: Config, hints: ForeignConfig, width: int) -> ForeignCondition:
     """A text encoder with an unknown (empty) fingerprint. Sets `config.text`."""
+    assert isinstance(config.model, PixArtConfig)
     text, null_tokens = config.text, config.model.null_tokens
     text.encoder = hints.text_encoder or ""
     text.max_length = hints.max_length or (null_tokens if null_tokens > 1 else 120)

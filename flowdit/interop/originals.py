@@ -18,8 +18,8 @@ from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
-from flowdit.models.layers import sincos_positions
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import MODELS, ModelConfig, PixArtConfig
+from flowdit.models.positions import Positions
 
 # Heads by width in the papers; the files do not contain the number of heads.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -93,20 +93,22 @@ def _original_shape(
     size = hints.latent_size or (None if positions is None else math.isqrt(len(positions)) * patch_size)
     if size is None:
         raise ValueError("latent_size: must be given, as the file holds no position table")
-    null_caption = tensors.get("y_embedder.y_embedding")
-    model = ModelConfig(
+    model = MODELS[layout.model](
         name=layout.model,
         depth=layouts.count_blocks(layout, tensors, str(file)),
         hidden_dim=dim,
         num_heads=heads,
         patch_size=patch_size,
         qk_norm=False,
-        micro_conditioning=any(name.startswith("csize_embedder") for name in tensors),
         interpolation_scale=hints.interpolation_scale
         or _position_scale(file, layout, positions, dim, size, patch_size),
+        position_base=size // patch_size,
         time_scale=1.0 if hints.format == "sit" else 1000.0,
-        null_tokens=1 if null_caption is None or null_caption.ndim == 1 else len(null_caption),
     )
+    if isinstance(model, PixArtConfig):
+        null_caption = tensors.get("y_embedder.y_embedding")
+        model.micro_conditioning = any(name.startswith("csize_embedder") for name in tensors)
+        model.null_tokens = 1 if null_caption is None or null_caption.ndim == 1 else len(null_caption)
     return model, (channels, size, size)
 
 
@@ -128,7 +130,7 @@ def _position_scale(
     if positions is None or len(positions) != grid**2:
         return min(max(size / 64, min(scales)), max(scales))
     for scale in scales:
-        if np.allclose(positions, sincos_positions(dim, grid, grid, scale), atol=1e-2):
+        if np.allclose(positions, Positions("sincos", scale).table(dim, grid, grid), atol=1e-2):
             return scale
     raise ValueError(f"source: {file}: pos_embed must be the fixed sin-cos table of its grid")
 

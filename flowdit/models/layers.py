@@ -5,6 +5,8 @@ Parameters may be float32 or bfloat16; norms are computed in float32 and returne
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,36 +14,58 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flowdit.models.attention import attend
+from flowdit.models.positions import rotate
+from flowdit.sharding import ParameterSpec
+
+Axes = tuple[str | None, str | None]
+"""Logical axes of a weight's inputs and outputs (`sharding.LOGICAL_AXES`); None is never sharded."""
 
 
 class Linear(eqx.Module):
     """`x @ weight + bias` on the last axis.
 
+    `axes` are the logical axes of the weight. `parts` is the number of projections that are fused along its outputs.
     Acts on the whole (tokens, dim) matrix: a matrix-vector layer under two vmaps is 1.2-1.4x slower on CPU.
     """
 
     weight: Float[Array, "in out"]
     bias: Float[Array, " out"]
+    axes: Axes = eqx.field(static=True, default=(None, None))
+    parts: int = eqx.field(static=True, default=1)
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         y = x @ self.weight
         return y + self.bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
-
-def xavier_linear(in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> Linear:
-    """Xavier-uniform weight and zero bias (the DiT initialisation)."""
-    limit = float(np.sqrt(6 / (in_dim + out_dim)))
-    return Linear(jax.random.uniform(key, (in_dim, out_dim), minval=-limit, maxval=limit), jnp.zeros(out_dim))
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        return {"weight": ParameterSpec(self.axes, parts=self.parts, decay=True)}
 
 
-def normal_linear(in_dim: int, out_dim: int, *, key: PRNGKeyArray) -> Linear:
+def xavier_linear(in_dim: int, out_dim: int, *, key: PRNGKeyArray, axes: Axes = (None, None), parts: int = 1) -> Linear:
+    """Xavier-uniform weight and zero bias (the DiT initialisation).
+
+    Fused projections are initialised one by one: Xavier over the fused matrix, of larger fan-out, would be too small.
+    """
+    limit = float(np.sqrt(6 / (in_dim + out_dim // parts)))
+    draw = lambda key: jax.random.uniform(key, (in_dim, out_dim // parts), minval=-limit, maxval=limit)
+    keys = [key] if parts == 1 else jax.random.split(key, parts)
+    return Linear(jnp.concatenate([draw(k) for k in keys], axis=-1), jnp.zeros(out_dim), axes, parts)
+
+
+def normal_linear(in_dim: int, out_dim: int, *, key: PRNGKeyArray, axes: Axes = (None, None), parts: int = 1) -> Linear:
     """Normal(0, 0.02) weight and zero bias (the time MLP of DiT; the t block and the caption MLP of PixArt)."""
-    return Linear(0.02 * jax.random.normal(key, (in_dim, out_dim)), jnp.zeros(out_dim))
+    return Linear(0.02 * jax.random.normal(key, (in_dim, out_dim)), jnp.zeros(out_dim), axes, parts)
 
 
-def zero_linear(in_dim: int, out_dim: int) -> Linear:
-    """All zeros: adaLN-Zero outputs and the final projection start as the identity and as no velocity."""
-    return Linear(jnp.zeros((in_dim, out_dim)), jnp.zeros(out_dim))
+def zero_linear(in_dim: int, out_dim: int, *, axes: Axes = (None, None), parts: int = 1) -> Linear:
+    """All zeros: with zero adaLN outputs every block starts as the identity, with a zero final layer the velocity is 0."""
+    return Linear(jnp.zeros((in_dim, out_dim)), jnp.zeros(out_dim), axes, parts)
+
+
+class Norm(Protocol):
+    """A norm over the last axis, without learned parameters: modulation follows it."""
+
+    def __call__(self, x: Float[Array, "tokens dim"], eps: float = 1e-6) -> Float[Array, "tokens dim"]: ...
 
 
 def layer_norm(x: Float[Array, "tokens dim"], eps: float = 1e-6) -> Float[Array, "tokens dim"]:
@@ -52,6 +76,16 @@ def layer_norm(x: Float[Array, "tokens dim"], eps: float = 1e-6) -> Float[Array,
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+def rms_norm(x: Float[Array, "*lead dim"], eps: float = 1e-6) -> Float[Array, "*lead dim"]:
+    """Root-mean-square norm without a scale (Zhang & Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+NORMS: dict[str, Norm] = {"layer": layer_norm, "rms": rms_norm}
+"""Norms before attention, MLP and final layer, by `model.norm`."""
+
+
 class RMSNorm(eqx.Module):
     """Root-mean-square norm with a learned scale (Zhang & Sennrich 2019), on the last axis."""
 
@@ -59,8 +93,7 @@ class RMSNorm(eqx.Module):
     eps: float = eqx.field(static=True, default=1e-6)
 
     def __call__(self, x: Float[Array, "*lead dim"]) -> Float[Array, "*lead dim"]:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        normed = rms_norm(x.astype(jnp.float32), self.eps)
         scale = self.scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         return (normed * scale).astype(x.dtype)
 
@@ -73,25 +106,47 @@ def modulate(
 
 
 class SelfAttention(eqx.Module):
-    """Multi-head self-attention with optional Q/K RMSNorm (Henry et al. 2020; the cure for NaN in long bf16 runs)."""
+    """Multi-head self-attention with optional Q/K RMSNorm (Henry et al. 2020; prevents NaN in long bfloat16 runs).
+
+    `value_mix`, where there is one, holds the two weights of the value residual (Zhou et al. 2024, ResFormer):
+    value = value_mix[0] * first_value + value_mix[1] * value, with `first_value` that of the first block.
+    """
 
     qkv: Linear
     out: Linear
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
+    value_mix: Float[Array, "2"] | None
     num_heads: int = eqx.field(static=True)
 
-    def __call__(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens dim"]:
+    @property
+    def head_dim(self) -> int:
+        return self.out.weight.shape[-2] // self.num_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens dim"],
+        angles: Float[Array, "tokens half"] | None = None,
+        first_value: Float[Array, "tokens heads head_dim"] | None = None,
+    ) -> tuple[Float[Array, "tokens dim"], Float[Array, "tokens heads head_dim"]]:
+        """The output and the value before any mixing. `angles` are rotary positions of queries and keys."""
         query, key, value = jnp.split(self.qkv(x).reshape(x.shape[0], 3 * self.num_heads, -1), 3, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        return self.out(attend(query, key, value).reshape(x.shape))
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        mixed = value
+        if self.value_mix is not None:
+            of_first, of_own = self.value_mix
+            mixed = of_first * (value if first_value is None else first_value) + of_own * value
+        return self.out(attend(query, key, mixed).reshape(x.shape)), value
 
 
 class CrossAttention(eqx.Module):
     """Multi-head attention from image tokens to text tokens of the same width, with optional Q/K RMSNorm.
 
-    `mask` is True at the text tokens to attend to. Without any, all are attended to: the result stays finite.
+    `mask` is True at the text tokens to attend to. Where it is False everywhere, all are attended to, so that the result
+    stays finite.
     """
 
     query: Linear
@@ -111,30 +166,38 @@ class CrossAttention(eqx.Module):
         return self.out(attend(query, key, value, mask).reshape(x.shape))
 
 
-def self_attention(dim: int, num_heads: int, qk_norm: bool, *, key: PRNGKeyArray) -> SelfAttention:
-    """Attention over `dim` channels in `num_heads` heads, Xavier-initialised."""
+def self_attention(
+    dim: int, num_heads: int, qk_norm: bool, value_residual: bool = False, *, key: PRNGKeyArray
+) -> SelfAttention:
+    """Attention over `dim` channels in `num_heads` heads, Xavier-initialised; a value residual starts at 0.5 each."""
     qkv_key, out_key = jax.random.split(key)
-    norms = _head_norms(dim // num_heads, qk_norm)
-    qkv = _fused_xavier(dim, 3, key=qkv_key)
-    return SelfAttention(qkv, xavier_linear(dim, dim, key=out_key), *norms, num_heads)
+    query_norm, key_norm = _head_norms(dim // num_heads, qk_norm)
+    return SelfAttention(
+        qkv=xavier_linear(dim, 3 * dim, key=qkv_key, axes=("embed", "heads"), parts=3),
+        out=xavier_linear(dim, dim, key=out_key, axes=("heads", "embed")),
+        query_norm=query_norm,
+        key_norm=key_norm,
+        value_mix=jnp.full(2, 0.5) if value_residual else None,
+        num_heads=num_heads,
+    )
 
 
 def cross_attention(dim: int, num_heads: int, qk_norm: bool, *, key: PRNGKeyArray) -> CrossAttention:
-    """Xavier-initialised but for the zero output projection: the text starts without a say (PixArt-alpha)."""
+    """Xavier-initialised except for the output projection, which is zero: at first the text has no effect (PixArt-alpha)."""
     query_key, key_value_key = jax.random.split(key)
-    query, key_value = xavier_linear(dim, dim, key=query_key), _fused_xavier(dim, 2, key=key_value_key)
-    norms = _head_norms(dim // num_heads, qk_norm)
-    return CrossAttention(query, key_value, zero_linear(dim, dim), *norms, num_heads)
+    query_norm, key_norm = _head_norms(dim // num_heads, qk_norm)
+    return CrossAttention(
+        query=xavier_linear(dim, dim, key=query_key, axes=("embed", "heads")),
+        key_value=xavier_linear(dim, 2 * dim, key=key_value_key, axes=("embed", "heads"), parts=2),
+        out=zero_linear(dim, dim, axes=("heads", "embed")),
+        query_norm=query_norm,
+        key_norm=key_norm,
+        num_heads=num_heads,
+    )
 
 
 def _head_norms(head_dim: int, qk_norm: bool) -> tuple[RMSNorm, RMSNorm] | tuple[None, None]:
     return (RMSNorm(jnp.ones(head_dim)), RMSNorm(jnp.ones(head_dim))) if qk_norm else (None, None)
-
-
-def _fused_xavier(dim: int, count: int, *, key: PRNGKeyArray) -> Linear:
-    """`count` square projections side by side: Xavier over the fused matrix, of larger fan-out, would be too small."""
-    projections = [xavier_linear(dim, dim, key=k) for k in jax.random.split(key, count)]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *projections)
 
 
 class MLP(eqx.Module):
@@ -147,10 +210,32 @@ class MLP(eqx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
-def mlp(dim: int, hidden_dim: int, *, key: PRNGKeyArray) -> MLP:
-    """`dim -> hidden_dim -> dim`, Xavier-initialised."""
+class SwiGLU(eqx.Module):
+    """`down(silu(gate) * value)` with gate and value side by side in the outputs of `up` (Shazeer 2020)."""
+
+    up: Linear
+    down: Linear
+
+    def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
+        gate, value = jnp.split(self.up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * value)
+
+
+MLPS = ("gelu", "swiglu")
+
+
+def mlp_hidden_dim(dim: int, ratio: float, kind: str) -> int:
+    """Hidden width. SwiGLU's third matrix is paid for with width: floor(2/3 x ratio x dim / 8) x 8."""
+    return int(2 * ratio * dim / 24) * 8 if kind == "swiglu" else int(dim * ratio)
+
+
+def mlp(dim: int, ratio: float, kind: str = "gelu", *, key: PRNGKeyArray) -> MLP | SwiGLU:
+    """The `dim -> hidden -> dim` network of a block, Xavier-initialised; `kind` is one of `MLPS`."""
     up_key, down_key = jax.random.split(key)
-    return MLP(xavier_linear(dim, hidden_dim, key=up_key), xavier_linear(hidden_dim, dim, key=down_key))
+    hidden, parts = mlp_hidden_dim(dim, ratio, kind), 2 if kind == "swiglu" else 1
+    up = xavier_linear(dim, parts * hidden, key=up_key, axes=("embed", "mlp"), parts=parts)
+    down = xavier_linear(hidden, dim, key=down_key, axes=("mlp", "embed"))
+    return SwiGLU(up, down) if kind == "swiglu" else MLP(up, down)
 
 
 class TimeEmbedding(eqx.Module):
@@ -192,23 +277,6 @@ def sinusoidal_features(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 
-def sincos_positions(
-    dim: int, height: int, width: int, interpolation_scale: float = 1.0
-) -> Float[np.ndarray, "tokens dim"]:
-    """Fixed 2-D sin-cos table in row-major token order; the width coordinate fills the first half (DiT, MAE).
-
-    Coordinates are token numbers over `interpolation_scale` (PixArt-alpha), as in diffusers for a grid of the base size.
-    """
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    frequencies = 1 / 10_000 ** (np.arange(dim // 4) / (dim / 4))
-
-    def features(coordinate: np.ndarray) -> np.ndarray:
-        angles = coordinate.reshape(-1, 1) / interpolation_scale * frequencies[None]
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    return np.concatenate([features(columns), features(rows)], axis=1).astype(np.float32)
-
-
 def patchify(x: Float[Array, "channels height width"], patch_size: int) -> Float[Array, "tokens patch"]:
     """Cut into row-major patches; a patch is flattened as (row, column, channel)."""
     channels, height, width = x.shape
@@ -217,7 +285,7 @@ def patchify(x: Float[Array, "channels height width"], patch_size: int) -> Float
 
 
 def unpatchify(
-    tokens: Float[Array, "tokens patch"], patch_size: int, latent_shape: tuple[int, int, int]
+    tokens: Float[Array, "tokens patch"], patch_size: int, latent_shape: tuple[int, ...]
 ) -> Float[Array, "channels height width"]:
     """Inverse of `patchify` for a latent of `latent_shape`."""
     channels, height, width = latent_shape

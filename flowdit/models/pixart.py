@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from flowdit.models.layers import (
-    MLP,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-    TimeEmbedding,
-    cross_attention,
-    layer_norm,
-    mlp,
-    modulate,
-    normal_linear,
-    self_attention,
-    time_embedding,
-    xavier_linear,
-    zero_linear,
+from flowdit.models.config import PixArtConfig
+from flowdit.models.layers import MLP, Linear, TimeEmbedding, normal_linear, time_embedding, xavier_linear, zero_linear
+from flowdit.models.trunk import (
+    Block,
+    BlockInputs,
+    Output,
+    Route,
+    TrunkSettings,
+    build_blocks,
+    embed_patches,
+    project_velocity,
+    run_blocks,
 )
-from flowdit.models.transformer import ModelConfig, embed_patches, project_velocity, scan_blocks
-from flowdit.sharding import gather
+from flowdit.sharding import REPLICATED, STACKED, ParameterSpec, gather
 
 
 class TextCondition(NamedTuple):
-    """What one image is to show.
+    """The condition of one image.
 
     `features` are the text encoder's, of any float dtype; `mask` is True at real tokens. Where `dropped`, or where the
     mask is False everywhere, there is no caption: the null condition of classifier-free guidance.
-    `size` is height and width in pixels, needed with micro-conditioning only.
+    `size` is height and width of the image in pixels, needed with micro-conditioning only.
     """
 
     features: Float[Array, "tokens text_dim"]
@@ -54,38 +51,12 @@ class SizeEmbedding(eqx.Module):
         return jnp.concatenate([self.side(height), self.side(width), self.aspect(height / width)])
 
 
-class Block(eqx.Module):
-    """Self-attention and MLP, modulated and gated; between them cross-attention to the text, without norm or gate.
-
-    `table` is added to the modulation that all blocks share (adaLN-single, section 2.3). Both are in the order shift,
-    scale, gate of the attention, then of the MLP.
-    """
-
-    attention: SelfAttention
-    cross_attention: CrossAttention
-    mlp: MLP
-    table: Float[Array, "6 dim"]
-    mlp_norm_eps: float = eqx.field(static=True, default=1e-6)
-
-    def __call__(
-        self,
-        x: Float[Array, "tokens dim"],
-        modulation: Float[Array, "6 dim"],
-        text: Float[Array, "text_tokens dim"],
-        mask: Bool[Array, " text_tokens"],
-    ) -> Float[Array, "tokens dim"]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.table + modulation
-        x = x + gate_a[None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
-        x = x + self.cross_attention(x, text, mask)
-        return x + gate_m[None] * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift_m, scale_m))
-
-
 class PixArt(eqx.Module):
-    """DiT over one latent, conditioned on the flow time and a text.
+    """DiT over one latent of any size, conditioned on the flow time and a text.
 
     `null_caption` stands for the features of a dropped caption: one vector for every token, or one for each token (the
-    original PixArt-alpha), and then texts must have as many tokens. `blocks` holds every block with a
-    leading depth axis.
+    original PixArt-alpha), and then texts must have as many tokens. `blocks` holds all blocks, every array with a leading
+    depth axis.
     """
 
     patch_embed: Linear
@@ -97,10 +68,7 @@ class PixArt(eqx.Module):
     blocks: Block
     final_table: Float[Array, "2 dim"]
     final_linear: Linear
-    latent_shape: tuple[int, int, int] = eqx.field(static=True)
-    patch_size: int = eqx.field(static=True)
-    remat: str = eqx.field(static=True, default="none")
-    interpolation_scale: float = eqx.field(static=True, default=1.0)
+    settings: TrunkSettings = eqx.field(static=True)
 
     @property
     def text_dim(self) -> int:
@@ -111,15 +79,40 @@ class PixArt(eqx.Module):
     ) -> Float[Array, "channels height width"]:
         """Velocity at `x_t`, flow time `t` in [0, 1] (0 data, 1 noise). Runs in the dtype of the parameters, returns float32.
 
-        Raises `ValueError` if the condition lacks a size that the model was built to see.
+        Raises `ValueError` if the model is conditioned on the image size and the condition has none.
         """
+        return self.run(x_t, t, condition).velocity
+
+    def run(
+        self,
+        x_t: Float[Array, "channels height width"],
+        t: Float[Array, ""],
+        condition: TextCondition,
+        *,
+        depths: Iterable[int] = (),
+        route: Route | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Output:
+        """Velocity, and the tokens after the blocks `depths`. See `run_blocks` for `depths`, `route` and `key`."""
         embedding = self._embed_time_and_size(t, condition)
-        modulation = gather(self.time_block, "time_block")(jax.nn.silu(embedding)).reshape(6, -1)
+        modulation = gather(self.time_block)(jax.nn.silu(embedding)).reshape(6, -1)
         text = self.caption_proj(self._caption(condition))
-        x = embed_patches(x_t, self.patch_embed, self.patch_size, self.interpolation_scale)
-        x = scan_blocks(self.blocks, x, modulation, text, condition.mask, remat=self.remat)
-        shift, scale = self.final_table + embedding[None]
-        return project_velocity(x, shift, scale, self.final_linear, self.patch_size, self.latent_shape)
+        x, angles = embed_patches(x_t, self.patch_embed, self.settings, self.blocks.attention.head_dim)
+        hidden = run_blocks(
+            self.blocks,
+            x,
+            BlockInputs(modulation, angles, text, condition.mask),
+            remat=self.settings.remat,
+            depths=depths,
+            route=route,
+            key=key,
+        )
+        modulation = self.final_table + embedding[None]
+        velocity = project_velocity(hidden.x, modulation, self.final_linear, self.settings, x_t.shape)
+        return Output(velocity, hidden.depths)
+
+    def parameter_specs(self) -> dict[str, ParameterSpec | str]:
+        return {"null_caption": REPLICATED, "blocks": STACKED, "final_table": REPLICATED}
 
     def _embed_time_and_size(self, t: Array, condition: TextCondition) -> Float[Array, " dim"]:
         if self.size_embed is None:
@@ -136,43 +129,25 @@ class PixArt(eqx.Module):
         return jnp.where(is_null, null, condition.features.astype(null.dtype))
 
 
-def build_pixart(
-    config: ModelConfig, latent_shape: tuple[int, int, int], text_dim: int, *, key: PRNGKeyArray
-) -> PixArt:
-    """A freshly initialised float32 model, as PixArt-alpha does it.
+def build_pixart(config: PixArtConfig, channels: int, text_dim: int, *, key: PRNGKeyArray) -> PixArt:
+    """A freshly initialised float32 model of latents with `channels` channels, initialised as in PixArt-alpha.
 
     Xavier linears; normal(0.02) time, size and caption MLPs and t block; tables and null caption normal over the root
     of their width; zero cross-attention outputs and final layer.
     """
-    dim, patch_dim = config.hidden_dim, config.patch_size**2 * latent_shape[0]
+    dim, patch_dim = config.hidden_dim, config.patch_size**2 * channels
     keys = iter(jax.random.split(key, 9))
-    build_block = lambda key: _block(config, key=key)
     return PixArt(
         patch_embed=xavier_linear(patch_dim, dim, key=next(keys)),
         time_embed=time_embedding(dim, freq_shift=config.time_freq_shift, scale=config.time_scale, key=next(keys)),
         size_embed=_size_embedding(dim, key=next(keys)) if config.micro_conditioning else None,
         caption_proj=MLP(normal_linear(text_dim, dim, key=next(keys)), normal_linear(dim, dim, key=next(keys))),
         null_caption=_null_caption(config.null_tokens, text_dim, key=next(keys)),
-        time_block=normal_linear(dim, 6 * dim, key=next(keys)),
-        blocks=cast(Block, eqx.filter_vmap(build_block)(jax.random.split(next(keys), config.depth))),
+        time_block=normal_linear(dim, 6 * dim, key=next(keys), axes=("embed", "modulation"), parts=6),
+        blocks=build_blocks(config, has_text=True, key=next(keys)),
         final_table=jax.random.normal(next(keys), (2, dim)) / dim**0.5,
         final_linear=zero_linear(dim, patch_dim),
-        latent_shape=latent_shape,
-        patch_size=config.patch_size,
-        remat=config.remat,
-        interpolation_scale=config.interpolation_scale,
-    )
-
-
-def _block(config: ModelConfig, *, key: PRNGKeyArray) -> Block:
-    dim = config.hidden_dim
-    attention_key, cross_key, mlp_key, table_key = jax.random.split(key, 4)
-    return Block(
-        attention=self_attention(dim, config.num_heads, config.qk_norm, key=attention_key),
-        cross_attention=cross_attention(dim, config.num_heads, config.qk_norm, key=cross_key),
-        mlp=mlp(dim, int(dim * config.mlp_ratio), key=mlp_key),
-        table=jax.random.normal(table_key, (6, dim)) / dim**0.5,
-        mlp_norm_eps=config.mlp_norm_eps,
+        settings=TrunkSettings.of(config),
     )
 
 

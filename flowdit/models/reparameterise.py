@@ -14,15 +14,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowdit.models.config import ModelConfig, PixArtConfig
 from flowdit.models.dit import DiT
 from flowdit.models.layers import Linear
 from flowdit.models.pixart import PixArt, TextCondition
-from flowdit.models.transformer import ModelConfig
 
 SHARED_MAPS = ("block0", "mean")
 CLASS_CONDITIONS = ("dropped", "null_class")
-# The last three shape no array, but trained weights mean something else with another value.
-COPIED_FIELDS = ("depth", "hidden_dim", "num_heads", "patch_size", "mlp_ratio", "qk_norm") + (
+# From `norm` on they shape no array, but trained weights need the same value.
+COPIED_FIELDS = (
+    "depth",
+    "hidden_dim",
+    "num_heads",
+    "patch_size",
+    "mlp_ratio",
+    "mlp",
+    "qk_norm",
+    "value_residual",
+    "norm",
+    "positions",
     "time_freq_shift",
     "time_scale",
     "mlp_norm_eps",
@@ -40,12 +50,18 @@ def check_compatible(
     Both are of one kind, or theirs is a class model and ours a text model. Latent shapes are (channels, height, width);
     height and width may differ, for positions are not learned.
     """
-    # On another grid the positions are to be stretched; on the same one they are part of what must not change.
-    same_grid = ("interpolation_scale",) if their_latent_shape == our_latent_shape else ()
-    # A size embedding that is new says nothing at first, one that was trained cannot be left out.
-    sizes = ("micro_conditioning",) if theirs.micro_conditioning else ()
-    for field in COPIED_FIELDS + same_grid + sizes:
-        expected, got = getattr(theirs, field), getattr(ours, field)
+    pairs = {field: (getattr(theirs, field), getattr(ours, field)) for field in COPIED_FIELDS}
+    # On another grid the positions may be scaled; on the same one they are part of what must not change.
+    if their_latent_shape == our_latent_shape:
+        pairs["interpolation_scale"] = (theirs.interpolation_scale, ours.interpolation_scale)
+        pairs["position_base"] = (
+            theirs.position_base_on(their_latent_shape),
+            ours.position_base_on(our_latent_shape),
+        )
+    # A size embedding that is new has no effect at first, one that was trained cannot be left out.
+    if isinstance(theirs, PixArtConfig) and theirs.micro_conditioning:
+        pairs["micro_conditioning"] = (True, getattr(ours, "micro_conditioning", False))
+    for field, (expected, got) in pairs.items():
         if expected != got:
             raise ValueError(f"model.{field}: must be {expected} as in train.init_from, got {got}")
     if their_latent_shape[0] != our_latent_shape[0]:
@@ -69,12 +85,12 @@ def reparameterise(
 
     Patch and time embedding, self-attention, MLPs and final projection are copied. Caption MLP, null caption and
     cross-attention stay `text_model`'s, with zero cross-attention outputs, so that any caption gives the same velocity.
-    Outputs of a size embedding are zeroed too: it would shift the time embedding. Static fields, such as the latent
-    shape, stay `text_model`'s. Check with `check_compatible` first. Works under jit, on sharded arrays and shapes.
+    Outputs of a size embedding are zeroed too: it would shift the time embedding. Static fields, such as the scale of the
+    positions, stay `text_model`'s. Check with `check_compatible` first. Works under jit, on sharded arrays and shapes.
     """
     with jax.default_matmul_precision("highest"):  # the tables are differences of nearly equal numbers
         adaln_single = _adaln_single(class_model, time, shared_map, class_condition)
-    # Array by array: static fields, such as the latent shape, are not copied.
+    # Array by array: static fields are not copied.
     model = eqx.tree_at(_copied_arrays, text_model, _copied_arrays(class_model))
     model = eqx.tree_at(lambda m: (m.time_block, m.blocks.table, m.final_table), model, adaln_single)
     model = eqx.tree_at(lambda m: jax.tree.leaves(m.blocks.cross_attention.out), model, replace_fn=jnp.zeros_like)
@@ -82,7 +98,7 @@ def reparameterise(
 
 
 def without_sizes(model: PixArt) -> PixArt:
-    """`model` with zero outputs of its size embedding: the size has no say until it is trained."""
+    """`model` with zero outputs of its size embedding: the image size has no effect until it is trained."""
     outputs = lambda m: jax.tree.leaves((m.size_embed.side.down, m.size_embed.aspect.down))
     return eqx.tree_at(outputs, model, replace_fn=jnp.zeros_like)
 
@@ -124,7 +140,8 @@ def drift(
     `x_t`, already noised to their times. One time after the other, to spare memory.
     """
     table = _class_vector(class_model, class_condition)[None]
-    class_model = dataclasses.replace(class_model, class_table=table, latent_shape=text_model.latent_shape)
+    # With the text model's positions, which are of the grid that both see here.
+    class_model = dataclasses.replace(class_model, class_table=table, settings=text_model.settings)
     rows = text_model.null_caption.size // text_model.text_dim
     nothing = TextCondition(
         features=jnp.zeros((rows, text_model.text_dim)),

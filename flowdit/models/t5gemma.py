@@ -22,7 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flowdit import hashing, sharding
 from flowdit.models import pretrained
+from flowdit.models.positions import rotate
 from flowdit.models.t5gemma_config import T5GemmaConfig
+from flowdit.sharding import STACKED, ParameterSpec
 
 WEIGHTS_STEM = "model"
 # Keys of a full model start with "model.encoder." or "encoder.", keys of a bare encoder have no prefix. Those of the
@@ -46,9 +48,13 @@ class Linear(eqx.Module):
     """`x @ weight.T`, without bias."""
 
     weight: Float[Array, "out in"]
+    axes: tuple[str, str] = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "length in"]) -> Float[Array, "length out"]:
         return x @ self.weight.T
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        return {"weight": ParameterSpec(self.axes, decay=True)}
 
 
 class Embedding(eqx.Module):
@@ -58,6 +64,9 @@ class Embedding(eqx.Module):
 
     def __call__(self, ids: Int[Array, " length"]) -> Float[Array, "length width"]:
         return self.weight[ids]
+
+    def parameter_specs(self) -> dict[str, ParameterSpec]:
+        return {"weight": ParameterSpec((None, "embed"))}
 
 
 class SelfAttention(eqx.Module):
@@ -71,10 +80,10 @@ class SelfAttention(eqx.Module):
 
     def __init__(self, config: T5GemmaConfig):
         query_dim, kv_dim = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = _linear(config.hidden_size, query_dim)
-        self.k_proj = _linear(config.hidden_size, kv_dim)
-        self.v_proj = _linear(config.hidden_size, kv_dim)
-        self.o_proj = _linear(query_dim, config.hidden_size)
+        self.q_proj = _linear(config.hidden_size, query_dim, ("heads", "embed"))
+        self.k_proj = _linear(config.hidden_size, kv_dim, ("heads", "embed"))
+        self.v_proj = _linear(config.hidden_size, kv_dim, ("heads", "embed"))
+        self.o_proj = _linear(query_dim, config.hidden_size, ("embed", "heads"))
         self.config = config
 
     def __call__(
@@ -107,9 +116,9 @@ class GeGLU(eqx.Module):
     down_proj: Linear
 
     def __init__(self, config: T5GemmaConfig):
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"))
 
     def __call__(self, x: Float[Array, "length width"]) -> Float[Array, "length width"]:
         gate = jax.nn.gelu(self.gate_proj(x).astype(jnp.float32), approximate=True)
@@ -158,6 +167,9 @@ class T5GemmaEncoder(eqx.Module):
         self.config = config
         self.fingerprint = fingerprint
 
+    def parameter_specs(self) -> dict[str, ParameterSpec | str]:
+        return {"layers": STACKED}
+
     def __call__(self, ids: Int[Array, " length"], mask: Bool[Array, " length"]) -> Float[Array, "length width"]:
         """The last hidden state of one text padded on the right, in the dtype of the parameters.
 
@@ -172,7 +184,7 @@ class T5GemmaEncoder(eqx.Module):
 
         def apply(x, layer_and_kind):
             layer, is_sliding = layer_and_kind
-            return sharding.gather(layer, "layers")(x, mask[None] & (near | ~is_sliding), angles), None
+            return sharding.gather(layer)(x, mask[None] & (near | ~is_sliding), angles), None
 
         x, _ = jax.lax.scan(apply, x, (self.layers, jnp.asarray(self.config.is_sliding)))
         return self.norm(x)
@@ -184,17 +196,9 @@ def rotary_angles(positions: Int[Array, " length"], head_dim: int, theta: float)
     return positions.astype(jnp.float32)[:, None] * jnp.asarray(1 / np.float32(theta) ** exponents)[None]
 
 
-def rotate(
-    x: Float[Array, "length heads dim"], angles: Float[Array, "length half"]
-) -> Float[Array, "length heads dim"]:
-    """Rotate channels i and i + dim / 2 by the angles of their token."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _linear(in_dim: int, out_dim: int) -> Linear:
-    return Linear(jnp.zeros((out_dim, in_dim)))
+def _linear(in_dim: int, out_dim: int, axes: tuple[str, str]) -> Linear:
+    """`axes` are the logical axes of outputs and inputs."""
+    return Linear(jnp.zeros((out_dim, in_dim)), axes)
 
 
 def _norm(config: T5GemmaConfig) -> RMSNorm:
@@ -207,7 +211,7 @@ def load_t5gemma(folder: Path, dtype: DTypeLike, mesh: Mesh | None = None) -> T5
     Args:
         folder: with `config.json` and `model.safetensors` or its shards, of a full model or of an encoder only.
         dtype: of the parameters and of the computation: bfloat16 or float32.
-        mesh: if given, the parameters are laid out on it by `sharding.RULES`.
+        mesh: if given, the parameters are laid out on it as `sharding.parameter_shardings` says.
 
     Raises:
         ValueError: another architecture, damaged files, or tensors that do not match the configuration (the first of

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from flowdit.fields import require, require_choice
-from flowdit.sharding import dotted_name
+from flowdit.sharding import parameter_specs
 
 SCHEDULES = ("constant", "cosine")
 
@@ -72,7 +72,7 @@ def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedul
 
 def decay_mask(params: Any) -> Any:
     """True for the matrices of linear layers; biases, norms and embedding tables are not decayed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: dotted_name(path).endswith(".weight"), params)
+    return jax.tree.map(lambda spec: spec.decay, parameter_specs(params))
 
 
 class Optimizer(NamedTuple):

@@ -23,7 +23,7 @@ from flowdit.config import Config
 from flowdit.data import manifest as data_manifest
 from flowdit.data.loader import DataConfig, DataSet, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import LATENTS, record_schema
+from flowdit.data.schema import LATENTS, record_schema
 from flowdit.diffusion.objective import Objective
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.processes import from_first
@@ -99,7 +99,7 @@ def start_run(config: Config) -> Run:
         )
     else:
         state = init_sharded(mesh, build_state, start)
-    figures = drift_figures(start, state.model, train)
+    figures = drift_figures(start, state.model, manifest.latent_shape, train)
     plain = dataclasses.replace(objective, auxiliary=())  # which come and go, and would make the total jump
     return Run(
         folder=folder,

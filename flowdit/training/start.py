@@ -118,7 +118,9 @@ def copy_weights(model: Any, start: Start) -> Any:
     return jax.tree_util.tree_map_with_path(take, model)
 
 
-def drift_figures(start: Start | None, model: Any, train: TrainConfig) -> dict[str, float]:
+def drift_figures(
+    start: Start | None, model: Any, latent_shape: tuple[int, int, int], train: TrainConfig
+) -> dict[str, float]:
     """By time, how far the velocities of a text model and its class model are apart on noise, relatively; it is logged.
 
     On the class model's own grid it is 0, to rounding, at `train.init_time`. Other starts have no such figures.
@@ -129,7 +131,7 @@ def drift_figures(start: Start | None, model: Any, train: TrainConfig) -> dict[s
         logger.info("started from %s", train.init_from)
         return {}
     times = jnp.asarray(sorted({*VALIDATION_TIMES, train.init_time}))
-    x_t = jax.random.normal(jax.random.key(0), (len(times), 4, *model.latent_shape))
+    x_t = jax.random.normal(jax.random.key(0), (len(times), 4, *latent_shape))
     apart = jax.jit(drift, static_argnames="class_condition")(start.model, model, times, x_t, train.init_class)
     by_time = ", ".join(f"{t:.3g}: {d:.2g}" for t, d in zip(times, apart, strict=True))
     logger.info("started from %s; relative drift of the velocity by t: %s", train.init_from, by_time)

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flowdit.data.loader import Source, open_source
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
-from flowdit.data.records import CAPTION_FIELDS, LabelField, encode, record_schema
+from flowdit.data.records import encode
+from flowdit.data.schema import CAPTION_FIELDS, LabelField, record_schema
 from flowdit.hashing import file_sha256
 from flowdit.models.text_encoder import TextEncoder, TokenTable
 

@@ -13,7 +13,8 @@ from latent_records import LATENT_SHAPE, captioned, record_of, word_encoder
 from flowdit.data.captions import TokenizedCaptions
 from flowdit.data.loader import Source, TrainStream, open_source, validation_batches
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import CAPTION_FIELDS, LabelField, RecordError, encode, record_schema
+from flowdit.data.records import RecordError, encode
+from flowdit.data.schema import CAPTION_FIELDS, LabelField, record_schema
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 

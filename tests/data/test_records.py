@@ -7,7 +7,8 @@ import pickletools
 import numpy as np
 import pytest
 
-from flowdit.data.records import CAPTION_FIELDS, LabelField, RecordError, decode, encode, record_schema
+from flowdit.data.records import RecordError, decode, encode
+from flowdit.data.schema import CAPTION_FIELDS, LabelField, record_schema
 
 SCHEMA = record_schema((4, 2, 2), {"label": LabelField(92)})
 STD_SCHEMA = record_schema((4, 2, 2), {"label": LabelField(92)}, has_latent_std=True)

@@ -9,8 +9,8 @@ from flowdit.diffusion.flow import guided_velocity
 from flowdit.diffusion.noise_prediction import FIRST_TIME, LAST_TIME, ddpm_step, start_at_last_time, velocity_from_noise
 from flowdit.diffusion.sampling import SamplerConfig, image_noise, sample
 from flowdit.models.compute import Compute
+from flowdit.models.config import DiTConfig
 from flowdit.models.dit import build_dit
-from flowdit.models.transformer import ModelConfig
 
 pytest.importorskip("torch", reason="needs torch")
 
@@ -160,7 +160,7 @@ def test_network_is_only_evaluated_at_times_of_the_schedule(settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_is_finite_from_the_last_time_to_data(dtype):
-    model = build_dit(ModelConfig(depth=1, hidden_dim=16, num_heads=2), (2, 4, 4), 2, key=jax.random.key(0))
+    model = build_dit(DiTConfig(depth=1, hidden_dim=16, num_heads=2), 2, 2, key=jax.random.key(0))
     model = Compute(dtype).cast(jax.tree.map(lambda leaf: leaf + 0.1, model))
 
     @jax.jit

@@ -22,8 +22,8 @@ CLASSES = 4
 TEXT = {"name": "wordllama", "fingerprint": "0" * 64, "dtype": "float32", "max_length": TOKENS, "width": WIDTH}
 SMALL = {"depth": 2, "hidden_dim": 48, "num_heads": 4}
 STOCK_CLASS = SMALL | {"name": "ccdit", "qk_norm": False, "time_freq_shift": 1.0}
-STOCK_TEXT = SMALL | {"name": "mmdit", "qk_norm": False}
-DEFAULT_CLASS, DEFAULT_TEXT = SMALL | {"name": "ccdit"}, SMALL | {"name": "mmdit"}
+STOCK_TEXT = SMALL | {"name": "pixart", "qk_norm": False}
+DEFAULT_CLASS, DEFAULT_TEXT = SMALL | {"name": "ccdit"}, SMALL | {"name": "pixart"}
 
 
 def random_model(
@@ -37,7 +37,7 @@ def random_model(
 
     `conditioning` is by default the first kind of the model.
     """
-    conditioning = conditioning or {"ccdit": "labels", "mmdit": "text"}[model["name"]]
+    conditioning = conditioning or {"ccdit": "labels", "pixart": "text"}[model["name"]]
     config = meta["config"] | {"conditioning": conditioning}
     train = config["train"] | {"sampler": config["train"]["sampler"] | (sampler or {})}
     config = config | {"model": config["model"] | model, "train": train}
@@ -73,7 +73,7 @@ def ours_condition(portable: Portable, labels=(1, 3), lengths=(TOKENS, 2)) -> An
         return jnp.asarray(labels, jnp.int32)
     features, mask = text_inputs(lengths)
     size = np.full((len(lengths), 2), portable.meta["manifest"]["image_size"], np.float32)
-    is_sized = portable.meta["config"]["model"]["micro_conditioning"]
+    is_sized = portable.meta["config"]["model"].get("micro_conditioning", False)
     dropped = np.zeros(len(lengths), bool)
     return jax.tree.map(jnp.asarray, TextCondition(features, mask, dropped, size if is_sized else None))
 
@@ -93,7 +93,7 @@ def torch_condition(portable: Portable, labels=(1, 3), lengths=(TOKENS, 2)) -> d
     features, mask = map(torch.from_numpy, text_inputs(lengths))
     side = float(portable.meta["manifest"]["image_size"])
     sizes = {"resolution": torch.full((len(lengths), 2), side), "aspect_ratio": torch.ones(len(lengths), 1)}
-    is_sized = portable.meta["config"]["model"]["micro_conditioning"]
+    is_sized = portable.meta["config"]["model"].get("micro_conditioning", False)
     added = {"added_cond_kwargs": sizes if is_sized else {"resolution": None, "aspect_ratio": None}}
     return {"encoder_hidden_states": features, "encoder_attention_mask": mask.to(torch.float32)} | added
 

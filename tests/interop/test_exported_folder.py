@@ -21,7 +21,8 @@ from runs import call
 
 from flowdit.convert import main
 from flowdit.interop import read_source
-from flowdit.models.transformer import ModelConfig
+from flowdit.interop.architectures import ARCHITECTURES
+from flowdit.models.config import PixArtConfig
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_image_that_cannot_be_drawn_does_not_prevent_the_export(meta, tmp_path):
 
 
 def test_every_field_of_the_model_is_exported_or_for_training_only(meta, tmp_path):
-    """A new field of `ModelConfig` must be exported, or it would be silently dropped."""
+    """A new field of the model must be exported, or it would be silently dropped."""
     portable = random_model(meta, DEFAULT_TEXT)
     out = converted(saved(portable, tmp_path / "source.safetensors"), tmp_path / "out", to="diffusers", own_class=True)
     config = read_json(out / "transformer" / "config.json")
@@ -152,7 +153,8 @@ def test_every_field_of_the_model_is_exported_or_for_training_only(meta, tmp_pat
         "num_heads": "num_attention_heads",
         "micro_conditioning": "use_additional_conditions",
     }
-    elsewhere = {"remat", "null_tokens"}  # training only; the shape of the null caption in model_index.json
-    fields = set(ModelConfig.__dataclass_fields__) - elsewhere
+    # Training only; the shape of the null caption in model_index.json; the side of the latents.
+    elsewhere = {"remat", "null_tokens", "position_base"}
+    fields = set(PixArtConfig.__dataclass_fields__) - elsewhere - ARCHITECTURES["pixart"].own.fixed.keys()
     assert {renamed.get(field, field) for field in fields} <= config.keys()
     assert SMALL["depth"] == config["num_layers"]

@@ -14,10 +14,10 @@ from flowdit.conditioning.labels import Labels
 from flowdit.conditioning.text import Text
 from flowdit.diffusion.sampling import SamplerConfig, sample
 from flowdit.interop import layouts
+from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.pixart import TextCondition, build_pixart
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
-from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import dotted_name
 
 pytest.importorskip("torch", reason="needs torch")
@@ -83,14 +83,16 @@ def null_caption(rows=1):
 
 def ours(model, config):
     """flowdit's model with the weights of the torch one."""
-    is_text = config.name == "mmdit"
+    is_text = config.name == "pixart"
     layout = layouts.for_model(layouts.DIFFUSERS_PIXART if is_text else layouts.DIFFUSERS_DIT, config)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     arrays = layouts.to_ours(layout, tensors, config.depth)
     if is_text:
         null = null_caption(config.null_tokens)
         arrays["null_caption"] = null[0] if config.null_tokens == 1 else null
-    build = functools.partial(build_pixart if is_text else build_dit, config, LATENT, TEXT_DIM if is_text else CLASSES)
+    build = functools.partial(
+        build_pixart if is_text else build_dit, config, LATENT[0], TEXT_DIM if is_text else CLASSES
+    )
     shapes = jax.eval_shape(lambda: build(key=jax.random.key(0)))
     return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(arrays[dotted_name(path)]), shapes)
 
@@ -113,10 +115,10 @@ OTHERS = {"mlp_norm_eps": 1e-2, "time_freq_shift": 1.0, "time_scale": 1.0, "mlp_
 @pytest.mark.parametrize(
     "config",
     [
-        ModelConfig("ccdit", **SMALL),
-        ModelConfig("ccdit", **SMALL, **OTHERS, patch_size=4, interpolation_scale=0.5),
-        ModelConfig("mmdit", **SMALL),
-        ModelConfig("mmdit", **SMALL, **OTHERS, interpolation_scale=0.5, micro_conditioning=True),
+        DiTConfig(**SMALL),
+        DiTConfig(**SMALL, **OTHERS, patch_size=4, interpolation_scale=0.5),
+        PixArtConfig(**SMALL),
+        PixArtConfig(**SMALL, **OTHERS, interpolation_scale=0.5, micro_conditioning=True),
     ],
     ids=["class", "class-others", "text", "text-others"],
 )
@@ -179,7 +181,7 @@ def reload(pipeline, folder, **components):
     return loaded
 
 
-CLASS, TEXT = ModelConfig("ccdit", **SMALL), ModelConfig("mmdit", **SMALL)
+CLASS, TEXT = DiTConfig(**SMALL), PixArtConfig(**SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +253,7 @@ def test_text_latents_equal_flowdit(text_pipeline, rows):
     ).images
     text_pipeline.register_to_config(null_caption=null_caption().tolist())
     condition, null = text_conditions(features, mask)
-    config = ModelConfig("mmdit", **SMALL, null_tokens=rows)
+    config = PixArtConfig(**SMALL, null_tokens=rows)
     model = ours(text_pipeline.transformer, config)
     error = relative_error(got, sampled_by_flowdit(model, condition, null))
     print(f"relative error {error:.2e}")
@@ -278,7 +280,7 @@ def test_noise_prediction_equals_diffusers_pipeline():
 
 
 def test_size_reaches_a_micro_conditioned_transformer():
-    config = ModelConfig("mmdit", **SMALL, micro_conditioning=True)
+    config = PixArtConfig(**SMALL, micro_conditioning=True)
     parts = {"transformer": torch_model(config), "scheduler": scheduler(), "null_caption": null_caption().tolist()}
     features, mask = text_inputs()
     draw = lambda pipeline: pipeline(

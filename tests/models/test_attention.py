@@ -18,9 +18,9 @@ from flowdit.inference.sampler import make_draw
 from flowdit.models import attention
 from flowdit.models.attention import AttentionShape, attend, choose_kernels, use_kernels
 from flowdit.models.compute import Compute, choose_compute
+from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.pixart import build_pixart
-from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import AXES, MeshConfig, make_mesh
 from flowdit.train import stage1, stage2
 from flowdit.training import setup
@@ -30,7 +30,7 @@ from flowdit.training.step import init_state, make_train_step, make_validation_s
 LATENT = (4, 4, 6)
 TEXT_DIM = 10
 LENGTH = 5
-MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=3)
+MODEL = PixArtConfig(depth=2, hidden_dim=24, num_heads=3)
 SELF, CROSS = AttentionShape(8, 6), AttentionShape(8, 6, LENGTH)
 BFLOAT16_SELF = Compute("bfloat16", frozenset({SELF}))
 
@@ -79,7 +79,7 @@ def fake_mesh(platform: str) -> jax.sharding.Mesh:
 def trace(compute: Compute) -> None:
     """The text model's velocity, traced as it is about to be compiled."""
     shape = jax.ShapeDtypeStruct
-    model = jax.eval_shape(lambda: build_pixart(MODEL, LATENT, TEXT_DIM, key=jax.random.key(0)))
+    model = jax.eval_shape(lambda: build_pixart(MODEL, LATENT[0], TEXT_DIM, key=jax.random.key(0)))
     batch = {"text_features": shape((LENGTH, TEXT_DIM), "float32"), "text_mask": shape((LENGTH,), "bool")}
 
     def velocity(model, x_t, batch):
@@ -197,10 +197,10 @@ def test_a_function_that_was_traced_with_other_kernels_is_traced_again(calls):
 
 
 def test_steps_of_training_and_validation_take_the_objectives_kernels(calls):
-    config = ModelConfig(depth=1, hidden_dim=24, num_heads=3)
+    config = DiTConfig(depth=1, hidden_dim=24, num_heads=3)
     optimizer = make_optimizer(OptimConfig(), 10)
     objective = FlowMatching(Labels(("a", "b", "c")), 0.1, (0.0,) * 4, (1.0,) * 4)
-    state = jax.eval_shape(lambda: init_state(build_dit(config, LATENT, 3, key=jax.random.key(0)), optimizer))
+    state = jax.eval_shape(lambda: init_state(build_dit(config, LATENT[0], 3, key=jax.random.key(0)), optimizer))
     batch = {"latent": jnp.zeros((2, *LATENT)), "label": jnp.zeros(2, jnp.int32)}
     with jax.numpy_dtype_promotion("standard"):
         jax.eval_shape(make_train_step(optimizer, objective, 0, compute=BFLOAT16_SELF), state, batch)
@@ -212,8 +212,8 @@ def test_steps_of_training_and_validation_take_the_objectives_kernels(calls):
 
 
 def test_draws_take_the_kernels_they_are_given(calls):
-    config, mesh = ModelConfig(depth=1, hidden_dim=24, num_heads=3), make_mesh(MeshConfig())
-    model = jax.eval_shape(lambda: build_dit(config, LATENT, 3, key=jax.random.key(0)))
+    config, mesh = DiTConfig(depth=1, hidden_dim=24, num_heads=3), make_mesh(MeshConfig())
+    model = jax.eval_shape(lambda: build_dit(config, LATENT[0], 3, key=jax.random.key(0)))
     draw = make_draw(LATENT, SamplerConfig(steps=1), "velocity", BFLOAT16_SELF, mesh)
     numbers = np.arange(4, dtype=np.int32)
     jax.eval_shape(draw, model, np.uint32(0), numbers, numbers, numbers)

@@ -8,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowdit.models.dit import Block, DiT, build_dit
+from flowdit.models.config import DiTConfig
+from flowdit.models.dit import DiT, build_dit
 from flowdit.models.layers import (
     MLP,
     Linear,
     SelfAttention,
     TimeEmbedding,
     patchify,
-    sincos_positions,
     sinusoidal_features,
     unpatchify,
 )
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.positions import Positions
+from flowdit.models.trunk import Block, TrunkSettings
 
 LATENT = (4, 8, 8)
-SMALL = ModelConfig(depth=3, hidden_dim=48, num_heads=4, patch_size=2)
+SMALL = DiTConfig(depth=3, hidden_dim=48, num_heads=4, patch_size=2)
 
 
 def reference(num_heads: int, head_dim: int, depth: int, patch_size: int) -> Any:
@@ -75,9 +76,9 @@ def linear(*modules: Any) -> Linear:
 def from_diffusers(model: Any) -> DiT:
     def block(b):
         a = b.attn1
-        attention = SelfAttention(linear(a.to_q, a.to_k, a.to_v), linear(a.to_out[0]), None, None, a.heads)
+        attention = SelfAttention(linear(a.to_q, a.to_k, a.to_v), linear(a.to_out[0]), None, None, None, a.heads)
         mlp = MLP(linear(b.ff.net[0].proj), linear(b.ff.net[2]))
-        return Block(attention, mlp, linear(b.norm1.linear), mlp_norm_eps=1e-5)
+        return Block(attention, None, mlp, linear(b.norm1.linear), None, mlp_norm_eps=1e-5)
 
     conv = model.pos_embed.proj
     embedder = model.transformer_blocks[0].norm1.emb
@@ -91,8 +92,7 @@ def from_diffusers(model: Any) -> DiT:
         blocks=jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks),
         final_ada_ln=linear(model.proj_out_1),
         final_linear=linear(model.proj_out_2),
-        latent_shape=LATENT,
-        patch_size=model.config.patch_size,
+        settings=TrunkSettings(model.config.patch_size),
     )
 
 
@@ -113,16 +113,16 @@ def test_equals_diffusers_dit(heads, head_dim, patch_size):
 
 
 def test_starts_as_no_velocity_and_learns_from_there():
-    model = build_dit(SMALL, LATENT, 10, key=jax.random.key(0))
+    model = build_dit(SMALL, LATENT[0], 10, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), LATENT)
     assert not model(x, jnp.asarray(0.3), jnp.asarray(2)).any()
     grads = jax.grad(lambda m: jnp.square(m(x, jnp.asarray(0.3), jnp.asarray(2)) - 1).mean())(model)
     assert jnp.abs(grads.final_linear.weight).max() > 0 or jnp.abs(grads.final_linear.bias).max() > 0
 
 
-def randomised(config: ModelConfig) -> DiT:
+def randomised(config: DiTConfig) -> DiT:
     """A model with random weights also in zero-initialised layers, so that every part matters."""
-    model = build_dit(config, LATENT, 10, key=jax.random.key(0))
+    model = build_dit(config, LATENT[0], 10, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     return jax.tree.unflatten(
@@ -139,7 +139,7 @@ def loss(model: DiT) -> jax.Array:
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_memory_not_gradients(remat):
     plain = jax.jit(jax.grad(loss))(randomised(SMALL))
-    with_remat = jax.jit(jax.grad(loss))(randomised(ModelConfig(depth=3, hidden_dim=48, num_heads=4, remat=remat)))
+    with_remat = jax.jit(jax.grad(loss))(randomised(DiTConfig(depth=3, hidden_dim=48, num_heads=4, remat=remat)))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(with_remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_qk_norm_bounds_attention_logits():
     """With Q/K norm, scaling up the projections does not change the output; without, it does."""
 
     def change(qk_norm: bool) -> float:
-        model = randomised(ModelConfig(depth=1, hidden_dim=48, num_heads=4, qk_norm=qk_norm))
+        model = randomised(DiTConfig(depth=1, hidden_dim=48, num_heads=4, qk_norm=qk_norm))
         attention = jax.tree.map(lambda leaf: leaf[0], model.blocks.attention)
         dim = attention.qkv.weight.shape[0]
         scale = jnp.concatenate([jnp.full(2 * dim, 10.0), jnp.ones(dim)])
@@ -158,7 +158,7 @@ def test_qk_norm_bounds_attention_logits():
             (attention.qkv.weight * scale[None], attention.qkv.bias * scale),
         )
         x = jax.random.normal(jax.random.key(5), (16, dim))
-        return float(jnp.abs(attention(x) - scaled(x)).max())
+        return float(jnp.abs(attention(x)[0] - scaled(x)[0]).max())
 
     assert change(qk_norm=True) < 1e-4 < 1e-2 < change(qk_norm=False)
 
@@ -182,27 +182,27 @@ def test_patchify_round_trip_and_row_major_order():
 
 
 def test_positions_put_the_width_first():
-    table = sincos_positions(8, 2, 3)
+    table = Positions().table(8, 2, 3)
     np.testing.assert_allclose(table[1], [np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01), 0, 0, 1, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        (dict(hidden_dim=50, num_heads=4), "model.hidden_dim"),
-        (dict(hidden_dim=42, num_heads=6), "model.hidden_dim"),
-        (dict(patch_size=3), "model.patch_size"),
-        (dict(depth=0), "model.depth"),
-        (dict(remat="some"), "model.remat"),
+        (dict(hidden_dim=50, num_heads=4), "hidden_dim"),
+        (dict(hidden_dim=42, num_heads=6), "hidden_dim"),
+        (dict(patch_size=3), "patch_size"),
+        (dict(depth=0), "depth"),
+        (dict(remat="some"), "remat"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(settings, field):
     with pytest.raises(ValueError, match=f"^{field}: must"):
-        ModelConfig(**settings).check(LATENT)
+        DiTConfig(**settings).check(LATENT)
 
 
 def test_xl_2_has_the_parameters_of_the_paper():
     """DiT-XL/2: 675 M with 1000 classes and learned sigma on 4 channels; here without sigma."""
-    build = lambda: build_dit(ModelConfig(qk_norm=False), (4, 32, 32), 1000, key=jax.random.key(0))
+    build = lambda: build_dit(DiTConfig(qk_norm=False), 4, 1000, key=jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(build)))
     assert count == pytest.approx(675e6, rel=0.005)

@@ -10,12 +10,12 @@ from jax.experimental import pallas as pl
 
 from flowdit.models.attention import AttentionShape, attend
 from flowdit.models.compute import Compute
+from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.flops import matmul_flops, training_flops
 from flowdit.models.pixart import TextCondition, build_pixart
-from flowdit.models.transformer import ModelConfig
 
-MODEL = ModelConfig(depth=3, hidden_dim=48, num_heads=2, patch_size=2, mlp_ratio=3.0)
+MODEL = DiTConfig(depth=3, hidden_dim=48, num_heads=2, patch_size=2, mlp_ratio=3.0)
 LATENT = (4, 8, 12)
 TOKENS = 4 * 6
 PATCH = 4 * 4
@@ -100,7 +100,7 @@ def test_attention_counts_the_same_with_any_kernel(implementation, monkeypatch):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_class_model(remat):
-    build = lambda: build_dit(dataclasses.replace(MODEL, remat=remat), LATENT, 5, key=jax.random.key(0))
+    build = lambda: build_dit(dataclasses.replace(MODEL, remat=remat), LATENT[0], 5, key=jax.random.key(0))
     model = eqx.filter_eval_shape(build)
     expected = (
         linear(TOKENS, PATCH, DIM)
@@ -117,8 +117,9 @@ def test_class_model(remat):
 
 @pytest.mark.parametrize("micro_conditioning", [False, True])
 def test_text_model(micro_conditioning):
-    config = dataclasses.replace(MODEL, name="mmdit", micro_conditioning=micro_conditioning)
-    model = eqx.filter_eval_shape(lambda: build_pixart(config, LATENT, TEXT_DIM, key=jax.random.key(0)))
+    shape_of_model = dataclasses.asdict(MODEL) | {"name": "pixart"}
+    config = PixArtConfig(**shape_of_model, micro_conditioning=micro_conditioning)
+    model = eqx.filter_eval_shape(lambda: build_pixart(config, LATENT[0], TEXT_DIM, key=jax.random.key(0)))
     cross = 2 * linear(TOKENS, DIM, DIM) + linear(TEXT_TOKENS, DIM, 2 * DIM) + 4 * TOKENS * TEXT_TOKENS * DIM
     expected = (
         linear(TOKENS, PATCH, DIM)

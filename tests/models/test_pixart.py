@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from random_weights import randomised
 
+from flowdit.models.config import PixArtConfig
 from flowdit.models.layers import MLP, CrossAttention, Linear, SelfAttention, TimeEmbedding
-from flowdit.models.pixart import Block, PixArt, SizeEmbedding, TextCondition, build_pixart
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.pixart import PixArt, SizeEmbedding, TextCondition, build_pixart
+from flowdit.models.trunk import Block, TrunkSettings
 from flowdit.sharding import MeshConfig, dotted_name, make_mesh, parameter_shardings
 
 LATENT = (4, 8, 8)
 TEXT_DIM = 20
-SMALL = ModelConfig(name="mmdit", depth=2, hidden_dim=48, num_heads=4, patch_size=2)
+SMALL = PixArtConfig(depth=2, hidden_dim=48, num_heads=4, patch_size=2)
 
 # --- parity ---
 
 
-def reference(config: ModelConfig) -> Any:
+def reference(config: PixArtConfig) -> Any:
     """diffusers' class with every parameter random, also those that start at zero."""
     torch = pytest.importorskip("torch", reason="needs torch")
     import diffusers
@@ -49,9 +50,7 @@ def reference(config: ModelConfig) -> Any:
     return model
 
 
-def from_diffusers(
-    state: Mapping[str, np.ndarray], config: ModelConfig, latent_shape: tuple[int, int, int], null_caption: jax.Array
-) -> PixArt:
+def from_diffusers(state: Mapping[str, np.ndarray], config: PixArtConfig, null_caption: jax.Array) -> PixArt:
     """Our model from the tensors of diffusers' `PixArtTransformer2DModel`, by name; they include no null caption."""
 
     def linear(*names: str) -> Linear:
@@ -63,14 +62,13 @@ def from_diffusers(
 
     def block(name: str) -> Block:
         own, cross = f"{name}.attn1", f"{name}.attn2"
-        options = (None, None, config.num_heads)
-        attention = SelfAttention(
-            linear(f"{own}.to_q", f"{own}.to_k", f"{own}.to_v"), linear(f"{own}.to_out.0"), *options
-        )
+        qkv = linear(f"{own}.to_q", f"{own}.to_k", f"{own}.to_v")
+        attention = SelfAttention(qkv, linear(f"{own}.to_out.0"), None, None, None, config.num_heads)
         key_value = linear(f"{cross}.to_k", f"{cross}.to_v")
-        cross_attention = CrossAttention(linear(f"{cross}.to_q"), key_value, linear(f"{cross}.to_out.0"), *options)
+        query, out = linear(f"{cross}.to_q"), linear(f"{cross}.to_out.0")
+        cross_attention = CrossAttention(query, key_value, out, None, None, config.num_heads)
         mlp = MLP(linear(f"{name}.ff.net.0.proj"), linear(f"{name}.ff.net.2"))
-        return Block(attention, cross_attention, mlp, jnp.asarray(state[f"{name}.scale_shift_table"]))
+        return Block(attention, cross_attention, mlp, None, jnp.asarray(state[f"{name}.scale_shift_table"]))
 
     def size_embedding() -> SizeEmbedding:
         names = ("adaln_single.emb.resolution_embedder", "adaln_single.emb.aspect_ratio_embedder")
@@ -90,9 +88,7 @@ def from_diffusers(
         blocks=jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks),
         final_table=jnp.asarray(state["scale_shift_table"]),
         final_linear=linear("proj_out"),
-        latent_shape=latent_shape,
-        patch_size=config.patch_size,
-        interpolation_scale=config.interpolation_scale,
+        settings=TrunkSettings.of(config),
     )
 
 
@@ -123,7 +119,7 @@ def relative_error_to_diffusers(model: Any, config, latent_shape) -> float:
             encoder_attention_mask=tensors["mask"],
         ).sample.numpy()
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    ours = from_diffusers(state, config, latent_shape, jnp.zeros(TEXT_DIM))
+    ours = from_diffusers(state, config, jnp.zeros(TEXT_DIM))
     condition = TextCondition(inputs["features"], inputs["mask"], np.zeros(3, bool), inputs["size"])
     with jax.default_matmul_precision("highest"):
         got = jax.jit(jax.vmap(ours))(*jax.tree.map(jnp.asarray, (inputs["x_t"], inputs["t"], condition)))
@@ -141,27 +137,30 @@ def relative_error_to_diffusers(model: Any, config, latent_shape) -> float:
     ],
 )
 def test_equals_diffusers_pixart(depth, dim, heads, patch_size, scale, micro):
-    config = ModelConfig(
-        "mmdit", depth, dim, heads, patch_size, qk_norm=False, micro_conditioning=micro, interpolation_scale=scale
+    config = PixArtConfig(
+        depth=depth,
+        hidden_dim=dim,
+        num_heads=heads,
+        patch_size=patch_size,
+        qk_norm=False,
+        micro_conditioning=micro,
+        interpolation_scale=scale,
     )
     assert relative_error_to_diffusers(reference(config), config, LATENT) < 1e-5
 
 
-def test_equals_diffusers_pixart_on_latents_that_are_not_square():
-    """diffusers scales such a grid to the range of its square base; set each side's base to its own length."""
-    config = dataclasses.replace(SMALL, qk_norm=False)
-    model = reference(config)
-    square = model.pos_embed.pos_embed.reshape(4, 4, -1)  # positions of the rows and columns 0 to 3
-    model.pos_embed.height, model.pos_embed.width = 2, 4
-    model.pos_embed.pos_embed = square[:2].reshape(1, 8, -1)
-    assert relative_error_to_diffusers(model, config, (4, 4, 8)) < 1e-5
+@pytest.mark.parametrize("latent_shape", [(4, 4, 8), (4, 16, 16), (4, 12, 4)], ids=str)
+def test_one_model_serves_other_latent_sizes_as_diffusers_does(latent_shape):
+    """diffusers scales every grid to the range of `sample_size`, here 4 patches: `position_base`."""
+    config = dataclasses.replace(SMALL, qk_norm=False, position_base=4, interpolation_scale=2.0)
+    assert relative_error_to_diffusers(reference(config), config, latent_shape) < 1e-5
 
 
 # --- conditions ---
 
 
-def build(config: ModelConfig) -> Callable[..., PixArt]:
-    return functools.partial(build_pixart, config, LATENT, TEXT_DIM)
+def build(config: PixArtConfig) -> Callable[..., PixArt]:
+    return functools.partial(build_pixart, config, LATENT[0], TEXT_DIM)
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +267,13 @@ def test_qk_norm_bounds_cross_attention_logits():
     assert change(qk_norm=True) < 1e-4 < 1e-2 < change(qk_norm=False)
 
 
+def with_settings(model: PixArt, **settings: Any) -> PixArt:
+    return dataclasses.replace(model, settings=model.settings._replace(**settings))
+
+
 def test_remat_changes_memory_not_gradients(model):
     texts = condition(key=0), condition(key=1, dropped=True)
-    plain, with_remat = gradient(model, *texts), gradient(dataclasses.replace(model, remat="full"), *texts)
+    plain, with_remat = gradient(model, *texts), gradient(with_settings(model, remat="full"), *texts)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(with_remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -284,7 +287,7 @@ def test_bfloat16_parameters_give_float32_velocity_close_to_float32(model):
 
 def test_every_matrix_that_grows_with_the_model_is_sharded():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
-    shapes = jax.eval_shape(lambda: build_pixart(SMALL, LATENT, TEXT_DIM, key=jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: build_pixart(SMALL, LATENT[0], TEXT_DIM, key=jax.random.key(0)))
     specs = {dotted_name(path): s.spec for path, s in jax.tree.leaves_with_path(parameter_shardings(mesh, shapes))}
     large = {n for n in specs if n.endswith(".weight") and n.startswith(("blocks.", "time_block."))}
     assert {n for n, spec in specs.items() if "fsdp" in spec} == large
@@ -294,20 +297,24 @@ def test_every_matrix_that_grows_with_the_model_is_sharded():
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        (dict(name="dit"), "model.name"),
-        (dict(name="ccdit", micro_conditioning=True), "model.micro_conditioning"),
-        (dict(hidden_dim=64, num_heads=4, micro_conditioning=True), "model.hidden_dim"),
-        (dict(interpolation_scale=0.0), "model.interpolation_scale"),
-        (dict(interpolation_scale=-1.0), "model.interpolation_scale"),
+        (dict(null_tokens=0), "null_tokens"),
+        (dict(position_base=0), "position_base"),
+        (dict(norm="batch"), "norm"),
+        (dict(mlp="relu"), "mlp"),
+        (dict(positions="learned"), "positions"),
+        (dict(hidden_dim=24, num_heads=4, positions="rope"), "hidden_dim"),
+        (dict(hidden_dim=64, num_heads=4, micro_conditioning=True), "hidden_dim"),
+        (dict(interpolation_scale=0.0), "interpolation_scale"),
+        (dict(interpolation_scale=-1.0), "interpolation_scale"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings, field):
     with pytest.raises(ValueError, match=f"^{field}: must"):
-        ModelConfig(**{"name": "mmdit", **settings}).check(LATENT)
+        PixArtConfig(**settings).check(LATENT)
 
 
 def test_xl_2_has_the_parameters_of_the_paper():
     """PixArt-alpha XL/2: 611 M with T5-XXL's 4096 channels and learned sigma on 4 channels; here without sigma."""
-    config = ModelConfig(name="mmdit", qk_norm=False)
-    shapes = jax.eval_shape(lambda: build_pixart(config, (4, 32, 32), 4096, key=jax.random.key(0)))
+    config = PixArtConfig(qk_norm=False)
+    shapes = jax.eval_shape(lambda: build_pixart(config, 4, 4096, key=jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(611e6, rel=0.002)

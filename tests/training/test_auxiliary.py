@@ -24,7 +24,7 @@ from runs import (
 import flowdit
 from flowdit.checkpoint.names import is_auxiliary, named_arrays
 from flowdit.convert import main as convert
-from flowdit.data.records import ArrayField, LabelField
+from flowdit.data.schema import ArrayField, LabelField
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
 from flowdit.models.layers import normal_linear
 from flowdit.training.optim import OptimConfig, make_optimizer

@@ -17,8 +17,8 @@ from flowdit.checkpoint.names import named_arrays
 from flowdit.checkpoint.writer import save_slim
 from flowdit.config import Config, register_schemas, resolve
 from flowdit.data.manifest import Manifest
+from flowdit.models.config import MODELS, DiTConfig, PixArtConfig
 from flowdit.models.reparameterise import check_compatible
-from flowdit.models.transformer import ModelConfig
 from flowdit.training.setup import Run, start_run
 
 CLASS, TEXT = ("config", "experiment=tiny"), ("config_stage2", "experiment=tiny_text")
@@ -185,13 +185,13 @@ def test_null_caption_of_several_rows_after_a_class_model(tiny_data, class_start
     assert run.figures["init/drift_t0.5000"] < 1e-5
 
 
-@pytest.mark.parametrize("names", [("ccdit", "ccdit"), ("mmdit", "mmdit"), ("ccdit", "mmdit")], ids=" to ".join)
+@pytest.mark.parametrize("names", [("ccdit", "ccdit"), ("pixart", "pixart"), ("ccdit", "pixart")], ids=" to ".join)
 @pytest.mark.parametrize(
     ("field", "value"),
     [("depth", 2), ("time_freq_shift", 1.0), ("time_scale", 1.0), ("mlp_norm_eps", 1e-5), ("interpolation_scale", 2.0)],
 )
 def test_another_shape_is_refused_by_name(names, field, value):
-    theirs, ours = (ModelConfig(name=name) for name in names)
+    theirs, ours = (MODELS[name]() for name in names)
     check_compatible(theirs, ours, LATENT, LATENT)
     with pytest.raises(ValueError) as error:
         check_compatible(theirs, dataclasses.replace(ours, **{field: value}), LATENT, LATENT)
@@ -199,7 +199,7 @@ def test_another_shape_is_refused_by_name(names, field, value):
 
 
 def test_a_size_embedding_cannot_be_left_out():
-    plain = ModelConfig(name="mmdit")
+    plain = PixArtConfig()
     sized = dataclasses.replace(plain, micro_conditioning=True)
     check_compatible(plain, sized, LATENT, LATENT)
     with pytest.raises(ValueError) as error:
@@ -208,12 +208,12 @@ def test_a_size_embedding_cannot_be_left_out():
 
 
 def test_a_class_model_cannot_start_from_a_text_model(tiny_data, text_start, tmp_path):
-    message = r"^train\.init_from: must be a ccdit where a ccdit is trained, got mmdit"
+    message = r"^train\.init_from: must be a ccdit where a ccdit is trained, got pixart"
     with pytest.raises(ValueError, match=message):
         begin(tiny_data, tmp_path / "run", CLASS, f"train.init_from={text_start}")
 
 
 def test_latents_of_other_channels_are_refused():
-    for name in ("ccdit", "mmdit"):
+    for model in (DiTConfig(), PixArtConfig()):
         with pytest.raises(ValueError, match=r"^train\.init_from: its latents are 16x8x8, the data's are 4x8x8"):
-            check_compatible(ModelConfig(name=name), ModelConfig(name=name), (16, 8, 8), LATENT)
+            check_compatible(model, model, (16, 8, 8), LATENT)

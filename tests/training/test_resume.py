@@ -23,7 +23,7 @@ from runs import (
 
 from flowdit.data.loader import Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
-from flowdit.data.records import LabelField, record_schema
+from flowdit.data.schema import LabelField, record_schema
 from flowdit.training.tracking import Progress
 
 LONG = ("train.num_steps=60", "train.save_every=10")

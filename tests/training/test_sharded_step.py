@@ -19,11 +19,11 @@ from flowdit.conditioning.labels import Labels
 from flowdit.conditioning.text import Text, make_encode_step
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.compute import Compute
+from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.pixart import build_pixart
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
-from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, make_mesh, parameter_shardings, shard_batch
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step, make_validation_step
@@ -95,8 +95,8 @@ def gathers(found: list[Collective]) -> dict[tuple[int, ...], int]:
 def build_model(stage: int, remat: str):
     shape = dict(depth=DEPTH, hidden_dim=24, num_heads=2, remat=remat)
     if stage == 1:
-        return build_dit(ModelConfig("ccdit", **shape), LATENT, CLASSES, key=jax.random.key(0))
-    return build_pixart(ModelConfig("mmdit", **shape), LATENT, TEXT[1], key=jax.random.key(0))
+        return build_dit(DiTConfig(**shape), LATENT[0], CLASSES, key=jax.random.key(0))
+    return build_pixart(PixArtConfig(**shape), LATENT[0], TEXT[1], key=jax.random.key(0))
 
 
 def objective_of(stage: int) -> FlowMatching:

@@ -9,15 +9,15 @@ import pytest
 from flowdit.conditioning.labels import Labels
 from flowdit.diffusion.objective import FlowMatching, Parameters
 from flowdit.models.compute import FLOAT32, Compute
+from flowdit.models.config import DiTConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.flops import matmul_flops
-from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
 from flowdit.training.optim import OptimConfig, decay_mask, learning_rate_schedule, make_optimizer
 from flowdit.training.step import image_flops, init_state, make_train_step
 
 LATENT, CLASSES = (4, 8, 8), 5
-MODEL = ModelConfig(depth=2, hidden_dim=32, num_heads=2)
+MODEL = DiTConfig(depth=2, hidden_dim=32, num_heads=2)
 OBJECTIVE = FlowMatching(Labels(tuple(map(str, range(CLASSES)))), 0.1, (0.1,) * 4, (0.9,) * 4)
 
 
@@ -45,7 +45,7 @@ def run(
     """Losses and final state of a few steps."""
     mesh = make_mesh(mesh_config or MeshConfig(data=4))
     optimizer = make_optimizer(optim or OptimConfig(learning_rate=1e-2), 100)
-    build = lambda: init_state(build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
+    build = lambda: init_state(build_dit(MODEL, LATENT[0], CLASSES, key=jax.random.key(0)), optimizer)
     state = init_sharded(mesh, build)
     step = make_train_step(optimizer, objective, 0, accum, decay, compute=compute, mesh=mesh)
     history = []
@@ -103,7 +103,9 @@ def test_one_device_gives_the_same_run_as_four(monkeypatch, baseline):
 def test_fsdp_parameters_are_sharded():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4))
     optimizer = make_optimizer(OptimConfig(), 10)
-    state = init_sharded(mesh, lambda: init_state(build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0)), optimizer))
+    state = init_sharded(
+        mesh, lambda: init_state(build_dit(MODEL, LATENT[0], CLASSES, key=jax.random.key(0)), optimizer)
+    )
     for tree in (state.model, state.ema, state.opt_state[1][0].mu.model):
         weight = tree.blocks.attention.qkv.weight
         assert weight.addressable_shards[0].data.size == weight.size // 4
@@ -167,7 +169,7 @@ def test_reported_learning_rate_is_that_of_the_last_update():
 
 
 def test_flops_of_an_image_depend_only_on_its_loss():
-    model = build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
+    model = build_dit(MODEL, LATENT[0], CLASSES, key=jax.random.key(0))
     forward = matmul_flops(lambda model: model(jnp.zeros(LATENT), jnp.zeros(()), jnp.asarray(0)), model)
     few, many = (jax.tree.map(jnp.asarray, batch_of(size)) for size in (4, 8))
     few["latent_std"] = jnp.ones_like(few["latent"])
@@ -194,7 +196,7 @@ def test_latents_are_sampled_anew_from_the_posterior_at_each_step():
 
 
 def test_decay_only_on_matrices_of_linear_layers():
-    model = build_dit(MODEL, LATENT, CLASSES, key=jax.random.key(0))
+    model = build_dit(MODEL, LATENT[0], CLASSES, key=jax.random.key(0))
     mask = decay_mask(model)
     assert mask.blocks.attention.qkv.weight and mask.final_linear.weight
     assert not (mask.blocks.attention.qkv.bias or mask.class_table or mask.blocks.attention.query_norm.scale)
@@ -241,8 +243,8 @@ def test_compile_time_does_not_grow_with_depth():
 
     def operations(depth: int) -> int:
         optimizer = make_optimizer(OptimConfig(), 10)
-        config = ModelConfig(depth=depth, hidden_dim=32, num_heads=2)
-        build = lambda: init_state(build_dit(config, LATENT, CLASSES, key=jax.random.key(0)), optimizer)
+        config = DiTConfig(depth=depth, hidden_dim=32, num_heads=2)
+        build = lambda: init_state(build_dit(config, LATENT[0], CLASSES, key=jax.random.key(0)), optimizer)
         state = jax.eval_shape(build)
         batch = jax.tree.map(jnp.asarray, batch_of(4))
         return make_train_step(optimizer, OBJECTIVE, 0).lower(state, batch).as_text().count("\n")

@@ -25,9 +25,9 @@ from flowdit.data.loader import DataConfig
 from flowdit.data.manifest import Manifest
 from flowdit.data.text_features import write_cache
 from flowdit.diffusion.objective import FlowMatching
+from flowdit.models.config import PixArtConfig
 from flowdit.models.pixart import build_pixart
 from flowdit.models.text_encoder import TextConfig, encode_tokens, load_text_encoder
-from flowdit.models.transformer import ModelConfig
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
 from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
@@ -36,7 +36,7 @@ from flowdit.training.tracking import Progress
 LATENT = (4, 8, 8)
 WIDTH = 6
 LENGTH = 5
-MODEL = ModelConfig(name="mmdit", depth=2, hidden_dim=24, num_heads=2)
+MODEL = PixArtConfig(depth=2, hidden_dim=24, num_heads=2)
 OBJECTIVE = FlowMatching(Text(), 0.3, (0.1,) * 4, (0.9,) * 4)
 
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_records_its_text_encoder(whole_text_run):
 def test_micro_conditioning_reaches_the_model():
     """The loss passes the data's size to the model, and the velocity depends on it."""
     config = dataclasses.replace(MODEL, micro_conditioning=True, depth=1)
-    model = build_pixart(config, LATENT, WIDTH, key=jax.random.key(0))
+    model = build_pixart(config, LATENT[0], WIDTH, key=jax.random.key(0))
     model = jax.tree.map(lambda x: x + 0.1, model)  # the final layer starts at zero, which would hide the difference
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
     velocities = []
@@ -167,7 +167,7 @@ def batch_of(size: int) -> dict[str, np.ndarray]:
 
 
 def build(optimizer):
-    return init_state(build_pixart(MODEL, LATENT, WIDTH, key=jax.random.key(0)), optimizer)
+    return init_state(build_pixart(MODEL, LATENT[0], WIDTH, key=jax.random.key(0)), optimizer)
 
 
 def test_golden_losses():

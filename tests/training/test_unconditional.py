@@ -79,7 +79,7 @@ def test_labelled_data_can_be_trained_without_labels(tiny_data, whole_run, tmp_p
     ("override", "expected"),
     [
         ("train.sample_labels=[0]", "train.sample_labels: must be null with conditioning=none, got [0]"),
-        ("conditioning=text", "model.name: must be mmdit with conditioning=text, got ccdit"),
+        ("conditioning=text", "model.name: must be pixart with conditioning=text, got ccdit"),
         ("conditioning=image", "conditioning: must be one of labels, text, none, got 'image'"),
         ("conditioning=labels", "has no classes, which conditioning=labels needs; conditioning=none trains without"),
     ],

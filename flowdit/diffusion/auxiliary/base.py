@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from flowdit.data.records import Field
+from flowdit.data.schema import Field
 from flowdit.fields import require
-from flowdit.models.transformer import ModelConfig
+from flowdit.models.config import ModelConfig
 
 RESERVED_NAMES = ("loss", "velocity", "grad_norm", "learning_rate", "skipped_steps", "skipped_in_row", "total_flops")
 """Other figures logged under `train/`."""
@@ -24,7 +24,7 @@ class View(NamedTuple):
     """The inputs of an auxiliary loss for one example.
 
     `example` holds the fields of the record, `x_0` its normalised latent, `x_t` the noised latent at flow time `t`, and
-    `velocity` the network's prediction there.
+    `velocity` the network's prediction there. `hidden` holds the tokens after the blocks `AuxiliaryLoss.depths`.
     """
 
     example: Mapping[str, Array]
@@ -32,6 +32,7 @@ class View(NamedTuple):
     x_t: Float[Array, "channels height width"]
     t: Float[Array, ""]
     velocity: Float[Array, "channels height width"]
+    hidden: Mapping[int, Float[Array, "tokens dim"]] = {}
 
     @property
     def denoised(self) -> Float[Array, "channels height width"]:
@@ -63,6 +64,10 @@ class AuxiliaryLoss(abc.ABC):
     def fields(self) -> dict[str, Field]:
         """The fields of a record that it reads, in addition to those of the conditioning."""
         return {}
+
+    def depths(self) -> tuple[int, ...]:
+        """The blocks whose tokens it sees, in `View.hidden`: 1 is the first block."""
+        return ()
 
     def init(self, model: ModelConfig, latent_shape: tuple[int, int, int], *, key: PRNGKeyArray) -> Any:
         """Its parameters, a pytree of float32 arrays, trained with the network; neither averaged nor exported."""
