@@ -66,7 +66,8 @@ def _unrepresentable(described: Trained, own_class: bool) -> list[str]:
     """Every field that the class does not support, as "field must be ..., got ..."."""
     model, shape = described.config.model, described.manifest.latent_shape
     rules = [("the latents' width", shape[2], shape[1])]
-    rules += [("model.position_base", model.position_base_on(shape), shape[1] // model.patch_size)]
+    if model.position_base is not None:  # at `sample_size` theirs is that of the latents
+        rules += [("model.position_base", model.position_base, shape[1] // model.patch_size)]
     fixed = diffusers_class(model, own_class).fixed
     rules += [(f"model.{field}", getattr(model, field), needed) for field, needed in fixed.items()]
     return [f"{field} must be {needed}, got {found}" for field, found, needed in rules if found != needed]

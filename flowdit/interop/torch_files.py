@@ -113,7 +113,7 @@ def _choose(file: Path, content: Any, weights: str) -> dict[str, Any]:
         return content
     kind = weights if found[weights] else next(kind for kind, name in found.items() if name)
     if kind != weights:
-        logger.warning("%s holds no %s weights; %r is used", file, weights, found[kind])
+        logger.warning("%s holds no %s weights; its %r is used", file, weights, found[kind])
     return content[found[kind]]
 
 

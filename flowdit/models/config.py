@@ -89,13 +89,14 @@ class ModelConfig:
         self._check_divisibility(latent_shape)
 
     def _check_divisibility(self, latent_shape: tuple[int, int, int]) -> None:
-        dim, heads, patch, sides = self.hidden_dim, self.num_heads, self.patch_size, latent_shape[1:]
-        require("hidden_dim", dim, dim % heads == 0, f"must be divisible by num_heads={heads}")
+        dim, heads = self.hidden_dim, self.num_heads
+        require("hidden_dim", dim, dim % heads == 0, f"must be divisible by model.num_heads={heads}")
         require("hidden_dim", dim, dim % 4 == 0, "must be divisible by 4 (2-D positions)")
         is_even = self.positions != "rope" or self.head_dim % 4 == 0
-        require("hidden_dim", dim, is_even, f"must be divisible by 4 x num_heads={4 * heads} with positions=rope")
-        divides = all(side % patch == 0 for side in sides)
-        require("patch_size", patch, divides, f"must divide the latents' height and width {sides}")
+        require("hidden_dim", dim, is_even, f"must be divisible by 4 x model.num_heads={4 * heads} with positions=rope")
+        sides = latent_shape[1:]
+        divides = all(side % self.patch_size == 0 for side in sides)
+        require("patch_size", self.patch_size, divides, f"must divide the latents' height and width {sides}")
 
     def attention_shapes(
         self, latent_shape: tuple[int, int, int], text_tokens: int | None = None

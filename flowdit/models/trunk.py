@@ -95,10 +95,11 @@ def build_blocks(config: ModelConfig, *, has_text: bool, key: PRNGKeyArray) -> B
 
     def block(key: PRNGKeyArray) -> Block:
         keys = iter(jax.random.split(key, 4 if has_text else 2))
-        heads, norms, values = config.num_heads, config.qk_norm, config.value_residual
         return Block(
-            attention=self_attention(dim, heads, norms, values, key=next(keys)),
-            cross_attention=cross_attention(dim, heads, norms, key=next(keys)) if has_text else None,
+            attention=self_attention(dim, config.num_heads, config.qk_norm, config.value_residual, key=next(keys)),
+            cross_attention=cross_attention(dim, config.num_heads, config.qk_norm, key=next(keys))
+            if has_text
+            else None,
             mlp=mlp(dim, config.mlp_ratio, config.mlp, key=next(keys)),
             ada_ln=None if has_text else zero_linear(dim, 6 * dim, axes=("embed", "modulation"), parts=6),
             table=jax.random.normal(next(keys), (6, dim)) / dim**0.5 if has_text else None,

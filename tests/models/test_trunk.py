@@ -18,7 +18,9 @@ from flowdit.models.pixart import PixArt, TextCondition, build_pixart
 from flowdit.models.positions import Positions, rotate
 from flowdit.models.trunk import Block, BlockInputs, Route, run_blocks
 
-LATENT, TOKENS, TEXT_DIM = (4, 4, 8), 8, 10
+LATENT = (4, 4, 8)
+TOKENS = 8
+TEXT_DIM = 10
 SHAPE: dict[str, Any] = {"depth": 3, "hidden_dim": 16, "num_heads": 2}
 OPTIONS = {
     "norm=rms": {"norm": "rms"},

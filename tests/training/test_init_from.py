@@ -152,7 +152,7 @@ def test_text_model_from_a_text_model_on_a_smaller_grid(tiny_data, text_start, t
     run = text_run(tiny_data, tmp_path, start, "model.interpolation_scale=2", "seed=1")
     assert_copied(run, start)
     assert remarks(messages(), run, start) == []
-    assert (run.state.model.interpolation_scale, run.state.model.latent_shape) == (2.0, (16, 8, 8))
+    assert run.state.model.settings.positions.interpolation_scale == 2.0
 
 
 def test_another_text_encoder_gives_fresh_caption_layers(tiny_data, text_start, tmp_path, messages):
