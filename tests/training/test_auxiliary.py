@@ -211,7 +211,7 @@ def test_array_names_are_unique_and_the_models_unchanged():
     ("name", "message"),
     [
         ("grad_norm", "its name must be an identifier, none of loss, velocity, grad_norm"),
-        ("other", "its name must be its key, other, got class_head"),
+        ("other", "its name must be its key, other, got 'class_head'"),
         ("class_head", "reads the field label as LabelField(num_classes=3), others as LabelField(num_classes=4)"),
     ],
 )
