@@ -33,7 +33,7 @@ class Saving:
         self.writer.save()
 
     def round(self) -> tuple[float, ...]:
-        """Seconds for each of `ROWS`. The step after a save may have to copy buffers that are being saved, and shares the cores."""
+        """Seconds for each of `ROWS`. The step after a save may copy buffers that are being saved, and shares the cores."""
         step, blocking = seconds(self.step), seconds(self.save)
         on_disk = blocking + seconds(self.writer.last_good)
         self.step()

@@ -1,4 +1,4 @@
-"""A training step of DiT-S/2 compared with diffusers' DiT in torch: same computation and threads, float32, on the CPU."""
+"""A training step of DiT-S/2 compared with diffusers' DiT in torch: same threads, float32, on the CPU."""
 
 import dataclasses
 import os

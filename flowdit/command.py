@@ -1,4 +1,4 @@
-"""What a command prints and how it ends: a user's mistake in one line, and the process with its status at once."""
+"""Running a command: console output, one-line errors, and an exit that does not wait for threads."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from flowdit.errors import first_line
 
-# Where a Hydra message goes on to advice that does not hold here: internal paths, types, and appending with +.
+# The end of Hydra messages, with advice that does not apply here: internal paths, types, and appending with +.
 _HYDRA_NOISE = re.compile(r"\n\s*(Config search path|See http|To append|reference_type|object_type).*", re.DOTALL)
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a Hydra entry point whose configuration may be the mistake. After an error the process ends with its status."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors through to be shortened here
+    """Run a Hydra entry point with one-line errors, also for the configuration. After an error the process exits."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise Hydra's errors, to shorten them here
     if not _wants_traceback():
         silence_libraries()
     try:
@@ -45,7 +45,7 @@ def run_command(command: Callable[[], None]) -> None:
 class Console(logging.Handler):
     """Prints messages on stdout, warnings after `warning: `; a progress bar on stderr stays below them.
 
-    Of `num_processes` the first alone prints information; each prints its warnings, with its number.
+    With several processes only the first prints information; each prints its warnings, with its index.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Console(logging.Handler):
             line = f"warning: {f'process {self.process}: ' if self.num_processes > 1 else ''}{line}"
         elif self.process > 0:
             return
-        with contextlib.suppress(OSError, ValueError):  # a console that is closed or full ends no command
+        with contextlib.suppress(OSError, ValueError):  # a closed or full console must not end the command
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
@@ -68,7 +68,7 @@ _CONSOLE = Console()
 
 @contextlib.contextmanager
 def messages_on_stdout() -> Iterator[None]:
-    """Prints what flowdit's modules log as information or more, and hands it to no other handler."""
+    """Print the messages of flowdit's modules from level INFO, without passing them to other handlers."""
     logger = logging.getLogger("flowdit")
     level, propagate = logger.level, logger.propagate
     tell_processes_apart(0, 1)
@@ -84,12 +84,12 @@ def messages_on_stdout() -> Iterator[None]:
 
 
 def tell_processes_apart(process: int, num_processes: int) -> None:
-    """Let only the first of several processes print information, and each say its number in its warnings."""
+    """With several processes, print information only from the first, and the index of the process in warnings."""
     _CONSOLE.process, _CONSOLE.num_processes = process, num_processes
 
 
 def end_process(status: int) -> None:
-    """End at once. `sys.exit` waits for the threads of libraries, which after a failed save can take minutes."""
+    """Exit at once. `sys.exit` waits for threads of libraries, which can take minutes after a failed save."""
     try:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe
@@ -99,18 +99,18 @@ def end_process(status: int) -> None:
 
 
 def silence_libraries() -> None:
-    """What a library logs of an error, hundreds of lines of tracebacks, would bury the one line that matters."""
+    """Suppress the error logs of libraries, hundreds of lines of tracebacks, which would hide the error line."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Of threads, and of callbacks that come after the loop they belong to has ended; our own errors are printed above.
+    # Errors of threads, and of callbacks after their loop has ended; our own errors are printed elsewhere.
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake ends in one line on stderr and exit status 2; with `FLOWDIT_TRACEBACK=1` in its traceback.
+    """Report a user's mistake as one line on stderr with exit status 2; with `FLOWDIT_TRACEBACK=1` as a traceback.
 
-    As a decorator below `hydra.main` it keeps Hydra from printing a line of its own about the job.
+    As a decorator below `hydra.main` it prevents Hydra's own message about the job.
     """
     try:
         yield
@@ -127,10 +127,10 @@ def _wants_traceback() -> bool:
 
 
 def _one_line(problem: BaseException) -> str:
-    """The first line of an error; of Hydra's, which spread key, value and reason over lines and causes, all that helps."""
+    """The first line of an error; for Hydra's errors, key, value and reason from several lines and causes."""
     if not isinstance(problem, HydraException | OmegaConfBaseException):
         return first_line(problem)
     parts = [problem, problem.__cause__] if isinstance(problem.__cause__, OmegaConfBaseException) else [problem]
     texts = [" ".join(_HYDRA_NOISE.sub("", str(part)).split()).rstrip(".") for part in parts]
-    override = getattr(problem, "override", None)  # what could not be parsed; the message may show a part of it only
+    override = getattr(problem, "override", None)  # as given; the message may have only a part of it
     return ": ".join([override, *texts] if override else texts)

@@ -1,6 +1,6 @@
-"""The typed configuration and its boundary: `resolve` turns what Hydra composed into checked dataclasses.
+"""The typed configuration: `resolve` turns the composed Hydra configuration into checked dataclasses.
 
-Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and is handed nothing else. Hydra stops here.
+Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and gets only that. No module below uses Hydra.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flowdit.training.tracking import WandbConfig
 
 @dataclasses.dataclass
 class TrainConfig:
-    """The run: how long it is, what is trained on, what is saved when.
+    """Settings of a training run.
 
     Attributes:
         num_steps: optimizer steps of the whole run.
@@ -44,23 +44,28 @@ class TrainConfig:
         validate_every: steps between validations; 0: never.
         validation_records: maximum number of held-out records per validation.
         sample_every: steps between preview grids; 0: never.
-        sample_labels: classes of the previews, by number or name; null: 16 spread over all. Only with `conditioning=labels`.
+        sample_labels: classes of the previews, by number or name; null: 16 evenly spaced ones. Only with
+            `conditioning=labels`.
         sample_prompts: prompts of the previews; null: 16 held-out captions. Only with `conditioning=text`.
         ema_decay: decay per step of the moving average of the weights, which validation and samples use; in [0, 1).
         ema_warmup: limit the decay at step n to (1 + n) / (10 + n), for short runs.
         compute_dtype: dtype of the computation, `bfloat16` or `float32`; parameters and optimizer state are float32.
-        latent_mean: mean subtracted from latents, a number or one per channel; null: the VAE's shift; `data`: that of the data, per channel.
-        latent_scale: factor of latents after that; null: the VAE's scale; `data`: 1 / deviation of the data, per channel.
+        latent_mean: mean subtracted from latents, a number or one per channel; null: the VAE's shift; `data`: the mean
+            of the data, per channel.
+        latent_scale: factor of latents after that; null: the VAE's scale; `data`: 1 / standard deviation of the data,
+            per channel.
         drop_rate: probability that an example's condition is dropped, which guidance needs; in [0, 1].
         time_distribution: distribution of training times in (0, 1): `logit_normal` or `uniform`.
         time_shift: shift s of training times, t' = s t / (1 + (s - 1) t); null: sqrt(C H W / 4096) of latents C x H x W.
-        max_skipped_in_row: steps in a row without a finite loss and gradient after which the run ends.
+        max_skipped_in_row: number of consecutive steps without finite loss and gradient after which the run ends.
         init_from: checkpoint or run folder whose EMA weights initialise the model; in stage 2 also that of a class model.
-        init_time: flow time at which a text model agrees with the class model that it starts from; in [0, 1].
-        init_shared_map: modulation map of the class model that becomes the shared one: `block0`, or the `mean` of all blocks.
-        init_class: the class model without a class: `dropped` (no class vector) or `null_class`.
+        init_time: flow time at which a text model has the same output as the class model that it starts from; in [0,
+            1].
+        init_shared_map: class model's modulation map that initialises the shared one: `block0`, or the `mean` of all
+            blocks.
+        init_class: how the class is removed from the class model: `dropped` (no class vector) or `null_class`.
         profile: first and last step of a profiler trace, as `[100,105]`; null: none.
-        sampler: how previews are drawn, and the defaults of `flowdit.sample`.
+        sampler: the sampler of previews, and the defaults of `flowdit.sample`.
     """
 
     num_steps: int = 400_000
@@ -126,9 +131,9 @@ class Config:
 
     Attributes:
         seed: seed of initialisation, order of the data, noise and times; in [0, 2**32).
-        conditioning: what the model is conditioned on: `labels`, `text` or `none`; null: the first that fits `model.name`.
+        conditioning: kind of conditioning: `labels`, `text` or `none`; null: the first kind of `model.name`.
         train: the run.
-        data: where the data lies, and how it is read.
+        data: the training data and its loader.
         model: the network.
         text: the frozen text encoder, only with `conditioning=text`.
         optim: the optimizer.
@@ -149,7 +154,7 @@ class Config:
     auxiliary: dict[str, Any] = dataclasses.field(default_factory=lambda: {n: loss() for n, loss in AUXILIARY.items()})
 
     def check(self) -> None:
-        """The rules that need neither data nor devices; those of the conditioning are its own (`Conditioning.check`)."""
+        """Check the rules that need neither data nor devices; `Conditioning.check` has those of the conditioning."""
         require("seed", self.seed, 0 <= self.seed < 2**32, "must be in [0, 2**32)")
         parts = {"train": self.train, "data": self.data, "optim": self.optim, "wandb": self.wandb}
         parts |= {f"auxiliary.{loss.name}": loss for loss in self.auxiliary_losses()}
@@ -164,7 +169,7 @@ class Config:
             require(f"auxiliary.{loss.name}.depths", loss.depths(), all(1 <= i <= depth for i in loss.depths()), rule)
 
     def auxiliary_losses(self) -> tuple[AuxiliaryLoss, ...]:
-        """The auxiliary losses that are switched on. Raises `ValueError` for one that there is not."""
+        """The auxiliary losses that are switched on. Raises `ValueError` for an unknown one."""
         for name in self.auxiliary:
             known = ", ".join(AUXILIARY) or "none is registered"
             require(f"auxiliary.{name}", name, name in AUXILIARY, f"no such auxiliary loss ({known})")
@@ -178,23 +183,23 @@ class Config:
 
 @dataclasses.dataclass
 class SampleConfig:
-    """Settings of `python -m flowdit.sample`. Sampler settings that are null are those of the checkpoint's `train.sampler`.
+    """Settings of `python -m flowdit.sample`. Null sampler settings default to the checkpoint's `train.sampler`.
 
-    Without labels and prompts, those of the run's previews are drawn.
+    The default labels and prompts are those of the run's previews.
 
     Attributes:
         checkpoint: a checkpoint, a run folder (its newest whole checkpoint), or another `source` of `flowdit.convert`.
         labels: class numbers or names, one or a list, for a class model.
         prompts: prompts, one or a list, for a text model.
-        prompts_file: text file with a prompt on each line, in place of `prompts`.
+        prompts_file: text file with one prompt per line, instead of `prompts`.
         negative_prompt: text that guidance moves away from; empty: the model's null caption.
-        num_images: images of each label or prompt; for a model without condition, in total.
-        columns: images in a row of `grid.png`.
-        batch_size: images drawn at a time.
+        num_images: images per label or prompt; in total for an unconditional model.
+        columns: images per row of `grid.png`.
+        batch_size: maximum number of images per batch.
         seed: seed of the noise; in [0, 2**32).
         out: folder of the images; it must not contain images.
         overwrite: remove the images of an earlier run from `out`.
-        vae: folder or hub id of the VAE of the latents; null: the one that `prepare` used.
+        vae: folder or hub id of the VAE of the latents; null: the one used by `prepare`.
         text_encoder: folder or hub id of the text encoder; null: the one of the training run.
         save_latents: also write the normalised latents, to `latents.npy`.
         solver: as `train.sampler.solver`.
@@ -233,23 +238,23 @@ class SampleConfig:
         self.prompts = prompts and [str(prompt) for prompt in prompts]  # `prompts=[2024]` is read as a number
 
     def sampler_fields(self) -> dict[str, Any]:
-        """The fields of `SamplerConfig`, None where nothing was said."""
+        """The fields of `SamplerConfig`, None if not set."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplerConfig)}
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks what it is given."""
+        """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks the others."""
         require("columns", self.columns, self.columns >= 1, "must be at least 1")
 
 
 def as_list(value: Any) -> list[Any] | None:
-    """One request as a list of one: a string is not a list of letters. None stays None."""
+    """Convert a single value, such as a string, to a list of one. None stays None."""
     if value is None or isinstance(value, list):
         return value
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra, which checks names and types of every override against them."""
+    """Register the dataclasses with Hydra, which checks names and types of all overrides against them."""
     store = ConfigStore.instance()
     # The model is of the base class until a group of `model` says which: a node can only become a subclass's.
     train = OmegaConf.structured(Config(model=ModelConfig()))
@@ -260,8 +265,8 @@ def register_schemas() -> None:
 
 
 def resolve(composed: DictConfig, schema: type) -> Any:
-    """The composed configuration as an instance of `schema`. Raises `ValueError` for unknown or missing fields."""
-    # `+new.key=1` gets past Hydra's own check and would be dropped without a word.
+    """Convert the composed configuration to `schema`. Raises `ValueError` for unknown or missing fields."""
+    # `+new.key=1` passes Hydra's check and would be silently dropped.
     default = schema()
     if isinstance(default, Config):
         model_class = OmegaConf.get_type(composed, "model")
@@ -269,7 +274,7 @@ def resolve(composed: DictConfig, schema: type) -> Any:
         default.model = model_class()
     unknown = _unknown_keys(OmegaConf.to_container(composed), default)
     if unknown:
-        raise FieldError(unknown[0], "no such field in the configuration (overrides with + are not taken)")
+        raise FieldError(unknown[0], "no such field in the configuration (overrides with + are not supported)")
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise FieldError(missing[0], f"must be given, as in {missing[0]}=...")
@@ -277,9 +282,9 @@ def resolve(composed: DictConfig, schema: type) -> Any:
 
 
 def from_stored(values: Any) -> Config:
-    """The configuration in a checkpoint; fields that came later than the checkpoint have their defaults.
+    """The configuration in a checkpoint; fields added after it was written have their defaults.
 
-    The settings of auxiliary losses stay as they are: they are of no use but to compare, and the losses may be gone.
+    The settings of auxiliary losses are kept unparsed: they are only compared, and the losses may no longer exist.
     """
     values = dict(values)
     auxiliary, model = values.pop("auxiliary", {}), values.pop("model", {})

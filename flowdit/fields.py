@@ -1,7 +1,7 @@
-"""Rules of settings, told in one line: `field: rule, got value`.
+"""Errors of settings in one line: `field: rule, got value`.
 
-A component names its own fields and knows no longer key. What holds the component adds its own part (`under`): `steps` of
-the sampler is `sampler.steps` to the training settings and `train.sampler.steps` to the user.
+A component names its own fields, without a prefix. The code that holds the component adds the prefix (`under`): `steps`
+of the sampler becomes `sampler.steps` in the training settings and `train.sampler.steps` for the user.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class FieldError(ValueError):
-    """A field whose value cannot be used, and why not."""
+    """An invalid value of a field."""
 
     def __init__(self, field: str, problem: str):
         super().__init__(field, problem)
@@ -37,7 +37,7 @@ def require_choice(field: str, value: Any, choices: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def under(prefix: str) -> Iterator[None]:
-    """The fields of errors within begin with `prefix`, such as "train."."""
+    """Add `prefix`, such as "train.", to the fields of errors within."""
     try:
         yield
     except FieldError as error:
@@ -46,7 +46,7 @@ def under(prefix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def called(names: Mapping[str, str]) -> Iterator[None]:
-    """The fields of errors within have other names, {"their name": "ours"}; those that are left out keep theirs."""
+    """Rename the fields of errors within, {"their name": "ours"}; other fields keep their name."""
     try:
         yield
     except FieldError as error:
@@ -54,12 +54,12 @@ def called(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def shown(value: Any) -> str:
-    """The `repr` of a value that may come from an untrusted file, cut for an error message."""
+    """The `repr` of a value, possibly from an untrusted file, shortened for an error message."""
     return shortened(repr(value), 80)
 
 
 def shortened(text: str, length: int = 120) -> str:
-    """The beginning of a text that may be long."""
+    """`text`, cut to `length` characters."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -1,7 +1,7 @@
-"""JSON from outside as typed dataclasses, refused in one line that names key, rule and value.
+"""Parsing untrusted JSON into typed dataclasses, with one-line errors of key, rule and value.
 
-Anything may be in such a file. A dataclass that says what must be in it is a `pydantic.dataclasses.dataclass` with
-`config=STRICT`; rules over several fields are its model validators, which call `fields.require`.
+The expected content is a `pydantic.dataclasses.dataclass` with `config=STRICT`; rules over several fields are its model
+validators, which call `fields.require`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from flowdit.fields import listed, shown
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-"""No other type is taken for the one asked for, but a whole number for a float; neither NaN nor unknown keys are."""
+"""Types must match, except that a float may be an integer; NaN and unknown keys are refused."""
 STRICT_PART = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
-"""The same for a file of which only some keys matter."""
+"""The same, but unknown keys are ignored."""
 
 T = TypeVar("T")
 _WITHOUT_VALUE = {"missing": "is missing", "unexpected_keyword_argument": "is not a known field"}
 # Of pydantic's rules: "Input should be a valid integer", "Tuple should have at least 1 item after validation, not 0".
 _PHRASES = re.compile("(Input|Tuple) should | after validation, not .*")
 Listed = Annotated[tuple[T, ...], FailFast()]
-"""A list of any length, of which the first wrong entry is told: a hostile one may hold millions."""
+"""A list of any length, validated up to the first wrong entry, as a hostile one may hold millions."""
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
 class InputError(ValueError):
-    """Content of a JSON file that breaks a rule, in one line."""
+    """Invalid content of a JSON file, in one line."""
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises `InputError` naming the file if it cannot be read or is not JSON."""
+    """Read a JSON file. Raises `InputError` naming the file if it cannot be read or is not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as problem:
@@ -46,7 +46,7 @@ def read_json(file: Path) -> Any:
 
 
 def parse_file(kind: type[T], file: Path) -> T:
-    """The content of a JSON file as `kind`. Raises `InputError` naming the file."""
+    """Parse a JSON file as `kind`. Raises `InputError` naming the file."""
     content = read_json(file)
     try:
         return parse(kind, content)
@@ -55,14 +55,14 @@ def parse_file(kind: type[T], file: Path) -> T:
 
 
 def parse(kind: type[T], content: Any) -> T:
-    """What came out of JSON as `kind`. Raises `InputError` for the first rule that it breaks: `key: rule, got value`."""
+    """Parse JSON data as `kind`. Raises `InputError` for the first broken rule: `key: rule, got value`."""
     try:
-        # Back to text: of Python's lists and dicts strict types take none for a tuple or a dataclass.
+        # Back to text, as strict types do not accept Python lists and dicts for tuples and dataclasses.
         return _adapter(kind).validate_json(json.dumps(content))
     except RecursionError:
-        raise InputError("must not be nested deeper than JSON can be written") from None
+        raise InputError("must not be nested too deeply") from None
     except ValidationError as problem:
-        raise InputError(_told(problem.errors(include_url=False)[0])) from None
+        raise InputError(_one_line(problem.errors(include_url=False)[0])) from None
 
 
 @functools.cache
@@ -70,11 +70,11 @@ def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
-def _told(problem: Any) -> str:
-    """One of pydantic's problems in one line."""
+def _one_line(problem: Any) -> str:
+    """Format an error of pydantic in one line."""
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).removeprefix(".")
     key = listed([key]) if key else ""
-    if problem["type"] == "value_error":  # of a validator of ours, which names the key within its part
+    if problem["type"] == "value_error":  # of our validators, which name the key within their part
         return ".".join(filter(None, (key, str(problem["ctx"]["error"]))))
     if problem["type"] == "json_invalid":
         return f"must be JSON: {problem['ctx']['error']}"

@@ -19,7 +19,7 @@ from flowdit.sharding import MeshConfig
 
 
 def check_processes(config: MeshConfig) -> None:
-    """Raise `ValueError` unless coordinator, number of processes and process id are all given or all null, and consistent."""
+    """Raise `ValueError` unless coordinator, num_processes and process_id are all null, or all given and consistent."""
     fields = {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
     missing = [name for name, value in fields.items() if value is None]
     if len(missing) == len(fields):

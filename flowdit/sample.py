@@ -1,4 +1,4 @@
-"""`python -m flowdit.sample checkpoint=checkpoints/<step> [labels=[...] | prompts=[...] ...]`: sample PNGs from a model."""
+"""`python -m flowdit.sample checkpoint=checkpoints/<step> [labels=[...] | prompts=[...] ...]`: sample PNGs."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def _sample(composed: DictConfig) -> None:
     config.check()
     check_settings(config.num_images, config.seed, config.batch_size)
     check_folder(config)
-    wishes: dict[str, Any] = {"labels": config.labels, "prompts": read_prompts(config)}
-    wishes["negative_prompt"] = config.negative_prompt
+    arguments: dict[str, Any] = {"labels": config.labels, "prompts": read_prompts(config)}
+    arguments["negative_prompt"] = config.negative_prompt
     try:
         sampler = load(config.checkpoint, vae=config.vae, text_encoder=config.text_encoder)
     except ValueError as problem:
         raise ValueError(re.sub("^source: ", "checkpoint: ", str(problem))) from problem
     solver = sampler.sampler_config(config.sampler_fields())
-    requests = sampler.requests(config.num_images, wishes)
+    requests = sampler.requests(config.num_images, arguments)
     count, step = len(requests), sampler.trained.step
     settings = f"{solver.solver}, {solver.steps} steps, guidance {solver.guidance}"
     logger.info("step %d: %d images, %s", step, count, settings)

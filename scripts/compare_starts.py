@@ -47,7 +47,7 @@ def steps_to(curve: Curve, loss: float) -> int | None:
 
 
 def report(curves: dict[str, list[Curve]], shown: list[int]) -> str:
-    """Losses (mean and range over seeds) at some steps, and the first step that reaches the best loss of the first start."""
+    """Losses (mean and range over seeds) at some steps, and the first step to the best loss of the first start."""
     reference = next(iter(curves))
     lines = [f"| start | {' | '.join(f'step {step}' for step in shown)} | steps to the best of {reference} |"]
     lines += ["|" + " --- |" * (len(shown) + 2)]

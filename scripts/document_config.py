@@ -35,8 +35,8 @@ COMMANDS = {
 INTRODUCTION = """# Configuration
 
 Every key of every command: type, default, meaning. Written by `python scripts/document_config.py` from the dataclasses
-that hold the settings; do not edit. A default is that of the dataclass. What the YAML groups change of it is listed
-[at the end](#yaml-groups). Keys are given as `key=value` on the command line; `null` is no value.
+that hold the settings; do not edit. Defaults are those of the dataclasses; changes by the YAML groups are listed [at
+the end](#yaml-groups). Set a key with `key=value` on the command line; `null` means no value.
 
 """
 
@@ -83,13 +83,13 @@ def own_subclasses(schema: type) -> list[type]:
 
 
 def added_fields(base: type, subclass: type) -> list[dataclasses.Field]:
-    """The fields of `subclass` that `base` lacks or has another default for."""
+    """The fields of `subclass` that `base` does not have, or that have another default."""
     defaults = {field.name: default(field) for field in dataclasses.fields(base)}
     return [field for field in dataclasses.fields(subclass) if defaults.get(field.name) != default(field)]
 
 
 def table(schema: type, prefix: str, fields: list[dataclasses.Field]) -> str:
-    """The fields as rows of a table. Raises `ValueError` for one without a description, or one that there is not."""
+    """The fields as rows of a table. Raises `ValueError` for a field without a description, or an unknown one."""
     hints, described = typing.get_type_hints(schema), descriptions(schema)
     names = {field.name for field in dataclasses.fields(schema)}
     if wrong := names ^ described.keys():
@@ -102,7 +102,7 @@ def table(schema: type, prefix: str, fields: list[dataclasses.Field]) -> str:
 
 
 def introduction(schema: type) -> str:
-    """What the docstring says before its section of attributes."""
+    """The docstring up to its section of attributes."""
     return inspect.cleandoc(schema.__doc__ or "").partition("\nAttributes:\n")[0].strip()
 
 
@@ -118,7 +118,7 @@ def descriptions(schema: type) -> dict[str, str]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as a user writes its values."""
+    """The name of a type for users."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return " or ".join(type_name(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) in (list, dict):
@@ -129,7 +129,7 @@ def type_name(hint: Any) -> str:
 
 
 def default(field: dataclasses.Field) -> str:
-    """The default as YAML has it."""
+    """The default in YAML."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value == "???":
         return "must be given"
@@ -139,7 +139,7 @@ def default(field: dataclasses.Field) -> str:
 
 
 def in_yaml(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value in command-line syntax."""
     if isinstance(value, list):
         return f"[{','.join(in_yaml(item) for item in value)}]"
     if value is None or isinstance(value, bool):
@@ -148,7 +148,7 @@ def in_yaml(value: Any) -> str:
 
 
 def group_tables() -> Iterator[str]:
-    """What the training commands choose; one table a group: each option, what its file says, and what it changes."""
+    """The defaults of the training commands, and one table per group: options, descriptions and changes."""
     yield "What the two training commands choose without overrides:\n\n| command | choices |\n|---|---|\n"
     for command, name in (("train_stage1.py", "config"), ("train_stage2.py", "config_stage2")):
         yield f"| `{command}` | {in_code(changes(GROUPS / f'{name}.yaml', ''))} |\n"

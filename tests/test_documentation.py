@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the dataclasses say."""
+"""docs/configuration.md matches the dataclasses."""
 
 import dataclasses
 import importlib.util

@@ -126,7 +126,7 @@ FILES = {
     "truncated shard": BadData(truncate, (SHARD, "must have", "bytes")),
     "truncated shard that the manifest agrees to": BadData(truncate_and_agree, (SHARD, "not a whole ArrayRecord file")),
     "foreign file": BadData(replace_by_foreign_file, (SHARD, "not a whole ArrayRecord file")),
-    "another number of records": BadData(lambda d: agree(d, records=7), (SHARD, "must hold 7 records", "holds 24")),
+    "another number of records": BadData(lambda d: agree(d, records=7), (SHARD, "must hold 7 records", "got 24")),
     "images without a size": BadData(
         lambda d: change_manifest(d, image_size=-1), ("dataset.json: image_size: must be vae.stride times", "got -1")
     ),
@@ -271,7 +271,7 @@ def sample_here(checkpoint: Path, *overrides: str):
         ("solver=ddim", "solver: must be one of euler, heun, midpoint, dopri5, tsit5, got 'ddim'"),
         ("num_images=0", "num_images: must be at least 1, got 0"),
         ("seed=-1", "seed: must be in [0, 2**32), got -1"),
-        ("+extra=1", "extra: no such field in the configuration (overrides with + are not taken)"),
+        ("+extra=1", "extra: no such field in the configuration (overrides with + are not supported)"),
         ("out=file/x", "out: file/x cannot be written: Not a directory"),
         ("vae=file", "vae"),
     ],

@@ -142,7 +142,9 @@ def test_bad_setting(sampler, settings, message):
 
 
 def test_another_vae_or_encoder_is_refused(whole_run, tmp_path):
-    with pytest.raises(ValueError, match="^text_encoder: must not be given, as this model reads no text, got 'x'$"):
+    with pytest.raises(
+        ValueError, match="^text_encoder: must not be given, as this model has no text encoder, got 'x'$"
+    ):
         flowdit.load(str(whole_run / "6"), text_encoder="x")
     elsewhere = flowdit.load(str(whole_run / "6"), vae=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="^vae: must be .openmoji., an existing folder or "):

@@ -1,4 +1,4 @@
-"""What is printed: by commands the messages of all modules, by calls of the library nothing."""
+"""Console output: commands print the messages of all modules, library calls print nothing."""
 
 import logging
 import shutil
@@ -25,7 +25,7 @@ logger = logging.getLogger("flowdit.some.module")
 
 
 def test_the_library_prints_nothing(whole_text_run, tmp_path):
-    """Not what a command says of its steps, and no progress bars."""
+    """Neither messages nor progress bars."""
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / name / "1.png")
@@ -35,7 +35,7 @@ def test_the_library_prints_nothing(whole_text_run, tmp_path):
     assert (out / "dataset.json").is_file()
 
 
-def test_a_program_sees_the_messages_by_logging(whole_text_run, tmp_path):
+def test_a_program_gets_the_messages_by_logging(whole_text_run, tmp_path):
     import flowdit
 
     run = shutil.copytree(whole_text_run, tmp_path / "run")
@@ -49,7 +49,7 @@ def test_a_program_sees_the_messages_by_logging(whole_text_run, tmp_path):
     finally:
         logging.getLogger("flowdit").removeHandler(handler)
     damaged, cut = (record.getMessage() for record in records)
-    assert damaged.startswith(f"checkpoint {run / '6'} is damaged and passed over: ")
+    assert damaged.startswith(f"checkpoint {run / '6'} is damaged and skipped: ")
     assert cut.startswith("longer than 32 tokens, the rest is ignored: 'a red apple and a red")
     assert {record.levelno for record in records} == {logging.WARNING}
 
@@ -87,7 +87,7 @@ def test_a_progress_bar_stays_below_the_messages(capsys):
     assert cleared.strip() == "" and "1/2" in drawn
 
 
-def test_a_console_that_is_gone_ends_nothing(monkeypatch):
+def test_a_closed_console_does_not_end_a_command(monkeypatch):
     for name in ("/dev/full", "closed"):
         stream = open("/dev/full" if name == "/dev/full" else "closed", "w")  # noqa: SIM115
         if name == "closed":

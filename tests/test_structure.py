@@ -65,7 +65,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("part", ["checkpoint", "inference", "interop"])
-def test_a_finished_model_is_read_without_what_trains(part):
+def test_a_trained_model_is_read_without_training_code(part):
     for path in (PACKAGE / part).glob("*.py"):
         assert not {name for name in imported_modules(path) if name.startswith("training")}, path
 

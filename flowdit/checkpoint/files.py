@@ -1,6 +1,6 @@
-"""The files of a checkpoint folder `<run>/<step>/`: which there must be, and whether they are what was written.
+"""The files of a checkpoint folder `<run>/<step>/` and their verification.
 
-Orbax restores flipped bits without complaint, so `checksums.json` beside the items holds the SHA-256 of every file.
+Orbax restores flipped bits without an error, so `checksums.json` holds the SHA-256 of every file of the items.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Checksums(RootModel[dict[str, str]]):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or does not fit; or a folder that cannot be written."""
+    """A checkpoint that is missing, damaged or incompatible, or a folder that cannot be written."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose files are not those that were written. An older one may take its place."""
+    """A checkpoint whose files changed after writing. An older one may be used instead."""
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -39,7 +39,7 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def set_aside(step_folder: Path) -> None:
-    """Rename to `<step>.damaged` rather than delete: the step will be written again, and the rest may be worth a look."""
+    """Rename to `<step>.damaged` instead of deleting, as the files may still be useful."""
     target = step_folder.with_name(f"{step_folder.name}.damaged")
     shutil.rmtree(target, ignore_errors=True)
     step_folder.rename(target)
@@ -54,7 +54,7 @@ def write_checksums(step_folder: Path) -> None:
 def verify_files(step_folder: Path) -> None:
     """Raise `DamagedCheckpoint` naming the first file that is missing, was not recorded, or differs from its checksum.
 
-    A file that is there and cannot be read raises `CheckpointError`: the disk may be at fault, and not the checkpoint.
+    An existing file that cannot be read raises `CheckpointError`, as the cause may be the disk and not the checkpoint.
     """
     recorded, files = _read_checksums(step_folder / CHECKSUMS), _files(step_folder)
     for name in sorted(recorded.keys() - files.keys()):
@@ -82,7 +82,7 @@ def _read_checksums(file: Path) -> dict[str, str]:
 def _files(step_folder: Path) -> dict[str, Path]:
     """The files of all items by relative name.
 
-    Orbax's own file beside them is written again after the checksums, and others put folders of theirs there (.git).
+    Orbax's own file is written again after the checksums, and other tools may add folders (.git), so both are excluded.
     """
     paths = [p for item in ITEMS for p in sorted((step_folder / item).rglob("*")) if p.is_file()]
     return {p.relative_to(step_folder).as_posix(): p for p in paths}

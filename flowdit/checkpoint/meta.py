@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the `meta` item, believed only when all files of the checkpoint are verified."""
+"""Metadata of a checkpoint: the `meta` item, read only after all files are verified."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FORMAT = 1
 
 
 def read_meta(step_folder: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint, all of whose files have been verified.
+    """Verify all files of a checkpoint and read its metadata.
 
-    Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files are not
-    those that were written.
+    Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files
+    changed.
     """
     if not (step_folder / "meta").is_dir():
         raise CheckpointError(f"{step_folder}: not a checkpoint folder (expected checkpoints/<step>)")
@@ -34,7 +34,7 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
 
 
 def verified_meta(step_folder: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint whose files were verified before. Raises `CheckpointError` for another format."""
+    """Read the metadata of an already verified checkpoint. Raises `CheckpointError` for another format."""
     try:
         meta = read_json_item(step_folder / "meta")
     except Exception as problem:
@@ -46,8 +46,8 @@ def verified_meta(step_folder: Path) -> dict[str, Any]:
 
 
 def read_json_item(item_folder: Path) -> Any:
-    """The content of an item that is JSON."""
-    # The handler's own: a checkpointer waits for all processes, and the first one reads metadata alone.
+    """Read a JSON item."""
+    # The handler directly: a checkpointer waits for all processes, but only the first one reads metadata.
     return ocp.JsonCheckpointHandler().restore(item_folder)  # type: ignore[arg-type]
 
 
@@ -58,7 +58,7 @@ def run_meta(
     mean: Sequence[float],
     scale: Sequence[float],
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself, enough to sample from it and to refuse a resume that would not be exact."""
+    """Metadata for a checkpoint, enough to sample from it and to refuse a resume that would not be exact."""
     packages = ("flowdit", "jax", "equinox", "optax", "orbax-checkpoint", "grain")
     return {
         "config": dataclasses.asdict(config),

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint by dotted name, never as pickled classes: renaming a class does not orphan a checkpoint."""
+"""Names of the arrays of a checkpoint. No class is stored, so renaming a class does not invalidate checkpoints."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 
 def from_named(template: Any, arrays: dict[str, Any]) -> Any:
-    """`template`'s structure filled with the arrays of its names."""
+    """Fill the structure of `template` with arrays by name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[stored_name(path)], template)
 
 
 def stored_name(path: tuple) -> str:
-    """The name on disk. An optimizer's moments of the model are called after the model's arrays, without `model.`.
+    """The name on disk. The optimizer's moments of the model have the names of the model's arrays, without `model.`.
 
-    So a run is the same on disk whether the optimizer has auxiliary losses to look after or not.
+    So the names are the same with and without auxiliary losses.
     """
     if path and path[0] == _OPT_STATE:
-        # The first of the two is the field of `Parameters`; what lies below it may be called as it likes.
+        # The first of these entries is the field of `Parameters`; names below it are arbitrary.
         field = next((i for i, entry in enumerate(path) if entry in _PARAMETERS), None)
         if field is not None and path[field] == _PARAMETERS[0]:
             path = path[:field] + path[field + 1 :]
@@ -41,7 +41,7 @@ def stored_name(path: tuple) -> str:
 
 
 def split_state(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `state` and the `model_ema` item of a training state, whose field `ema` holds the averaged weights."""
+    """The `state` and `model_ema` items of a training state, whose field `ema` holds the EMA weights."""
     named = named_arrays(state)
     ema = {name.removeprefix("ema."): value for name, value in named.items() if name.startswith("ema.")}
     return {name: value for name, value in named.items() if not name.startswith("ema.")}, ema

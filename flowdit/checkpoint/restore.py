@@ -1,6 +1,6 @@
 """Restoring checkpoints: `<folder>/<step>/` with `state`, `model_ema`, `dataset` and `meta`, in Orbax's format.
 
-The files are verified (`checkpoint.files`) before anything in them is believed.
+The files are verified (`checkpoint.files`) before anything else is read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 Fresh = Callable[[set[str]], dict[str, Any]]
 State = TypeVar("State")
-"""A training state: a pytree of arrays whose field `ema` holds the averaged weights."""
+"""A training state: a pytree of arrays whose field `ema` holds the EMA weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,27 +43,27 @@ class Restored(Generic[State]):
 
 
 def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """Arrays by name, shapes checked first: Orbax would cast and sometimes slice without a word.
+    """Restore arrays by name after checking shapes: Orbax silently casts and sometimes slices.
 
-    Arrays of auxiliary losses may be missing or too many on disk: those of both sides are read.
+    Arrays of auxiliary losses may be missing or additional on disk: those in common are read.
     """
-    # The handler's own, as the checkpointer warns that an item has no metadata of a step.
+    # The handler directly, as the checkpointer warns that an item has no metadata of a step.
     stored: Any = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())  # type: ignore[arg-type]
     stored = getattr(stored, "tree", stored)
     found = {name: tuple(leaf.shape) for name, leaf in stored.items()}
     wanted = {name: tuple(leaf.shape) for name, leaf in targets.items()}
     names = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
-    came_or_went = {name for name in names if is_auxiliary(name) and (name in found) != (name in wanted)}
-    if differing := sorted(names - came_or_went):
+    added_or_removed = {name for name in names if is_auxiliary(name) and (name in found) != (name in wanted)}
+    if differing := sorted(names - added_or_removed):
         listed = ", ".join(f"{n} (stored {found.get(n)}, expected {wanted.get(n)})" for n in differing[:5])
         raise CheckpointError(f"{item_folder}: {len(differing)} arrays differ from the model: {listed}")
-    if came_or_went:
+    if added_or_removed:
         return _restore_some(item_folder, {name: target for name, target in targets.items() if name in found})
     return ocp.StandardCheckpointer().restore(item_folder.resolve(), targets)
 
 
 def _restore_some(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """Out of more arrays; the others stay on disk."""
+    """Restore some of the arrays of an item."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
     request = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -88,12 +88,12 @@ def _restore_step(step_folder: Path, template: State, fresh: Fresh) -> Restored[
 
 
 def restore_newest(folder: Path, template: State, check_meta: Callable[[dict], None], fresh: Fresh) -> Restored[State]:
-    """The newest checkpoint that is whole; damaged newer ones are logged and renamed to `<step>.damaged`.
+    """Restore the newest intact checkpoint; damaged newer ones are logged and renamed to `<step>.damaged`.
 
-    The first process finds it, and all are told before any of them restores. `template` holds `ShapeDtypeStruct`s with
-    shardings. `check_meta` raises `ValueError` for a checkpoint that is whole but belongs to another run: that ends the
-    search, as does a checkpoint of another format. `fresh` makes arrays of auxiliary losses that the checkpoint lacks,
-    by their names. Raises `CheckpointError` if no step can be read.
+    The first process finds it and broadcasts the step before any process restores. `template` holds `ShapeDtypeStruct`s
+    with shardings. `check_meta` raises `ValueError` for an intact checkpoint of another run, which ends the search, as
+    does a checkpoint of another format. `fresh` makes the arrays of auxiliary losses that are not in the checkpoint, by
+    name. Raises `CheckpointError` if no step can be read.
     """
     step, damaged = from_first(lambda: _find_newest(folder, check_meta))
     restored = _restore_step(folder / str(step), template, fresh)
@@ -103,12 +103,12 @@ def restore_newest(folder: Path, template: State, check_meta: Callable[[dict], N
 
 
 def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int, list[str]]:
-    """The newest step that is whole, and the names of newer ones, which are damaged."""
+    """The newest intact step, and the names of newer, damaged ones."""
     step, damaged = _newest_whole(folder)
     step_folder = folder / str(step)
     meta = verified_meta(step_folder)
     if meta.get("step") != step:
-        raise CheckpointError(f"{step_folder}: must be named after the step that it holds, {meta.get('step')}")
+        raise CheckpointError(f"{step_folder}: must be named after its step, {meta.get('step')}")
     check_meta(meta)
     return step, damaged
 
@@ -122,23 +122,23 @@ def _newest_whole(folder: Path) -> tuple[int, list[str]]:
             damaged[str(step)] = str(problem)
             continue
         for name, reason in damaged.items():
-            logger.warning("checkpoint %s is damaged and passed over: %s", folder / name, reason)
+            logger.warning("checkpoint %s is damaged and skipped: %s", folder / name, reason)
         return step, list(damaged)
     raise CheckpointError(f"{folder}: no checkpoint can be read: " + "; ".join(damaged.values()))
 
 
 def newest_whole(folder: Path) -> Path:
-    """The newest checkpoint of a run folder whose files are those that were written. Raises `CheckpointError` for none."""
+    """The newest intact checkpoint of a run folder. Raises `CheckpointError` if there is none."""
     return folder / str(_newest_whole(folder)[0])
 
 
 def restore_weights(
     step_folder: Path, template: Any, mesh: jax.sharding.Mesh | None = None, weights: str = "ema"
 ) -> Any:
-    """The EMA or, with `weights` "model", the raw weights in the structure of `template` (or its shapes), as float32.
+    """Restore the EMA or, with `weights` "model", the raw weights as float32 in the structure of `template` (arrays or
+    shapes).
 
-    They lie on the first device, or on `mesh` as the sharding rules have it. The files are taken to be verified, as
-    `read_meta` does.
+    They are on the first device, or on `mesh` by the sharding rules. The files must be verified before, by `read_meta`.
     """
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = {} if mesh is None else named_arrays(parameter_shardings(mesh, template))
@@ -157,16 +157,16 @@ def restore_weights(
 
 
 def _restore_raw(step_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of the model out of the `state` item, whose optimizer state is left on disk."""
+    """Restore the arrays of the model from the `state` item, without the optimizer state."""
     if not (step_folder / "state").is_dir():
-        raise CheckpointError(f"{step_folder}: a slim checkpoint, which holds no raw weights, only the EMA")
+        raise CheckpointError(f"{step_folder}: a slim checkpoint, which holds only the EMA and no raw weights")
     named = {f"model.{name}": target for name, target in targets.items()}
     arrays = _restore_some(step_folder / "state", named)
     return {name.removeprefix("model."): array for name, array in arrays.items()}
 
 
 def abstract_state(mesh: jax.sharding.Mesh, build: Callable[[], State]) -> State:
-    """Shapes, dtypes and shardings of a state, for restoring into."""
+    """Shapes, dtypes and shardings of a state, as a template for restoring."""
     shapes = jax.eval_shape(build)
     shardings = parameter_shardings(mesh, shapes)
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run: in the background, tried again when it fails, and once more when the run fails."""
+"""Writing the checkpoints of a run: in the background, again after a failure, and if the run ends with an error."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from flowdit.processes import any_process
 logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
-# Indices, checksums, whole blocks of the file system for small files, the log and the images written meanwhile.
+# Indices, checksums, file system blocks of small files, and the log and images written at the same time.
 SPARE_BYTES = 8 << 20
 
 
 class Moment(NamedTuple):
-    """Where a run stands: the state after `step`, and that of the data stream."""
+    """The state of a run after `step`, and of its data stream."""
 
     step: int
     state: Any
@@ -36,9 +36,9 @@ class Moment(NamedTuple):
 
 
 class CheckpointWriter:
-    """Saves what `reached` was last told; keeps the newest `keep_last` steps and every multiple of `keep_every`.
+    """Saves the last state passed to `reached`; keeps the newest `keep_last` steps and every multiple of `keep_every`.
 
-    As a context manager it saves once more when the run ends by an error. `meta` goes with every checkpoint. A save that
+    As a context manager it also saves if the run ends with an error. `meta` is stored in every checkpoint. A save that
     fails is logged.
     """
 
@@ -54,31 +54,31 @@ class CheckpointWriter:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._write_checksums,
-                # Made in the background, folders that cannot be made leave its threads waiting for minutes.
+                # In the background, threads would wait for minutes for folders that cannot be created.
                 create_directories_asynchronously=False,
             ),
         )
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def reached(self, step: int, state: Any, dataset: dict[str, Any]) -> None:
-        """Remember where the run stands. The state may be donated to the next step, which then reports another."""
+        """Remember the state of the run. It may be donated to the next step, after which this is called again."""
         self._moment = Moment(step, state, dataset)
 
     def forget(self) -> None:
-        """What was reached is not worth a save."""
+        """Forget the state, so that it is not saved."""
         self._moment = None
 
     def save(self, *, wait: bool = False) -> None:
-        """Copy what was reached to the host and write it in the background; with `wait`, until it is on disk.
+        """Copy the last state to the host and write it in the background; with `wait`, until it is on disk.
 
-        A step already saved is left alone. Where this save, or the one before it, fails, another is tried at once and
-        waited for. Raises `CheckpointError` naming the step and the last good checkpoint if that fails too.
+        A step that is already saved is skipped. If this save or the previous one fails, another is tried at once,
+        synchronously. Raises `CheckpointError` with the step and the last good checkpoint if that fails too.
         """
         assert self._moment is not None
         failure, self._failure = self._failure or self._settle(), None
         if self._moment.step == self._manager.latest_step():
             return
-        # Of several processes one may fail alone, and the others would not try again with it.
+        # If one of several processes fails, the others would not try again with it.
         for _ in range(1 if failure or jax.process_count() > 1 else 2):
             if failure:
                 logger.warning("%s; saving step %d at once", failure, self._moment.step)
@@ -90,16 +90,16 @@ class CheckpointWriter:
         raise failure
 
     def has_failed(self) -> bool:
-        """Whether the save in the background has ended in an error: `save` what has been reached since.
+        """Whether the background save has failed, so that the current state should be saved.
 
-        All processes must call it, and get the same answer.
+        All processes must call it, and get the same result.
         """
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self._failure = self._settle()
         return any_process(self._failure is not None)
 
     def last_good(self) -> Path | None:
-        """The newest finished checkpoint; waits for the one that is being written."""
+        """The newest finished checkpoint; waits for a running save."""
         self._failure = self._failure or self._settle()
         steps = list_steps(self.folder)
         return self.folder / str(steps[-1]) if steps else None
@@ -116,22 +116,22 @@ class CheckpointWriter:
             self._manager.close()
         elif isinstance(error, Exception) and not isinstance(error, CheckpointError):
             self._save_once_more()
-        # After an error the manager stays open: closing it waits for threads that may never end.
+        # After an error the manager is not closed, as that waits for threads that may never end.
 
     def _save_once_more(self) -> None:
-        """Save what was reached before the error that ends the run, where that can be done; never hides that error."""
-        # The other processes know nothing of the error, and a save needs all of them.
+        """Save the last state before the error that ends the run, if possible, without hiding that error."""
+        # The other processes do not know of the error, and a save needs all of them.
         if self._moment is None or jax.process_count() > 1:
             return
         try:
             self.save(wait=True)
-        except Exception as problem:  # a broken device or disk; the run ends by its error all the same
+        except Exception as problem:  # a broken device or disk; the run still ends with its error
             logger.warning("step %d cannot be saved: %s", self._moment.step, first_line(problem))
         else:
-            logger.warning("the run ends by an error; step %d is saved: %s", self._moment.step, self.last_good())
+            logger.warning("the run ends with an error; step %d is saved: %s", self._moment.step, self.last_good())
 
     def _write(self, moment: Moment, wait: bool) -> CheckpointError | None:
-        """One attempt; its error."""
+        """Try to save; return the error."""
         meta = {"format": FORMAT, "step": moment.step, **self._meta}
         state_item, ema_item = split_state(moment.state)
         items = ocp.args.Composite(
@@ -144,12 +144,12 @@ class CheckpointWriter:
             check_free_space(self.folder, moment.state, meta)
             self._writing = moment.step
             self._manager.save(moment.step, args=items, force=True)
-        except Exception as problem:  # Orbax lets through what its storage raises
+        except Exception as problem:  # Orbax raises the errors of its storage
             return self._failed(moment.step, problem)
         return self._settle() if wait else None
 
     def _settle(self) -> CheckpointError | None:
-        """Wait for the save in the background; its error."""
+        """Wait for the background save; return its error."""
         step = self._writing
         if step is None:
             return None
@@ -158,20 +158,20 @@ class CheckpointWriter:
         except Exception as problem:
             if not (self.folder / str(step)).is_dir():
                 return self._failed(step, problem)
-            # It got its name, so it is whole; deleting older ones comes after that.
+            # The folder has its name, so it is complete; older ones are deleted after that.
             logger.warning("an old checkpoint cannot be deleted: %s", first_line(problem))
             self._look_again()
         self._writing = None
         return None
 
     def _look_again(self) -> None:
-        # Orbax strikes off its list what it is going to delete and then, after a failure, does not.
+        # Orbax removes checkpoints from its list before deleting them, even if that fails.
         with contextlib.suppress(Exception):
             self._manager.reload()
 
     def _failed(self, step: int, problem: Exception) -> CheckpointError:
         self._writing = None
-        if jax.process_index() == 0:  # half a checkpoint may be what fills the disk
+        if jax.process_index() == 0:  # a partial checkpoint may fill the disk
             shutil.rmtree(self._temporary(step), ignore_errors=True)
         self._look_again()
         good = [s for s in list_steps(self.folder) if s != step]
@@ -185,20 +185,20 @@ class CheckpointWriter:
 
     def _write_checksums(self) -> None:
         # Orbax calls this when all items are on disk and before it renames the temporary folder, so that a finished
-        # checkpoint never lacks its checksums.
+        # checkpoint always has its checksums.
         assert self._writing is not None
         if jax.process_index() == 0:
             write_checksums(self._temporary(self._writing))
 
 
 def checkpoint_bytes(state: Any, meta: dict[str, Any]) -> int:
-    """What one checkpoint takes on disk, a little generously: arrays, metadata, and what the format adds to them."""
+    """Upper estimate of the size of a checkpoint on disk: arrays, metadata, and overhead of the format."""
     arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return int(1.05 * arrays) + len(json.dumps(meta)) + SPARE_BYTES
 
 
 def check_free_space(folder: Path, state: Any, meta: dict[str, Any]) -> None:
-    """Raise `CheckpointError` if the disk cannot take one more checkpoint of this state (or of its shapes)."""
+    """Raise `CheckpointError` if there is not enough disk space for a checkpoint of this state (or of its shapes)."""
     needed = checkpoint_bytes(state, meta)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -208,13 +208,13 @@ def check_free_space(folder: Path, state: Any, meta: dict[str, Any]) -> None:
 
 
 def save_slim(target: Path, ema: Any, meta: dict[str, Any], dtype: str = "float16") -> None:
-    """A checkpoint of `model_ema` and `meta` alone, the weights stored in `dtype`; it samples, it does not resume."""
+    """Write a checkpoint with only `model_ema`, in `dtype`, and `meta`; it can be sampled but not resumed."""
     if target.exists():
-        raise CheckpointError(f"{target}: exists already")
+        raise CheckpointError(f"{target}: must not exist")
     arrays = {name: value.astype(jnp.dtype(dtype)) for name, value in named_arrays(ema).items()}
     items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(target.resolve(), args=items)
     for marker in target.rglob("commit_success.txt"):
-        marker.unlink()  # object stores need it while writing; in a file that is passed on it tells the author's paths
+        marker.unlink()  # object stores need it while writing; it contains the author's paths
     write_checksums(target)

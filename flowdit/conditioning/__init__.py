@@ -1,6 +1,6 @@
-"""What a model is conditioned on. One file a kind, and `KINDS` names them; nothing outside of this folder asks which it is.
+"""Kinds of conditioning, one per file and listed in `KINDS`; no code outside this folder refers to a kind by name.
 
-To add a kind, write a `Conditioning` in a file of its own and give it a line in `KINDS` (docs/extending.md).
+To add a kind, write a `Conditioning` in a new file and register it in `KINDS` (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from flowdit.fields import require, require_choice
 __all__ = ["KINDS", "Batch", "Conditioning", "Requests", "check", "for_training", "from_checkpoint", "kind_of"]
 
 KINDS: dict[str, type[Conditioning]] = {"labels": Labels, "text": Text, "none": Unconditional}
-"""By the value of the key `conditioning`. Without the key, the first kind for the model is meant."""
+"""Kinds by the value of the key `conditioning`. The default is the first kind of the model."""
 
 
 def kind_of(config: Config) -> str:
-    """The kind that `config.conditioning` names, or that its model had before there was such a key.
+    """The value of `config.conditioning`, or by default the first kind of the model.
 
-    Raises `ValueError` for a kind that there is not, or whose model is another one.
+    Raises `ValueError` for an unknown kind, or a kind of another model.
     """
     if config.conditioning is None:
         found = (kind for kind, conditioning in KINDS.items() if conditioning.model == config.model.name)
@@ -45,7 +45,7 @@ def kind_of(config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """Raise `ValueError` for the first setting that the kind of conditioning cannot use; needs no data, no devices."""
+    """Raise `ValueError` for the first setting that is invalid for the kind; needs neither data nor devices."""
     kind = kind_of(config)
     for field in {other.preview_field for other in KINDS.values()} - {KINDS[kind].preview_field, None}:
         value = getattr(config.train, str(field))
@@ -54,10 +54,10 @@ def check(config: Config) -> None:
 
 
 def for_training(config: Config, manifest: Manifest, mesh: Mesh) -> Conditioning:
-    """The conditioning of a run on this data. Raises `ValueError` where the data lack what it needs."""
+    """The conditioning of a run on this data. Raises `ValueError` if the data do not have the required fields."""
     return KINDS[kind_of(config)].for_training(config, manifest, mesh)
 
 
 def from_checkpoint(config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Conditioning:
-    """The conditioning of a stored model, from a checkpoint's metadata; nothing is loaded yet."""
+    """The conditioning of a stored model, from a checkpoint's metadata, without loading anything."""
     return KINDS[kind_of(config)].from_checkpoint(config, manifest, meta)

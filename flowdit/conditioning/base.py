@@ -1,4 +1,4 @@
-"""What every kind of conditioning answers, and what it need not answer itself."""
+"""The base class of all kinds of conditioning."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from flowdit.models.attention import AttentionShape
 from flowdit.models.config import ModelConfig
 
 DEFAULT_PREVIEWS = 16
-"""Images in a preview whose content the configuration leaves open."""
+"""Number of images in a preview by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Images to draw. Conditions are made a batch at a time, so that many requests take no memory.
+    """Images to draw. Conditions are made batch by batch, so memory does not grow with the number of requests.
 
-    `captions` is what to write below each image. `encode` takes the numbers of images and returns their conditions and
-    null conditions, both with a leading batch axis; the null conditions are None where there is nothing to guide from.
+    `captions` are the texts below the images. `encode` takes image indices and returns their conditions and null
+    conditions, both with a leading batch axis; the null conditions are None without guidance.
     """
 
     captions: list[str]
@@ -42,10 +42,10 @@ class Requests:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """How a model is asked for images as a pipeline of diffusers (`interop/exported/pipeline.py`), and what its card says.
+    """Arguments of the exported diffusers pipeline (`interop/exported/pipeline.py`), and entries of its model card.
 
-    task: of the hub's tasks. title: what the card begins with. call: an example, of the pipeline `pipe`.
-    values: arguments of the pipeline. parts: arguments of its `from_pretrained` that the folder does not hold.
+    task: one of the hub's tasks. title: the beginning of the card. call: an example call of the pipeline `pipe`.
+    values: arguments of the pipeline. parts: arguments of its `from_pretrained` that are not in the folder.
     facts: rows for the card's table of data.
     """
 
@@ -58,38 +58,38 @@ class Exported:
 
 
 class Conditioning(abc.ABC):
-    """One kind of conditioning: its records, conditions, requests for images, and what is said of it.
+    """One kind of conditioning: its record fields, conditions, requests for images, and metadata.
 
-    `condition` and `null` see one example, are traced, and return pytrees of the same shapes, so that either can stand
-    in the other's place.
+    `condition` and `null` take one example, are traced, and return pytrees of the same shapes, so that one can replace
+    the other.
     """
 
     model: ClassVar[str]
     """The network that it conditions, a key of `models.config.MODELS`."""
     starts_from: ClassVar[tuple[str, ...]]
-    """The networks whose weights a run may start from, with `train.init_from`."""
-    wishes: ClassVar[tuple[str, ...]] = ()
-    """What requests for images may say: arguments of `requests`."""
+    """The networks that are allowed in `train.init_from`."""
+    request_args: ClassVar[tuple[str, ...]] = ()
+    """Names of the arguments of `requests`."""
     preview_field: ClassVar[str | None] = None
-    """The field of `train` that says what previews show, for the first of the `wishes`; those of other kinds are null."""
+    """The field of `train` for the first of `request_args` in previews; those of other kinds must be null."""
 
     @classmethod  # noqa: B027
     def check(cls, config: Config) -> None:
-        """Raise `ValueError` for the first setting that this kind cannot use; needs neither data nor devices."""
+        """Raise `ValueError` for the first setting that is invalid for this kind, without data or devices."""
 
     @classmethod
     @abc.abstractmethod
     def for_training(cls, config: Config, manifest: Manifest, mesh: Mesh) -> Conditioning:
-        """Raises `ValueError` where the data lack what is needed."""
+        """The conditioning of a run. Raises `ValueError` if the data do not have the required fields."""
 
     @classmethod
     @abc.abstractmethod
     def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Conditioning:
-        """That of a stored model. Loads nothing: what samples need is loaded when they are asked for."""
+        """The conditioning of a stored model. Anything needed for sampling is loaded on first use."""
 
     def with_encoder(self, name: str) -> Conditioning:
-        """The same with another text encoder, by folder or hub id. Raises `ValueError` where none is used."""
-        raise ValueError(f"text_encoder: must not be given, as this model reads no text, got {name!r}")
+        """The same with another text encoder, by folder or hub id. Raises `ValueError` if there is no text encoder."""
+        raise ValueError(f"text_encoder: must not be given, as this model has no text encoder, got {name!r}")
 
     # --- the network ---
 
@@ -101,14 +101,14 @@ class Conditioning(abc.ABC):
         """
 
     def check_model(self, config: ModelConfig) -> None:  # noqa: B027
-        """Raise `ValueError` for a shape of the network that does not fit what it is conditioned on."""
+        """Raise `ValueError` for a network shape that does not fit the condition."""
 
     def attention_shapes(self, config: ModelConfig, latent_shape: tuple[int, int, int]) -> list[AttentionShape]:
-        """What the network asks of attention kernels."""
+        """The attention shapes of the network."""
         return config.attention_shapes(latent_shape)
 
     def model_builder(self, config: Config, manifest: Manifest) -> Callable[[], Any]:
-        """A function that initialises the network of this configuration, on these latents; it works under jit."""
+        """Return a function that initialises the network of this configuration for these latents; usable under jit."""
         with under("model."):
             config.model.check(manifest.latent_shape)
         self.check_model(config.model)
@@ -118,14 +118,14 @@ class Conditioning(abc.ABC):
 
     @abc.abstractmethod
     def fields(self) -> dict[str, Field]:
-        """The fields of a record beside its latent."""
+        """The fields of a record besides its latent."""
 
     def reader(self, split: str) -> TextReader | None:
-        """What makes arrays of the captions of a split, where there are any."""
+        """The reader for the captions of a split, if any."""
         return None
 
     def encode(self, batch: Batch) -> Batch:
-        """A batch on the devices as the loader made it, as the step takes it. Runs ahead of the step."""
+        """Transform a batch of the loader on the devices to the input of the step. Runs ahead of the step."""
         return batch
 
     @abc.abstractmethod
@@ -134,60 +134,60 @@ class Conditioning(abc.ABC):
 
     @abc.abstractmethod
     def null(self, condition: Any) -> Any:
-        """The counterpart of a condition that says nothing, for dropout in training and for guidance."""
+        """The null condition for a condition, for dropout in training and for guidance."""
 
-    # --- images that are asked for ---
+    # --- requests for images ---
 
     @abc.abstractmethod
-    def requests(self, count: int = 1, **wishes: Any) -> Requests:
-        """`count` images of each of the `wishes`. Raises `ValueError` for what the model was not trained on."""
+    def requests(self, count: int = 1, **arguments: Any) -> Requests:
+        """Requests for `count` images of each value. Raises `ValueError` for values that the model does not support."""
 
     @abc.abstractmethod
     def previews(self, train: TrainConfig, source: Source | None) -> Requests:
-        """What is drawn during training; `source` has records of the data, to choose from where nothing is asked for."""
+        """The requests for previews during training; defaults may be chosen from the records of `source`."""
 
-    # --- what is said of it ---
+    # --- descriptions ---
 
     @property
     @abc.abstractmethod
     def summary(self) -> str:
-        """For a line on the console."""
+        """A description for the console."""
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of it beside the configuration and the data, as JSON."""
+        """Metadata for a checkpoint, in addition to configuration and data, as JSON."""
         return {"text": None}
 
     def exported(self) -> Exported | None:
-        """For a pipeline of diffusers and its model card; None where the pipeline knows no such condition."""
+        """Entries for the diffusers pipeline and model card; None if the pipeline does not support the condition."""
         return None
 
     def figures(self) -> dict[str, int]:
-        """Counts to log, over what this process has read so far."""
+        """Counts to log, of what this process has read so far."""
         return {}
 
     # --- starting and resuming ---
 
     def check_resumable(self, stored: Mapping[str, Any]) -> None:  # noqa: B027
-        """Raise `ValueError` unless a run whose checkpoint says `stored` can go on with this conditioning."""
+        """Raise `ValueError` unless a run with checkpoint metadata `stored` can be resumed with this conditioning."""
 
     def fresh_parts(self, theirs: Conditioning, their_model: ModelConfig, model: ModelConfig) -> dict[str, str]:
-        """The parts of our network that theirs, of the same architecture, cannot fill, and why."""
+        """The parts of our network that cannot be copied from theirs, of the same architecture, with the reason."""
         return {}
 
     def differences(self, theirs: Conditioning) -> list[str]:
-        """What is no obstacle to a start from their network but should be known."""
+        """Differences to report when starting from their network."""
         return []
 
 
-def check_wishes(conditioning: Conditioning, wishes: Mapping[str, Any]) -> None:
-    """Raise `ValueError` naming the first thing asked for that this kind of model cannot follow."""
-    for name, value in wishes.items():
+def check_request_args(conditioning: Conditioning, arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` naming the first argument that this kind of model does not support."""
+    for name, value in arguments.items():
         is_asked = value is not None and not (isinstance(value, str) and not value)
-        if is_asked and name not in conditioning.wishes:
-            takes = " and ".join(conditioning.wishes) or "no condition"
+        if is_asked and name not in conditioning.request_args:
+            takes = " and ".join(conditioning.request_args) or "no condition"
             raise ValueError(f"{name}: not supported by this model, which takes {takes}")
 
 
 def repeated(items: Sequence[Any], count: int) -> list[Any]:
-    """Every item `count` times in a row."""
+    """Repeat every item `count` times."""
     return [item for item in items for _ in range(count)]

@@ -23,13 +23,13 @@ from flowdit.models.dit import DiT, build_dit
 
 @dataclasses.dataclass(frozen=True)
 class Labels(Conditioning):
-    """On the number of a class; the null class comes after the last one (DiT)."""
+    """Conditioning on a class number; the null class comes after the last one (DiT)."""
 
     class_names: tuple[str, ...]
 
     model = "ccdit"
     starts_from = ("ccdit",)
-    wishes = ("labels",)
+    request_args = ("labels",)
     preview_field = "sample_labels"
 
     @classmethod
@@ -66,7 +66,7 @@ class Labels(Conditioning):
         return jnp.full_like(condition, self.num_classes)
 
     def requests(self, count: int = 1, labels: Any = None) -> Requests:
-        """Classes by number or name, one or a list; without any, a choice out of all."""
+        """Classes by number or name, one or a list; by default a selection of all."""
         return self._requests(repeated(self.resolve("labels", as_list(labels)), count))
 
     def previews(self, train: TrainConfig, source: Source | None) -> Requests:
@@ -80,7 +80,7 @@ class Labels(Conditioning):
         return Requests([self.class_names[number] for number in numbers], encode)
 
     def resolve(self, field: str, labels: Sequence[Any] | None) -> list[int]:
-        """Class numbers for numbers or names; without any, `DEFAULT_PREVIEWS` classes spread over all."""
+        """Class numbers for numbers or names; by default `DEFAULT_PREVIEWS` evenly spaced classes."""
         if labels is None:
             count = min(DEFAULT_PREVIEWS, self.num_classes)
             return [i * self.num_classes // count for i in range(count)]
@@ -94,7 +94,7 @@ class Labels(Conditioning):
             return names.index(label)
         number = int(label) if isinstance(label, int) or str(label).isdigit() else -1
         if isinstance(label, bool) or not 0 <= number < len(names):
-            # Those that are spelt alike first, as the class meant is likely among them.
+            # Similar names first, as the intended class is likely among them.
             shown = [*difflib.get_close_matches(str(label), names), *names]
             known = ", ".join(dict.fromkeys(shown[:8])) + (", ..." if len(names) > 8 else "")
             raise ValueError(f"{field}: must be in [0, {len(names)}) or a class name ({known}), got {label!r}")
@@ -105,7 +105,7 @@ class Labels(Conditioning):
         return f"{self.num_classes} classes"
 
     def exported(self) -> Exported:
-        # By number: the hub takes a list of texts in `model_index.json` for the name of a part.
+        # By number: the hub interprets a list of strings in `model_index.json` as a component.
         names = {str(number): name for number, name in enumerate(self.class_names)}
         return Exported(
             f"Class-conditional ({self.num_classes})", "pipe(class_labels=[0])", values={"class_names": names}

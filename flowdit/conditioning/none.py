@@ -1,4 +1,4 @@
-"""Nothing: records of a latent alone, and a DiT whose class table holds the null class alone."""
+"""No condition: records with only a latent, and a DiT whose class table has only the null class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowdit.models.dit import DiT, build_dit
 
 @dataclasses.dataclass(frozen=True)
 class Unconditional(Conditioning):
-    """On nothing. Labels and captions that the records may hold are not read; there is nothing to drop or to guide."""
+    """No conditioning. Labels and captions of the records are ignored; there is no dropout and no guidance."""
 
     model = "ccdit"
     starts_from = ("ccdit",)

@@ -30,13 +30,13 @@ from flowdit.sharding import batch_sharding, join_micro_batches, micro_batch, on
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2**16
-"""The longest text that is taken: no tensor has this size, and it takes memory when a sample is drawn."""
+"""Maximum text length: it is not the size of any tensor, but sampling allocates it."""
 ENCODER_FIELDS = ("name", "fingerprint", "dtype", "max_length", "width")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What only a run has: how captions are read, and where a batch is encoded, `micro_batch` rows at a time."""
+    """Values that exist only in training. A batch is encoded in micro-batches of `micro_batch` rows."""
 
     encoder: TextEncoder
     data: DataConfig
@@ -48,7 +48,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Text(Conditioning):
-    """On the features of a text; the null caption is the model's own (PixArt-alpha).
+    """Conditioning on text features; the null caption is part of the model (PixArt-alpha).
 
     `info` says which encoder made the features (`describe_encoder`); its fingerprint is empty for a model that was
     trained elsewhere. `size` is the (height, width) in pixels of examples that do not say theirs, for networks that are
@@ -62,7 +62,7 @@ class Text(Conditioning):
 
     model = "pixart"
     starts_from = ("pixart", "ccdit")
-    wishes = ("prompts", "negative_prompt")
+    request_args = ("prompts", "negative_prompt")
     preview_field = "sample_prompts"
 
     @classmethod
@@ -93,7 +93,7 @@ class Text(Conditioning):
 
     @functools.cached_property
     def encoder(self) -> TextEncoder:
-        """The text encoder, loaded when it is needed first. Raises `ValueError` if it is not that of the features."""
+        """The text encoder, loaded on first use. Raises `ValueError` if it is not the encoder of the features."""
         if self.training is not None:
             return self.training.encoder
         assert self.config is not None and self.info is not None
@@ -123,7 +123,7 @@ class Text(Conditioning):
         return {**CAPTION_FIELDS, **sizes}
 
     def reader(self, split: str) -> TextReader:
-        """Tokens for the encoder in the loop, or features from the cache that the same encoder made."""
+        """A reader of tokens for the encoder in the loop, or of features from a cache made by the same encoder."""
         assert self.training is not None
         data, manifest = self.training.data, self.training.manifest
         if data.text_cache is None:
@@ -135,7 +135,7 @@ class Text(Conditioning):
         return reader
 
     def encode(self, batch: Batch) -> Batch:
-        """`text_features` in place of `text_ids`; a batch with features from the cache stays as it is."""
+        """Replace `text_ids` by `text_features`; a batch with cached features is unchanged."""
         if "text_ids" not in batch:
             return batch
         rest = {name: value for name, value in batch.items() if name != "text_ids"}
@@ -158,10 +158,10 @@ class Text(Conditioning):
     def null(self, condition: TextCondition) -> TextCondition:
         return condition._replace(dropped=jnp.ones_like(condition.dropped))
 
-    # --- images that are asked for ---
+    # --- requests for images ---
 
     def requests(self, count: int = 1, prompts: Any = None, negative_prompt: str = "") -> Requests:
-        """Prompts, one or a list. The null condition is `negative_prompt`; when that is empty, the model's null caption."""
+        """Requests for prompts, one or a list. An empty `negative_prompt` means the model's null caption."""
         texts = [str(prompt) for prompt in as_list(prompts) or []]
         if not texts:
             raise ValueError(f"prompts: must hold at least one prompt, got {prompts}")
@@ -169,7 +169,7 @@ class Text(Conditioning):
         return self._requests(repeated(texts, count), negative_prompt)
 
     def previews(self, train: TrainConfig, source: Source | None) -> Requests:
-        """`train.sample_prompts`, or short captions spread over `source`."""
+        """`train.sample_prompts`, or evenly spaced short captions of `source`."""
         prompts = train.sample_prompts
         if prompts is None and source is not None:
             count = min(DEFAULT_PREVIEWS, len(source))
@@ -191,7 +191,7 @@ class Text(Conditioning):
         return Requests(prompts, encode)
 
     def _conditions(self, texts: list[str]) -> TextCondition:
-        """Of any texts in one shape, so that images do not depend on how long the other prompts are."""
+        """Conditions with a fixed shape, so that images do not depend on the length of other prompts."""
         encoded = self.encoder.encode(texts, self.encoder.max_length)
         text = {"text_features": jnp.asarray(encoded.features), "text_mask": jnp.asarray(encoded.mask)}
         return jax.vmap(self.condition)(text)
@@ -204,7 +204,7 @@ class Text(Conditioning):
                 if is_cut:
                     logger.warning("longer than %d tokens, the rest is ignored: %r...", length, prompt[:60])
 
-    # --- what is said of it ---
+    # --- descriptions ---
 
     @property
     def summary(self) -> str:
@@ -226,7 +226,7 @@ class Text(Conditioning):
                 f'text_encoder=T5GemmaEncoderModel.from_pretrained("{name}", is_encoder_decoder=False)',
             ),
         )
-        if name == WORDLLAMA:  # no encoder of transformers
+        if name == WORDLLAMA:  # not an encoder of transformers
             call, parts = "pipe(prompt_embeds=..., prompt_attention_mask=...)", ()
         return Exported(
             "Text-conditional (PixArt-alpha)",
@@ -245,7 +245,7 @@ class Text(Conditioning):
     # --- starting and resuming ---
 
     def check_resumable(self, stored: Mapping[str, Any]) -> None:
-        # An encoder that was moved is the same one.
+        # The location of the encoder may change.
         before, now = ({**(text or {}), "name": None} for text in (stored.get("text"), self.info))
         if before != now:
             raise ValueError(
@@ -256,7 +256,7 @@ class Text(Conditioning):
         assert isinstance(theirs, Text) and theirs.info is not None and self.info is not None
         assert isinstance(their_model, PixArtConfig) and isinstance(model, PixArtConfig)
         parts = {}
-        # An imported model's encoder was not seen: its name has to do.
+        # The fingerprint of an imported model's encoder is unknown: compare the name.
         same = "fingerprint" if theirs.info["fingerprint"] else "name"
         if any(theirs.info[field] != self.info[field] for field in (same, "width")):
             texts = (theirs.info, self.info)
@@ -270,27 +270,27 @@ class Text(Conditioning):
 
 
 def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
-    """What a checkpoint says of the text encoder: enough to refuse another one."""
+    """Checkpoint metadata of the text encoder, enough to detect another one."""
     return {name: getattr(encoder, name) for name in ENCODER_FIELDS}
 
 
 def micro_condition(config: ModelConfig, manifest: Manifest) -> tuple[int, int] | None:
-    """Height and width in pixels for a model that is conditioned on them."""
+    """Height and width in pixels for a model with micro-conditioning, else None."""
     assert isinstance(config, PixArtConfig)
     return (manifest.image_size, manifest.image_size) if config.micro_conditioning else None
 
 
 def load_matching_encoder(config: TextConfig, info: Mapping[str, Any]) -> TextEncoder:
-    """The text encoder that `config` names. Raises `ValueError` if it is not the one that `info` describes."""
+    """Load the text encoder of `config`. Raises `ValueError` if it is not the one described by `info`."""
     if not config.encoder:
-        raise ValueError(f"text_encoder: must be given, the checkpoint names none (features of width {info['width']})")
+        raise ValueError(f"text_encoder: must be given, the checkpoint has none (features of width {info['width']})")
     with called({"encoder": "text_encoder"}):
         encoder = load_text_encoder(config)
     if encoder.width != info["width"]:
         raise ValueError(
             f"text_encoder: must make features of width {info['width']}, {encoder.name!r} makes {encoder.width}"
         )
-    known = info["fingerprint"]  # empty for a model that was trained elsewhere: nothing more is known
+    known = info["fingerprint"]  # empty for an imported model
     if known and encoder.fingerprint != known:
         raise ValueError(
             f"text_encoder: must be the one of the training run ({info['name']}, fingerprint {known}), "
@@ -300,7 +300,7 @@ def load_matching_encoder(config: TextConfig, info: Mapping[str, Any]) -> TextEn
 
 
 def make_encode_step(mesh: Mesh, batch_size: int) -> Any:
-    """Jitted (network, ids, mask) -> features of a batch, `batch_size` rows at a time: more would cost more memory."""
+    """Return a jitted (network, ids, mask) -> features, computed `batch_size` rows at a time to save memory."""
 
     def encode_step(network, ids, mask):
         count = len(ids) // batch_size

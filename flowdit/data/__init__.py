@@ -1,1 +1,1 @@
-"""Latent data sets: record format, manifest, Grain loader, and the command that makes them from images."""
+"""Latent data sets: record format, manifest, Grain loader, and preparation from images."""

@@ -1,7 +1,7 @@
-"""The captions of a folder of images: a JSON-lines file with one object an image.
+"""Reading the captions of an image folder: a JSON Lines file with one object per image.
 
-`{"file": "beach/001.jpg", "short_caption": "a dog", "long_caption": "a brown dog runs along a beach"}`: `file` is a path
-within the folder of images, `long_caption` may be left out, and other fields are ignored.
+`{"file": "beach/001.jpg", "short_caption": "a dog", "long_caption": "a brown dog runs along a beach"}`: `file` is a
+path within the image folder, `long_caption` is optional, and other fields are ignored.
 """
 
 import json
@@ -14,10 +14,10 @@ from flowdit.data.schema import CaptionField
 
 
 def read_captions(path: Path, folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The (short, long) captions of the images called `names` within `folder`, in their order.
+    """Read the (short, long) captions of the images `names` within `folder`, in this order.
 
-    Raises `ValueError` naming the line, the field, the rule and the value; and how many images have no caption, or
-    captions no image, with the first of them.
+    Raises `ValueError` with line, field, rule and value, or with the number of images without a caption or captions
+    without an image, and the first of them.
     """
     captions: dict[str, tuple[str, str]] = {}
     lines: dict[str, int] = {}

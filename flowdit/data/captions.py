@@ -1,8 +1,8 @@
-"""The text of a batch: which caption of each record is read, and how it becomes arrays.
+"""The text of a batch: the choice of captions, and their conversion to arrays.
 
-A record has a short and a long caption; a visit reads one of them, chosen by a number in [0, 1) that the loader draws. A
-`TextReader` turns the choice into arrays. Online training reads token ids (`TokenizedCaptions`); the other kind reads
-features from a cache (`flowdit.data.text_cache`).
+A record has a short and a long caption; one of them is read each time, chosen by a random number in [0, 1) from the
+loader. A `TextReader` returns the arrays: token ids for online encoding (`TokenizedCaptions`), or features from a cache
+(`flowdit.data.text_cache`).
 """
 
 import hashlib
@@ -20,25 +20,25 @@ CAPTIONS = ("short_caption", "long_caption")
 
 @runtime_checkable
 class TextReader(Protocol):
-    """Captions to the text arrays of a batch; threads may share one."""
+    """Converts captions to the text arrays of a batch. Thread-safe."""
 
     @property
     def truncated(self) -> int:
-        """Captions handed out so far that had more tokens than there was room for."""
+        """Number of captions read so far that were cut."""
         ...
 
     def read(
         self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
     ) -> dict[str, np.ndarray]:
-        """`text_mask` bool (n, max_length), all False for a record without any caption, and what it masks.
+        """`text_mask` bool (n, max_length), all False for a record without any caption, and the masked array.
 
-        `records` are those of the data set at `indices`; `draws` are numbers in [0, 1), one a record.
+        `records` are those of the data set at `indices`; `draws` are random numbers in [0, 1), one per record.
         """
         ...
 
 
 class TokenizedCaptions:
-    """Reads `text_ids` int32 (n, max_length) beside the mask, for an encoder that runs in the training loop."""
+    """Reads `text_ids` int32 (n, max_length) and the mask, for an encoder in the training loop."""
 
     def __init__(self, tokenize: Callable[[Sequence[str]], Tokens], long_caption_prob: float):
         self._tokenize = tokenize
@@ -59,7 +59,7 @@ class TokenizedCaptions:
 
 
 class Counter:
-    """A sum to which many threads add."""
+    """A thread-safe sum."""
 
     def __init__(self) -> None:
         self.value, self._lock = 0, threading.Lock()
@@ -72,7 +72,7 @@ class Counter:
 def choose_long(
     records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"], long_caption_prob: float
 ) -> Bool[np.ndarray, " n"]:
-    """Whether the long caption is read: where the draw is below `long_caption_prob`, or the short caption is empty."""
+    """Whether to read the long caption: if the draw is below `long_caption_prob`, or the short caption is empty."""
     short, long = ([bool(record[name].strip()) for record in records] for name in CAPTIONS)
     return (draws < long_caption_prob) & np.array(long, bool) | ~np.array(short, bool)
 
@@ -83,7 +83,7 @@ def chosen_captions(records: Sequence[Mapping[str, Any]], use_long: Bool[np.ndar
 
 
 def caption_key(*captions: str) -> bytes:
-    """8 bytes that change whenever one of `captions` does (BLAKE2b). The lengths of all but the last separate them."""
+    """8 bytes that identify `captions` (BLAKE2b). The lengths of all but the last separate them."""
     parts = [caption.encode() for caption in captions]
     lengths = b"".join(len(part).to_bytes(8, "little") for part in parts[:-1])
     return hashlib.blake2b(lengths + b"".join(parts), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""Images to records: read and cropped by threads, encoded by the VAE in batches on all local devices."""
+"""From images to records: reading and cropping in threads, encoding with the VAE in batches on all local devices."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from flowdit.models.vae import AutoencoderKL, Posterior
 from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, replicated
 
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-"""Threads that read images, and batches read ahead of the encoder."""
+"""Number of threads that read images, and of prefetched batches."""
 
 EncodeBatch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def latent_encoder(vae: AutoencoderKL, batch_size: int) -> EncodeBatch:
-    """Maps uint8 (n, size, size, 3), n at most `batch_size`, to posterior mean and deviation, on all local devices."""
+    """Return a function from uint8 (n <= batch_size, size, size, 3) to posterior mean and std, on all local devices."""
     mesh = make_local_mesh()
     vae = eqx.filter_shard(vae, replicated(mesh))
     rows = math.ceil(batch_size / batch_shards(mesh)) * batch_shards(mesh)
@@ -48,9 +48,9 @@ def encoded_records(
     dtype: str,
     posterior_std: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The records of one shard, whose items are rows of (number of the image, whether mirrored).
+    """The records of one shard, whose items are rows of (image index, whether mirrored).
 
-    Latents are the posterior means, raw: before the VAE's shift and scale.
+    Latents are raw posterior means, without the VAE's shift and scale.
     """
     images = grain.MapDataset.range(len(items)).map(lambda i: _image(image_set, items[i], image_size))
     batches = images.batch(batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
@@ -58,7 +58,7 @@ def encoded_records(
     for batch in batches:
         mean, std = (part.astype(dtype) for part in encode_batch(batch))
         if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-            raise ValueError(f"dtype: the VAE's latents are not finite in {dtype}: is it the right VAE?")
+            raise ValueError(f"dtype: the VAE's latents must be finite in {dtype}: check the VAE")
         for i in range(len(batch)):
             record = {"latent": mean[i]} | image_set.condition(next(numbers))
             yield record | ({"latent_std": std[i]} if posterior_std else {})

@@ -1,6 +1,6 @@
-"""Images with their classes and captions, before any VAE: the embedded OpenMoji set, or a folder.
+"""Image sets with classes and captions: the embedded OpenMoji set, or a folder.
 
-A folder has one sub-folder a class, or a file of captions, or both, or neither.
+A folder has one sub-folder per class, or a caption file, or both, or neither.
 """
 
 import zlib
@@ -23,9 +23,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images that are opened one at a time; `key` changes whenever the images do.
+    """A set of images that are opened one at a time; `key` identifies their content.
 
-    They have labels, (short, long) captions, both, or nothing that says what they show.
+    They have labels, (short, long) captions, both, or neither.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ImageSet:
     attribution: str = ""
 
     def condition(self, index: int) -> dict[str, Any]:
-        """The fields of a record that say what image `index` shows."""
+        """Label and captions of image `index`, as fields of a record."""
         label = {} if self.labels is None else {"label": int(self.labels[index])}
         if self.captions is None:
             return label
@@ -47,19 +47,19 @@ class ImageSet:
         return label | {"short_caption": short, "long_caption": long}
 
     def captions_key(self) -> str | None:
-        """SHA-256 (hex) that changes whenever a caption does."""
+        """SHA-256 (hex) over all captions."""
         if self.captions is None:
             return None
         return sha256(caption_key(*pair) for pair in self.captions)
 
 
 def load_images(source: str, held_out_fraction: float, captions: str = "") -> ImageSet:
-    """The images of `source`: "openmoji" (whose captions and held-out images are fixed) or a folder.
+    """Load the image set `source`: "openmoji" (with fixed captions and held-out images) or a folder.
 
-    `captions` is a file as `caption_file` describes it. Images without class sub-folders have no labels.
+    `captions` is a file as in `caption_file`. Images without class sub-folders have no labels.
 
-    Raises `ValueError` if there is no such folder, it has neither images nor class sub-folders, one of these has no
-    image, or the captions are not those of the images.
+    Raises `ValueError` if the folder does not exist, has neither images nor class sub-folders, a class has no image, or
+    the captions do not match the images.
     """
     if source == "openmoji":
         if captions:
@@ -105,7 +105,7 @@ def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) 
 
 
 def _class_files(folder: Path) -> tuple[tuple[str, ...], list[Path], np.ndarray]:
-    """Names of the classes, images, and the class number of each."""
+    """Class names, image files, and their class numbers."""
     classes = [path for path in sorted(folder.iterdir()) if _is_class(path)]
     if not classes:
         raise ValueError(f"source: {folder} must have images or one sub-folder of them for each class, it has neither")
@@ -137,7 +137,7 @@ def _listed(file: Path, name: str) -> bytes:
 
 
 def _open(file: Path) -> Image.Image:
-    """The image in `file`, upright and on white where it is transparent."""
+    """Open the image in `file`, upright, with a white background if transparent."""
     try:
         with Image.open(file) as image:
             image = _in_eight_bits(ImageOps.exif_transpose(image))
@@ -145,17 +145,17 @@ def _open(file: Path) -> Image.Image:
                 return image.convert("RGB")
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types on damaged files, and one on too many pixels
+    except Exception as error:  # Pillow raises many types for damaged files, and one for too many pixels
         raise ValueError(f"{file}: cannot be read as an image: {error}") from error
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Images of more bits by their upper eight, as Pillow itself reads those of 16 bits in colour.
+    """Reduce images with more bits to their upper eight, as Pillow does for 16-bit colour images.
 
-    What it reads as integers or floats (modes I;16, I and F) it would clip at 255 instead.
+    Integer and float images (modes I;16, I and F) would be clipped at 255 instead.
     """
     if image.mode in ("I", "F"):
-        raise ValueError(f"has pixels of 32 bits (mode {image.mode}) with unknown white: save it with 8 or 16 bits")
+        raise ValueError(f"has pixels of 32 bits (mode {image.mode}) with unknown range: save it with 8 or 16 bits")
     transparent = image.info.get("transparency")
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
@@ -164,19 +164,20 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
             grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
         return grey
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
-        image.info["transparency"] = tuple(part >> 8 for part in transparent)  # left at 16 bits
+        image.info["transparency"] = tuple(part >> 8 for part in transparent)  # not reduced by Pillow
     return image
 
 
 MAX_ASPECT = 8
-"""Up to this ratio of the sides an image is resized whole and then cropped, as ADM does."""
+"""Up to this aspect ratio an image is resized and then cropped, as in ADM."""
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest central square of `image` at `size` pixels, as ADM crops ImageNet (openai/guided-diffusion).
+    """Crop the largest central square of `image` and resize it to `size` pixels, as ADM for ImageNet
+    (openai/guided-diffusion).
 
-    Halving by box averages comes first, because a bicubic resize by more than two would alias. Of a much longer image
-    only the square is resized, as the whole might not fit the memory; columns and rows may take turns in another order.
+    Box averages halve the image first, as a bicubic resize by more than two would alias. For very long images only the
+    square is resized, as the full image might not fit into memory; the order of columns and rows may differ then.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -1,8 +1,8 @@
-"""Grain over ArrayRecord: batches whose order depends on the seed and the batch number alone.
+"""Loading ArrayRecord data with Grain: batches that depend only on the seed and the batch number.
 
-Grain's bookkeeping for each element is most of a loader's cost, so indices are shuffled and batched first and one map
-reads and decodes a process's whole share of a batch. Every process computes the same global batches and takes its own
-rows, and the state is the number of the next batch: a run may continue on any number of processes and loader threads.
+Most of a loader's cost is Grain's bookkeeping per element, so indices are shuffled and batched first, and one map reads
+and decodes a process's share of a batch. Every process computes the same global batches and takes its rows, and the
+state is the number of the next batch: a run may continue on any number of processes and loader threads.
 """
 
 import functools
@@ -27,17 +27,18 @@ Batch = dict[str, np.ndarray]
 
 @dataclass
 class DataConfig:
-    """Where the training data lies and how it is read.
+    """Settings of the training data and its loader.
 
     Attributes:
         path: folder made by `python -m flowdit.prepare`.
         num_threads: threads of a process that read and decode batches.
-        prefetch: batches read ahead of the training step.
-        verify_hashes: compare the contents of all shards with the manifest when a run starts; those of small sets are always compared.
-        long_caption_prob: probability that a visit of a record reads its long caption, where it has one; in [0, 1].
+        prefetch: batches prefetched ahead of the training step.
+        verify_hashes: compare the hashes of all shards with the manifest when a run starts; for small sets they are
+            always compared.
+        long_caption_prob: probability of reading the long caption of a record, if it has one; in [0, 1].
         text_cache: folder of text features written by `prepare`; null: the text encoder runs in the training loop.
-        max_bad_records: damaged records per split that are reported and replaced by the next readable one; one more ends the
-            run. Each process counts its own, from its start.
+        max_bad_records: damaged records per split that are reported and replaced by the next readable one; one more
+            ends the run. Each process counts its own, from its start.
     """
 
     path: str = "???"
@@ -50,7 +51,7 @@ class DataConfig:
 
     @property
     def hash_limit(self) -> int:
-        """Bytes up to which contents are compared at the start: none where damaged records are to be passed over."""
+        """Total size in bytes up to which hashes are compared at the start; 0 if damaged records are allowed."""
         return 0 if self.max_bad_records else HASH_LIMIT_BYTES
 
     def check(self) -> None:
@@ -63,11 +64,11 @@ class DataConfig:
 
 
 class Source:
-    """Random access to the records of one split, which it reads by indices in [0, len(source)).
+    """Random access to the records of one split by indices in [0, len(source)).
 
-    A bad record is one that is damaged or breaks a rule, or whose caption's record in the cache does. In its place the next
-    readable one is read, around the end. That depends on the files alone (and on the caption asked for), so batches keep
-    their size and are the same on any number of processes and after a resume.
+    A record is bad if it, or its caption's record in the cache, is damaged or breaks a rule. It is replaced by the next
+    readable one, wrapping around the end. That depends only on the files (and on the choice of captions), so batches
+    keep their size and are the same on any number of processes and after a resume.
     """
 
     def __init__(
@@ -86,9 +87,9 @@ class Source:
         return len(self._files)
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The records at `indices`, decoded, each of the right types and shapes.
+        """Read, decode and check the records at `indices`.
 
-        Raises `RecordError` naming file, record within the file, field and rule, if there are more bad ones than allowed.
+        Raises `RecordError` with file, record within the file, field and rule, if more are bad than allowed.
         """
         try:
             return self._files.read(indices)
@@ -99,8 +100,8 @@ class Source:
     def read_batch(self, indices: Sequence[int], draws: Float64[np.ndarray, " n"] | None = None) -> Batch:
         """The records at `indices` stacked: `latent` float32 (n, channels, height, width), `label` int32 (n,).
 
-        A source with `text` takes `draws`, a number in [0, 1) for each record, and has what its text makes of the
-        captions in place of them. Raises `RecordError` as `read` does.
+        A source with `text` takes `draws`, a random number in [0, 1) per record, and returns the arrays of `text`
+        instead of captions. Raises `RecordError` like `read`.
         """
         try:
             return self._read_batch(indices, draws)
@@ -133,7 +134,7 @@ class Source:
             self.bad_records.add(problem)
 
     def _next_readable(self, index: int, read: Callable[[int], Any]) -> Any:
-        """What `read` makes of the first record from `index` on at which it does not fail."""
+        """The result of `read` for the first readable record from `index` on."""
         for i in range(index, index + len(self)):
             try:
                 return read(i % len(self))
@@ -151,12 +152,12 @@ def open_source(
     text: TextReader | None = None,
     max_bad_records: int | None = None,
 ) -> Source:
-    """The records of `split` ("train" or "validation") as `schema` has them, their captions as `text` reads them.
+    """Open the records of `split` ("train" or "validation") with fields of `schema` and captions read by `text`.
 
-    Their arrays must have the manifest's `latent_dtype`: a record of the other one was not written with it.
+    Latents must have the manifest's `latent_dtype`.
 
-    Raises `ValueError` naming the file if a shard is missing, is not an ArrayRecord file, is cut short, or holds another
-    number of records than the manifest says, and `RecordError` if the first record breaks a rule.
+    Raises `ValueError` naming the file if a shard is missing, truncated, not an ArrayRecord file, or has another number
+    of records than in the manifest, and `RecordError` if the first record breaks a rule.
     """
     shards = manifest.shards_of(split)
     if not shards:
@@ -164,13 +165,13 @@ def open_source(
     paths, counts = [Path(folder) / shard.file for shard in shards], [shard.records for shard in shards]
     check_files(paths, shards)
     source = Source(paths, counts, schema.of_dtype(manifest.latent_dtype), text, max_bad_records)
-    source.read([0])  # a rule that all records break is found before a run begins
+    source.read([0])  # finds a rule that all records break before a run starts
     return source
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A verified data set, opened; `validation` is None where it has no such split."""
+    """An opened, verified data set; `validation` is None without that split."""
 
     manifest: Manifest
     train: Source
@@ -180,9 +181,9 @@ class DataSet:
 class TrainStream(Iterator[Batch]):
     """An endless stream of this process's rows of the global batches; every epoch is a new permutation.
 
-    Batch number i, the draws that choose its captions included, is a function of (seed, i): the rows of all processes
-    together are the same for any `process_count`, `num_threads` and `prefetch`. Batches run on over the end of an epoch,
-    so that no record is ever dropped.
+    Batch number i, including the choice of captions, is a function of (seed, i): the rows of all processes together are
+    the same for any `process_count`, `num_threads` and `prefetch`. Batches continue across the end of an epoch, so that
+    no record is dropped.
     """
 
     def __init__(
@@ -211,11 +212,11 @@ class TrainStream(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The JSON-able state after the batches handed out so far, whatever has been read ahead."""
+        """The state after the batches returned so far, excluding prefetched ones, as JSON."""
         return {"next_batch": self._next_batch, **self._identity}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `get_state` was called, on any number of processes and threads.
+        """Continue from the result of `get_state`, on any number of processes and threads.
 
         Raises `ValueError` if the state belongs to another stream: other data, seed or global batch size.
         """
@@ -250,7 +251,7 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> sli
 def validation_batches(
     source: Source, batch_size: int, limit: int | None = None, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """At most `limit` records, spread evenly over the source, in a fixed order, each once and always with one caption.
+    """Yield at most `limit` evenly spaced records in a fixed order, each once and always with the same caption.
 
     Every batch has `batch_size` rows (this process's share of them); `weight` float32 (rows,) is 1 for a record and 0
     for the padding of the last batch.

@@ -1,4 +1,4 @@
-"""`dataset.json`: what a folder of shards holds, how it was made, and the hashes that prove it unchanged."""
+"""`dataset.json`: contents, origin and hashes of a folder of shards."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from flowdit.json_input import STRICT, Count, InputError, Listed, parse_file
 FILE_NAME = "dataset.json"
 SCHEMA_VERSION = 1
 HASH_LIMIT_BYTES = 256 * 2**20
-"""Up to this size (about a second of hashing) `verify` compares contents, above it sizes."""
+"""Up to this size (about a second of hashing) `verify` compares hashes, above it only sizes."""
 MAX_SIDE = 4096
-"""Channels, height or width of latents. The model's positions are made before the first record disproves a claim."""
+"""Maximum of channels, height and width of latents, as position tables are allocated before records are checked."""
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Split = Literal["train", "validation"]
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, config=STRICT)
 class VaeInfo:
-    """The VAE whose latents these are; models see `(latent - shift) * scale`."""
+    """The VAE of the latents; models get `(latent - shift) * scale`."""
 
     name: str
     fingerprint: str
@@ -66,11 +66,11 @@ class Shard:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Manifest:
-    """The contents of `dataset.json`. Latents on disk are raw: before the VAE's shift and scale.
+    """The contents of `dataset.json`. Latents on disk are raw, without the VAE's shift and scale.
 
-    `channel_mean` and `channel_std` are those of the raw latents of the train split, one value a channel. Records have
-    a label where there are class names, and captions where `has_captions`. In the checkpoint of a model that was
-    trained elsewhere there are no shards.
+    `channel_mean` and `channel_std` are those of the raw latents of the train split, one value per channel. Records
+    have a label if there are class names, and captions if `has_captions`. In the checkpoint of a model that was trained
+    elsewhere there are no shards.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -91,7 +91,7 @@ class Manifest:
     def _check(self) -> "Manifest":
         channels, *sides = self.latent_shape
         pixels = sorted({self.vae.stride * side for side in sides})
-        # A side that is no multiple of the stride is rounded up or down.
+        # A side that is not a multiple of the stride is rounded up or down.
         is_a_side = any(abs(self.image_size - size) < self.vae.stride for size in pixels)
         rule = f"must be vae.stride times a side of latent_shape, {pixels}"
         require("image_size", self.image_size, is_a_side, rule)
@@ -104,9 +104,9 @@ class Manifest:
 
     @property
     def id(self) -> str:
-        """SHA-256 (hex) over everything in the manifest, the shards' hashes and so their contents included."""
+        """SHA-256 (hex) over the whole manifest, including the hashes of the shards."""
         fields = dataclasses.asdict(self)
-        if not self.has_captions:  # ids from before this field was there stay as they are
+        if not self.has_captions:  # ids from before this field do not change
             del fields["has_captions"]
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return sha256(canonical)
@@ -123,7 +123,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":
-        """The manifest in `folder`. Raises `ManifestError` in one line if there is none or it breaks a rule."""
+        """Read the manifest in `folder`. Raises `ManifestError` with one line if it is missing or invalid."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             missing = f"no {FILE_NAME} in it" if path.parent.is_dir() else "no such folder"
@@ -134,7 +134,7 @@ class Manifest:
         return manifest
 
     def write(self, folder: str | Path) -> None:
-        """Write `dataset.json`; a reader sees the old file or the new one, never half of one."""
+        """Write `dataset.json` atomically."""
         write_json(Path(folder) / FILE_NAME, dataclasses.asdict(self))
 
 
@@ -147,16 +147,16 @@ def read_manifest(kind: type[T], path: Path) -> T:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write `data` to `path` in one atomic step."""
+    """Write `data` to `path` atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
 def verify(folder: str | Path, manifest: Manifest, *, hashes: bool = False, limit: int = HASH_LIMIT_BYTES) -> None:
-    """Raise `ManifestError` unless every shard is there and unchanged.
+    """Raise `ManifestError` unless every shard exists and is unchanged.
 
-    Sizes are always compared; contents (SHA-256) too if `hashes` is set or all shards together have at most `limit` bytes.
+    Sizes are always compared; hashes (SHA-256) if `hashes` is set or all shards together have at most `limit` bytes.
     """
     verify_shards(folder, manifest.shards, hashes=hashes, limit=limit)
 

@@ -1,17 +1,17 @@
-"""Which pickles the unpickler may see at all: a walk over their opcodes, before anything is allocated.
+"""Checks the opcodes of a pickle before it is unpickled and anything is allocated.
 
-Python's unpickler can be kept from calling what it should not, but it allocates what a file merely declares: the index
-of a memo entry, in 31 bytes, takes 4 GB. And it hashes the keys of dicts, which for tuples of tuples may never end. So
-a record has only the opcodes that plain data are written with (protocols 2 to 5), not too many, and each with sizes and
-indices that hold. (To interpret them here as well, without Python's unpickler, took 3 us a record more.)
+Python's unpickler can be kept from calling functions, but it allocates whatever size a file declares: a memo index in a
+file of 31 bytes takes 4 GB. And it hashes the keys of dicts, which takes exponential time for nested tuples. So a
+record may only have the opcodes of plain data (protocols 2 to 5), in limited number, with valid sizes and indices.
+(Interpreting the pickle here as well, without Python's unpickler, took 3 us more per record.)
 """
 
 import pickletools
 
 MAX_OPCODES = 10_000
-"""A record of two arrays and two captions has 84, whatever their size. Keys of equal hashes take time by the square."""
+"""A record of two arrays and two captions has 84, whatever their size. Keys with equal hashes take quadratic time."""
 MAX_SHARED_TUPLES = 8
-"""Uses of tuples that the record already holds. Each may double what there is to hash."""
+"""Maximum number of reused tuples. Each may double the time for hashing."""
 
 _FIXED = {  # opcodes by the bytes of their argument
     0: "MARK NONE NEWTRUE NEWFALSE EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS "
@@ -21,7 +21,7 @@ _FIXED = {  # opcodes by the bytes of their argument
     4: "BININT",
     8: "BINFLOAT",
 }
-_COUNTED = {  # by the bytes of the number that says how many bytes follow
+_COUNTED = {  # by the size in bytes of their length prefix
     1: "LONG1 SHORT_BINUNICODE SHORT_BINBYTES",
     4: "BINUNICODE BINBYTES",
     8: "BINUNICODE8 BINBYTES8 BYTEARRAY8",
@@ -41,26 +41,26 @@ _MEMOIZE, _SHORT_BINUNICODE, _GLOBAL, _STOP = _widths({0: "MEMOIZE SHORT_BINUNIC
 _LENGTHS = [0] * 256
 for _code, _width in _widths(_FIXED).items():
     _LENGTHS[_code] = 1 + _width
-# After these, what is on top of the stack and may go into the memo is no tuple.
+# After these, the top of the stack, which may go into the memo, is not a tuple.
 _NO_TUPLES = {*_COUNT_WIDTHS, _GLOBAL, *_widths({0: "STACK_GLOBAL REDUCE EMPTY_DICT EMPTY_LIST"})}
 
 
 class OpcodeError(ValueError):
-    """A pickle that is damaged, or written in anything but the opcodes of plain data."""
+    """A pickle that is damaged, or has other opcodes than those of plain data."""
 
 
 def check_opcodes(data: bytes) -> None:
-    """Raise `OpcodeError` unless the unpickler's time and memory for `data` grow with its length alone."""
+    """Raise `OpcodeError` unless the unpickler's time and memory are bounded by the length of `data`."""
     try:
         _walk(data)
     except (IndexError, ValueError) as error:
         if isinstance(error, OpcodeError):
             raise
-        raise OpcodeError("it is cut short or damaged") from None  # an opcode or its argument is not there
+        raise OpcodeError("it is cut short or damaged") from None  # an opcode or its argument is missing
 
 
 def _walk(data: bytes) -> None:
-    """The frequent opcodes come first. A size beyond the end is found when the next opcode is not there."""
+    """Frequent opcodes come first. A size beyond the end is detected when the next opcode is missing."""
     position = 0
     previous = 0
     shared = 0

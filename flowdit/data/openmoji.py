@@ -1,4 +1,4 @@
-"""The embedded data set: OpenMoji 17.0 at 64x64 ("the open-source emoji and icon project", openmoji.org, CC BY-SA 4.0)."""
+"""The embedded data set: OpenMoji 17.0 at 64x64 ("the open-source emoji and icon project", CC BY-SA 4.0)."""
 
 import collections
 import json
@@ -18,7 +18,7 @@ ATTRIBUTION = (
 )
 TILE, COLUMNS = 64, 49
 MIN_IMAGES = 8
-"""A subgroup with fewer images is no class: too few to learn from and to hold one out."""
+"""Minimum number of images of a class: fewer are too few to learn from and to hold one out."""
 COLOURS = [
     "red",
     "orange",
@@ -36,11 +36,11 @@ COLOURS = [
 ]
 MATERIALS = ["gold", "silver", "bronze", "wood", "metal", "iron", "glass", "stone", "brick", "paper", "wool", "ice"]
 LOOKS = {*COLOURS, *MATERIALS, "rainbow", "light", "dark"}
-"""What can be seen is worth naming first among the tags."""
+"""Visible properties, which come first among the tags."""
 
 
 class OpenMoji(NamedTuple):
-    """Images with their classes and (short, long) captions. About 1 in 20 is held out, as in the training of the embedded VAE."""
+    """Images with classes and (short, long) captions. About 1 in 20 is held out, as for the embedded VAE."""
 
     tiles: UInt8[np.ndarray, " images 64 64 3"]
     labels: Int[np.ndarray, " images"]
@@ -50,7 +50,7 @@ class OpenMoji(NamedTuple):
 
 
 def load() -> OpenMoji:
-    """The images of all subgroups with at least `MIN_IMAGES`; equally named subgroups of two groups are one class."""
+    """Load the images of all subgroups with at least `MIN_IMAGES`; subgroups of the same name are one class."""
     table = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
     counts = collections.Counter(row["subgroup"] for row in table)
     class_names = tuple(sorted(name for name, count in counts.items() if count >= MIN_IMAGES))
@@ -65,10 +65,10 @@ def load() -> OpenMoji:
 
 
 def captions(row: dict[str, Any]) -> tuple[str, str]:
-    """A short caption, which names the image, and a long one.
+    """The short caption, the name of the image, and the long caption.
 
-    The long one goes on with the kind of thing and the tags, colours and materials first, as far as they add a word:
-    "pear", "pear, food fruit, green".
+    The long one adds the subgroup and the tags that contain new words, colours and materials first: "pear", "pear, food
+    fruit, green".
     """
     short = re.sub("^flag: ", "flag of ", row["annotation"])
     kind = row["subgroup"].removesuffix("-other").replace("-", " ")
@@ -87,12 +87,12 @@ def _words(text: str) -> set[str]:
 
 
 def is_held_out(row: dict[str, Any]) -> bool:
-    """Whole image families are held out, so that no near-copy of a held-out image is trained on."""
+    """Whether an image is held out: whole families are, so that no near-copy is in the training split."""
     return zlib.crc32(image_family(row["hexcode"]).encode()) % 20 == 0
 
 
 def image_family(hexcode: str) -> str:
-    """Variants of one image share their first code point; each flag stands for itself."""
+    """The family of an image: variants share their first code point; each flag is its own family."""
     return hexcode if hexcode.startswith("1F1") else hexcode.split("-")[0]
 
 

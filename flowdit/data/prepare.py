@@ -1,7 +1,7 @@
-"""Images to a folder of latent shards and their manifest, in steps that can be interrupted and run again.
+"""Preparing a folder of latent shards and their manifest from images; can be interrupted and run again.
 
-Shards are the unit of work: each is encoded by itself, and a later run skips the finished ones; `dataset.json` is
-written when all are. Nothing depends on where a run was interrupted, so the manifest's id is that of a run in one go
+Shards are the unit of work: each is encoded separately, and a later run skips the finished ones; `dataset.json` is
+written at the end. The result does not depend on interruptions, so the manifest's id is that of an uninterrupted run
 (ArrayRecord files of identical records are identical).
 """
 
@@ -43,24 +43,25 @@ class PrepareConfig:
     """Settings of `python -m flowdit.prepare`.
 
     Attributes:
-        source: `openmoji`, or a folder of images with one sub-folder a class. Without sub-folders there are no labels: such a
-            set trains stage 2 if there are captions, and a model without condition otherwise.
-        captions: JSON-lines file with `file` (path of an image within `source`), `short_caption` and optionally `long_caption`;
+        source: `openmoji`, or a folder of images with one sub-folder per class. Without sub-folders there are no
+            labels: such a data set is for stage 2 if it has captions, otherwise for unconditional models.
+        captions: JSON Lines file with `file` (path of an image within `source`), `short_caption` and optionally
+            `long_caption`;
             empty: none (OpenMoji has its own).
         out: folder of the data set; empty: `data/<name of the source>`.
         vae: `openmoji` (embedded), or a diffusers AutoencoderKL by folder or hub id.
         image_size: side in pixels to which images are resized and cropped; a multiple of the VAE's stride.
-        batch_size: images encoded at a time.
+        batch_size: images per encoding batch.
         records_per_shard: records of a file; null: about 128 files of 512 to 16,384.
-        held_out_fraction: share of a folder's images that make the validation split, in [0, 1); OpenMoji's is fixed.
-        posterior_std: also store the posterior's deviation, so that training draws a fresh latent at each visit.
+        held_out_fraction: fraction of a folder's images in the validation split, in [0, 1); fixed for OpenMoji.
+        posterior_std: also store the posterior's standard deviation, so that training samples a new latent each time.
         hflip: add a mirrored copy of each training image.
         dtype: dtype of the latents on disk, `float16` or `float32`.
         license: licence of the images, for the manifest; empty: the source's own.
         attribution: attribution of the images, for the manifest; empty: the source's own.
-        text_encoder: encoder whose features of the captions are written as well, as `text.encoder` in training; empty: none.
+        text_encoder: encoder for a cache of caption features, like `text.encoder` in training; empty: none.
         text_dtype: dtype of these features, `bfloat16` or `float32`.
-        text_max_length: tokens to which captions are cut.
+        text_max_length: maximum number of tokens; longer captions are cut.
         text_cache: folder of the features; empty: `text_features` in `out`.
     """
 
@@ -92,7 +93,7 @@ class PrepareConfig:
 
 
 class Job(NamedTuple):
-    """One shard to write; its items are rows of (number of the image, whether mirrored)."""
+    """One shard to write; its items are rows of (image index, whether mirrored)."""
 
     file: str
     split: Split
@@ -100,10 +101,11 @@ class Job(NamedTuple):
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Encode the images of `config.source` and write the data set and its text features, or finish what was begun.
+    """Encode the images of `config.source` and write the data set and its text features, or continue an interrupted
+    run.
 
-    Raises `ValueError` in one line for settings that do not fit, an unreadable image (named), a folder that holds a
-    data set of other images or settings (left as it is), and a folder that cannot be written.
+    Raises `ValueError` with one line for invalid settings, an unreadable image, a folder with a data set of other
+    images or settings (which is not changed), and a folder that cannot be written.
     """
     config.check()
     image_set = load_images(config.source, config.held_out_fraction, config.captions)
@@ -113,7 +115,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     vae = load_vae(config.vae)
     if config.image_size % (stride := vae.config.stride):
         raise ValueError(f"image_size: must be a multiple of the VAE's stride {stride}, got {config.image_size}")
-    # Before the hours that latents may take, so that a fault shows first. It keeps its memory (5 GB of T5Gemma) meanwhile.
+    # Before the latents, which may take hours, so that errors are found first. It keeps its memory (5 GB for T5Gemma).
     encoder = _load_text_encoder(config) if config.text_encoder else None
     out = Path(config.out or Path("data") / image_set.name)
     try:
@@ -150,7 +152,7 @@ def _prepare_latents(
 
 
 def _jobs(config: PrepareConfig, image_set: ImageSet) -> Iterator[Job]:
-    """The shards: training records in one fixed random order over all of them, held-out ones as they come."""
+    """The shards: training records in a fixed random order over all shards, held-out ones in their original order."""
     train, held_out = np.flatnonzero(~image_set.held_out), np.flatnonzero(image_set.held_out)
     if not len(train):
         raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no image to train on")
@@ -167,10 +169,10 @@ def _split_jobs(split: Split, items: np.ndarray, records_per_shard: int | None) 
 
 
 def _plan(config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> dict[str, Any]:
-    """Everything that the data set depends on: two runs into one folder must have it in common."""
+    """Everything that the data set depends on, which must be equal for two runs into one folder."""
     text = {"text_encoder", "text_dtype", "text_max_length", "text_cache"}
     settings = {n: v for n, v in dataclasses.asdict(config).items() if n not in {"source", "captions", "out", *text}}
-    # "pictures" and not "images": folders that were begun before the word changed are finished, too.
+    # "pictures" instead of "images", so that folders started by earlier versions can be finished.
     identity = {"pictures": image_set.key, "captions": image_set.captions_key(), "vae_fingerprint": vae.fingerprint}
     return settings | identity
 

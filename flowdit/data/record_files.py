@@ -1,4 +1,4 @@
-"""Random access to the records of several ArrayRecord files, with errors that say which record of which file."""
+"""Random access to the records of several ArrayRecord files; errors name file and record."""
 
 import bisect
 import itertools
@@ -19,7 +19,7 @@ from flowdit.data.records import RecordError, decode
 
 @dataclass
 class _FileInstruction:
-    """The words in which ArrayRecordDataSource takes a file whose length is known."""
+    """The fields with which ArrayRecordDataSource accepts a file of known length."""
 
     filename: str
     skip: int
@@ -28,7 +28,7 @@ class _FileInstruction:
 
 
 class RecordFiles:
-    """Files in a row: `read` takes indices in [0, len(files)). `check` is called with every record that is read."""
+    """A sequence of files: `read` takes indices in [0, len(files)). `check` is called with every record."""
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], check: Callable[[Mapping[str, Any]], None]):
         self._paths, self._check = paths, check
@@ -40,14 +40,14 @@ class RecordFiles:
         return self._ends[-1]
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The records at `indices`, decoded and checked.
+        """Read, decode and check the records at `indices`.
 
-        Raises `RecordError` naming file, record within the file, and what is wrong with it.
+        Raises `RecordError` with file, record within the file, and problem.
         """
         return [self.locate(i, self._parse, data) for i, data in zip(indices, self._read_bytes(indices), strict=True)]
 
     def locate(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, whose error becomes one line that says where record `index` lies."""
+        """Call `function(*args)`; an error becomes one line with the file and number of record `index`."""
         try:
             return function(*args)
         except RecordError as error:
@@ -63,7 +63,7 @@ class RecordFiles:
     def _read_bytes(self, indices: Sequence[int]) -> Sequence[bytes]:
         try:
             return self._records.__getitems__(indices)
-        except RuntimeError:  # does not say which file: find the record by reading one at a time
+        except RuntimeError:  # does not name the file: read one record at a time
             return [self.locate(i, self._records.__getitem__, i) for i in indices]
 
     def _where(self, index: int) -> str:
@@ -72,21 +72,21 @@ class RecordFiles:
 
 
 class BadRecords:
-    """The different bad records that were met so far, of which `limit` are passed over.
+    """The different bad records found so far, of which `limit` are allowed.
 
-    With a limit of None none is, and the error names no option that would allow some. Threads may share one.
+    With a limit of None none is allowed, and the error does not mention the option. Thread-safe.
     """
 
     def __init__(self, limit: int | None):
         self.limit, self._lock = limit, threading.Lock()
-        self._problems: dict[str, None] = {}  # in the order in which they were met
-        self._told = 0
+        self._problems: dict[str, None] = {}  # in the order of their discovery
+        self._num_reported = 0
 
     def __len__(self) -> int:
         return len(self._problems)
 
     def add(self, problem: RecordError) -> None:
-        """Take note of what says where a record lies and what is wrong. Raises it if there is one too many."""
+        """Add a bad record. Raises its error if it exceeds the limit."""
         with self._lock:
             if str(problem) in self._problems:
                 return
@@ -98,15 +98,15 @@ class BadRecords:
         raise RecordError(f"{problem}{option}") from problem.__cause__
 
     def take_new(self) -> list[str]:
-        """What was noted since the last call."""
+        """The errors added since the last call."""
         with self._lock:
-            new, self._told = list(self._problems)[self._told :], len(self._problems)
+            new, self._num_reported = list(self._problems)[self._num_reported :], len(self._problems)
         return new
 
 
 def check_files(paths: Sequence[Path], shards: Sequence[Shard]) -> None:
-    """Raise `ValueError` naming a file that is missing, cut short, foreign, or holds another number of records."""
-    with ThreadPoolExecutor(16) as pool:  # thousands of shards on a network disk open slowly one after another
+    """Raise `ValueError` naming a file that is missing or damaged, or has another number of records."""
+    with ThreadPoolExecutor(16) as pool:  # opening thousands of shards on a network disk one by one is slow
         list(pool.map(_check_file, paths, shards))
 
 
@@ -118,9 +118,9 @@ def _check_file(path: Path, shard: Shard) -> None:
         count = reader.num_records()
         reader.close()
     except RuntimeError as error:
-        raise ValueError(f"{path}: is not a whole ArrayRecord file: {_first_clause(error)}") from None
+        raise ValueError(f"{path}: must be a complete ArrayRecord file: {_first_clause(error)}") from None
     if count != shard.records:
-        raise ValueError(f"{path}: must hold {shard.records} records as in the manifest, holds {count}")
+        raise ValueError(f"{path}: must hold {shard.records} records as in the manifest, got {count}")
 
 
 def _first_clause(error: Exception) -> str:

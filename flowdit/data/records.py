@@ -1,9 +1,9 @@
 """Records: the bytes of one training example. The only file that knows them; `data.schema` has the rules of the fields.
 
-A record is a pickled flat dict of numpy arrays and plain Python values. Data files are untrusted, so they are read by an
-unpickler that knows nine names (the ones numpy 1 and numpy 2 write for an array) and gives each a stand-in of ours: no
-import happens, no numpy constructor is reachable, and nothing in a file can run code. `data.opcodes` says what it may see
-at all, so that no file makes it take memory or time beyond measure.
+A record is a pickled flat dict of numpy arrays and plain Python values. Data files are untrusted, so they are read by
+an unpickler that accepts nine names (those that numpy 1 and numpy 2 write for an array) and replaces each by a
+stand-in: no import happens, no numpy constructor is reachable, and nothing in a file can run code. `data.opcodes` says
+what it may see at all, so that no file makes it take memory or time beyond measure.
 """
 
 import io
@@ -17,7 +17,7 @@ from flowdit.data.opcodes import check_opcodes
 
 
 class RecordError(ValueError):
-    """A record that cannot be decoded or that breaks a rule of its schema."""
+    """A record that cannot be decoded or breaks a rule of its schema."""
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
@@ -28,9 +28,9 @@ def encode(record: Mapping[str, Any]) -> bytes:
 def decode(data: bytes) -> dict[str, Any]:
     """The record in `data`: a dict of numpy arrays (possibly read-only) and plain Python values.
 
-    Raises `RecordError` whatever is wrong with the bytes: truncated, foreign, or a pickle that asks for anything but a
-    numpy array of booleans, integers or floats. Time and memory grow with the length of `data`, whatever it declares.
-    Arrays within lists are no part of a record and stay stand-ins.
+    Raises `RecordError` for any invalid bytes: truncated, not a record, or a pickle with anything but plain data and
+    numpy arrays of booleans, integers or floats. Time and memory are bounded by the length of `data`. Arrays within
+    lists are not supported and stay stand-ins.
     """
     try:
         check_opcodes(data)
@@ -41,7 +41,7 @@ def decode(data: bytes) -> dict[str, Any]:
             return {
                 _name(name): value.array() if isinstance(value, _Array) else value for name, value in record.items()
             }
-    except Exception as error:  # hostile bytes can raise anything, MemoryError and RecursionError included
+    except Exception as error:  # hostile bytes can raise any error, including MemoryError and RecursionError
         raise RecordError(f"not a readable record: {type(error).__name__}: {_one_line(error)}") from error
     raise RecordError(f"not a record: must be a dict, got {type(record).__name__}")
 
@@ -64,7 +64,7 @@ _DTYPES = {
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`, whose own `__setstate__` accepts flags and sizes that do not fit the type."""
+    """Stand-in for `numpy.dtype`, whose `__setstate__` accepts flags and sizes that do not fit the type."""
 
     def __init__(self, code: object, align: object = False, copy: object = False):
         if not (isinstance(code, str) and code in _DTYPES):
@@ -80,7 +80,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for an array until the record is whole: the items of a real one could be set, at any cost in memory.
+    """Stand-in for an array until the record is complete: items of a real array could be set, at any cost in memory.
 
     Pickles below protocol 5 build it in two steps: first empty, then its state.
     """
@@ -103,9 +103,9 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 class _Latin1:
-    """Stands in for `_codecs.encode`, with which protocols below 3 write bytes, of which a record has at most its length.
+    """Stand-in for `_codecs.encode`, used for bytes by protocols below 3; limited to the length of the record.
 
-    Without a limit the memo could have one long text copied again and again.
+    Without a limit the memo could copy one long string many times.
     """
 
     def __init__(self, room: int):
@@ -121,12 +121,12 @@ class _Latin1:
 
 
 def _shown(value: object) -> str:
-    """A text in quotes, cut; of anything else the type, as it may be endless to print."""
+    """A shortened string in quotes; for anything else the type, as its `repr` may be unbounded."""
     return f"{value[:40]!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 class _Callable:
-    """What a pickle may call and cannot alter: the BUILD opcode sets attributes on whatever has no `__setstate__`."""
+    """A callable that a pickle cannot modify: the BUILD opcode sets attributes on objects without `__setstate__`."""
 
     def __init__(self, function: Callable[..., Any]):
         self._function = function
@@ -139,10 +139,10 @@ class _Callable:
 
 
 _ALLOWED: dict[tuple[str, str], object] = {
-    ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of _reconstruct, so a word is enough
+    ("numpy", "ndarray"): "numpy.ndarray",  # only an argument of _reconstruct, so a string is enough
     ("numpy", "dtype"): _Callable(_Dtype),
 }
-for _core in ("numpy.core", "numpy._core"):  # the names of numpy 1 and of numpy 2
+for _core in ("numpy.core", "numpy._core"):  # names in numpy 1 and numpy 2
     _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _Callable(_Array)
     _ALLOWED[f"{_core}.multiarray", "scalar"] = _Callable(_scalar)
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _Callable(_Array)

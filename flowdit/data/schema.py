@@ -46,7 +46,7 @@ class ArrayField:
         if dtype is None:
             raise RecordError(f"must be a float16 or float32 array, got {_kind(value)}")
         if dtype != (self.dtype or dtype):
-            raise RecordError(f"must be a {self.dtype} array as latent_dtype of the manifest says, got {_kind(value)}")
+            raise RecordError(f"must be a {self.dtype} array as in latent_dtype of the manifest, got {_kind(value)}")
         if value.shape != self.shape:
             raise RecordError(f"must have shape {self.shape}, got {value.shape}")
 

@@ -1,7 +1,7 @@
-"""Writing one ArrayRecord shard so that an interruption leaves nothing half-written behind.
+"""Writing one ArrayRecord shard atomically.
 
-A shard is written under a temporary name and renamed; then a sidecar says that it is whole and what it holds. The folder
-carries a plan from the beginning, so that runs with other settings cannot mix their shards.
+A shard is written under a temporary name and renamed; then a sidecar file marks it as complete and describes it. The
+folder holds a plan from the start, so that runs with other settings cannot mix their shards.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Sums = dict[str, Any]
 
 @dataclass(frozen=True, config=STRICT)
 class Sidecar:
-    """What a finished shard holds; `sums` are the totals over its records of what `write_shard` was told to sum."""
+    """Description of a finished shard; `sums` are totals over its records (`sums_of` in `write_shard`)."""
 
     records: Count
     bytes: Count
@@ -42,7 +42,7 @@ class Plan(RootModel[dict[str, Any]]):
 
 
 def latent_sums(record: Mapping[str, Any]) -> Sums:
-    """What the statistics of the channels need: sums over the latent's positions, one a channel."""
+    """Sums over the latent's positions per channel, for the channel statistics."""
     flat = record["latent"].reshape(len(record["latent"]), -1).astype(np.float64)
     return {"values_per_channel": flat.shape[1], "channel": flat.sum(1), "channel_square": np.square(flat).sum(1)}
 
@@ -50,7 +50,7 @@ def latent_sums(record: Mapping[str, Any]) -> Sums:
 def write_shard(
     path: Path, records: Iterable[Mapping[str, Any]], sums_of: Callable[[Mapping[str, Any]], Sums] = latent_sums
 ) -> Sidecar:
-    """Write `records` (at least one) to `path` and its sidecar beside it. Raises `OSError` if it cannot."""
+    """Write `records` (at least one) to `path`, and its sidecar. Raises `OSError` on failure."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -66,9 +66,9 @@ def write_shard(
 def _write_records(
     path: Path, records: Iterable[Mapping[str, Any]], sums_of: Callable[[Mapping[str, Any]], Sums]
 ) -> tuple[int, Sums]:
-    """Number of records, and the sums over them as JSON can hold them."""
+    """Write the records; their number and sums, as JSON data."""
     count, sums = 0, {}
-    # One record a group: Grain reads single records at random, and a group is read whole.
+    # One record per group, as records are read at random and groups are read as a whole.
     writer = _writing(ArrayRecordWriter, os.fspath(path), "group_size:1")
     try:
         for record in records:
@@ -81,7 +81,7 @@ def _write_records(
 
 
 def _writing(function: Any, *args: Any) -> Any:
-    """`function(*args)` with ArrayRecord's errors, a full disk among them, as the `OSError`s that they are."""
+    """Call `function(*args)`, converting ArrayRecord's errors, such as a full disk, to `OSError`."""
     try:
         return function(*args)
     except (RuntimeError, ValueError) as error:
@@ -89,14 +89,14 @@ def _writing(function: Any, *args: Any) -> Any:
 
 
 def finished_sidecar(path: Path) -> Sidecar:
-    """The sidecar of a shard that has been finished."""
+    """The sidecar of a finished shard."""
     sidecar = read_sidecar(path)
     assert sidecar is not None, path
     return sidecar
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
-    """The sidecar of the shard at `path`, or None if that shard has not been finished."""
+    """The sidecar of the shard at `path`, or None if the shard is not finished."""
     try:
         sidecar = parse_file(Sidecar, _sidecar_path(path))
         return sidecar if path.stat().st_size == sidecar.bytes else None
@@ -113,9 +113,9 @@ def _sidecar_path(path: Path) -> Path:
 
 
 def claim_folder(field: str, folder: Path, plan: Mapping[str, Any], manifest_name: str) -> None:
-    """Make `folder`, of the configuration field `field`, ours: two runs into it must have all of `plan` in common.
+    """Create or reuse `folder`, set by the configuration field `field`: all runs into it must have the same `plan`.
 
-    Raises `ValueError` saying what differs if it belongs to another plan, or to none.
+    Raises `ValueError` with the difference if it has another plan, or shards without a plan.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN_NAME

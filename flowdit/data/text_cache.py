@@ -1,9 +1,9 @@
-"""Text features computed once: a folder of shards parallel to those of a data set, and `text_features.json`.
+"""Reading a cache of text features: a folder with the same shards as a data set, and `text_features.json`.
 
-Records 2i and 2i + 1 of a shard hold the features of the short and of the long caption of record i of the data shard of
-the same name, so that a visit reads only the one it uses: valid tokens (none of an empty caption) and a key of the text.
-bfloat16 is stored as its 16 bits, because records know no bfloat16. The cache is bound to encoder, dtype, length, data
-set and captions: a reader refuses any other, because features of another encoder or dtype give plausible losses and
+Records 2i and 2i + 1 of a shard hold the features of the short and the long caption of record i of the data shard of
+the same name, so that only the chosen one is read: features of valid tokens (none for an empty caption) and a key of
+the text. bfloat16 is stored as uint16 bits, as records do not support it. A cache belongs to one encoder, dtype,
+length, data set and captions; any other is refused, as features of another encoder or dtype give plausible losses but
 wrong models.
 """
 
@@ -38,9 +38,10 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class CacheManifest:
-    """The contents of `text_features.json`. `data` is the id of the data set's manifest; empty captions do not count.
+    """The contents of `text_features.json`. `data` is the id of the data set's manifest; empty captions are not
+    counted.
 
-    Shards are parallel to those of the data set, with a record for each caption of a record.
+    Shards correspond to those of the data set, with a record for each caption of a record.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -60,7 +61,7 @@ class CacheManifest:
         return self
 
     def check_made_by(self, folder: Path, encoder: TextEncoder, manifest: Manifest) -> None:
-        """Raise `ValueError` saying what differs unless `encoder` made these features, of that data set."""
+        """Raise `ValueError` with the difference unless `encoder` made these features from that data set."""
         theirs, ours = f"{self.fingerprint} ({self.encoder})", f"{encoder.fingerprint} ({encoder.name})"
         for name, same, got, expected in (
             ("fingerprint of the encoder", self.fingerprint == encoder.fingerprint, theirs, ours),
@@ -73,11 +74,11 @@ class CacheManifest:
                 raise ValueError(f"{folder / FILE_NAME}: {name}: must be {expected} as in this run, got {got}")
         parallel = [(shard.file, shard.split, len(CAPTIONS) * shard.records) for shard in manifest.shards]
         if [(shard.file, shard.split, shard.records) for shard in self.shards] != parallel:
-            raise ValueError(f"{folder / FILE_NAME}: shards: must be those of the data set, at two records for one")
+            raise ValueError(f"{folder / FILE_NAME}: shards: must be those of the data set, with two records for each")
 
 
 class CachedText(NamedTuple):
-    """Features of captions, zero where `mask` is False; `truncated`: the caption had more tokens than were read."""
+    """Features of captions, zero where `mask` is False; `truncated`: the caption was cut."""
 
     features: Float[np.ndarray, "n max_length width"]
     mask: Bool[np.ndarray, "n max_length"]
@@ -97,7 +98,7 @@ class FeatureCache:
     def read(self, indices: Sequence[int], captions: Sequence[str]) -> CachedText:
         """Features (n, max_length, width), in the encoder's dtype, of the captions at `indices`.
 
-        Raises `RecordError` naming file and record if they are damaged or were not made from these `captions`.
+        Raises `RecordError` naming file and record if it is damaged or was not made from these `captions`.
         """
         length, width = self._manifest.max_length, self._manifest.width
         features = np.zeros((len(indices), length, width), DTYPES[self._manifest.dtype])
@@ -127,7 +128,7 @@ class FeatureCache:
 
 
 def packed_dtype(dtype: str) -> np.dtype:
-    """What features of `dtype` are stored as."""
+    """The dtype in which features of `dtype` are stored."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else np.float32)
 
 
@@ -139,12 +140,12 @@ def _check_key(key: Any, caption: str) -> None:
 
 
 def _check_finite(features: np.ndarray) -> None:
-    if not np.isfinite(features.astype(np.float32)).all():  # five times faster than on bfloat16 itself
+    if not np.isfinite(features.astype(np.float32)).all():  # five times faster than in bfloat16
         raise RecordError("features: must be finite, got NaN or infinite values")
 
 
 class CachedCaptions:
-    """Reads `text_features` (n, max_length, width) in the encoder's dtype beside the mask (`captions.TextReader`)."""
+    """Reads `text_features` (n, max_length, width) in the encoder's dtype and the mask (`captions.TextReader`)."""
 
     def __init__(self, cache: FeatureCache, long_caption_prob: float):
         self._cache = cache
@@ -175,10 +176,10 @@ def open_cache(
     verify_hashes: bool = False,
     hash_limit: int = HASH_LIMIT_BYTES,
 ) -> CachedCaptions:
-    """The cached text of `split`, of the data set with this manifest.
+    """Open the cached text of `split`, for the data set with this manifest.
 
-    Raises `ValueError` in one line if there is no cache, it was made by another encoder or of other data, or a shard is
-    missing or changed (contents are compared as `manifest.verify` does).
+    Raises `ValueError` with one line if there is no cache, it was made by another encoder or from other data, or a
+    shard is missing or changed (hashes are compared as in `manifest.verify`).
     """
     folder = Path(folder)
     if not (folder / FILE_NAME).is_file():

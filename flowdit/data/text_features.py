@@ -1,4 +1,4 @@
-"""Captions to a cache of text features (`text_cache`), in steps that can be interrupted and run again."""
+"""Writing a cache of text features (`text_cache`) from captions; can be interrupted and run again."""
 
 import dataclasses
 import logging
@@ -21,14 +21,14 @@ from flowdit.models.text_encoder import MAX_BATCH, TextEncoder
 logger = logging.getLogger(__name__)
 
 CHUNK = 128
-"""Records read at a time: enough captions to find some of like length, features (140 MB of T5Gemma's) that fit memory."""
+"""Records per chunk: enough to find captions of similar length; 140 MB of features for T5Gemma."""
 
 
 def write_cache(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder) -> CacheManifest:
-    """Write the features of all captions of the data set in `data`, or finish a cache that was begun.
+    """Write the features of all captions of the data set in `data`, or continue an interrupted run.
 
-    Raises `ValueError` in one line if `folder` holds features of another encoder, dtype, length or data set, `OSError` if
-    it cannot be written.
+    Raises `ValueError` with one line if `folder` holds features of another encoder, dtype, length or data set,
+    `OSError` if it cannot be written.
     """
     identity = {name: getattr(encoder, name) for name in ("fingerprint", "dtype", "max_length", "width")}
     claim_folder("text_cache", folder, {"encoder": encoder.name, **identity, "data": manifest.id}, FILE_NAME)
@@ -67,7 +67,7 @@ def _records(
 
 
 def _encoded(captions: Sequence[str], encoder: TextEncoder) -> list[dict[str, Any]]:
-    """The records of `captions`, in their order. Those of like length share a batch, which is padded to its longest."""
+    """The records of `captions`, in order. Captions of similar length share a batch, padded to its longest."""
     entries: dict[int, dict[str, Any]] = {}
     by_length: list[int] = np.argsort(encoder.tokenize(captions).mask.sum(1), kind="stable").tolist()
     for start in range(0, len(captions), MAX_BATCH):
@@ -81,7 +81,7 @@ def _encoded(captions: Sequence[str], encoder: TextEncoder) -> list[dict[str, An
 
 def _pack(features: Float[np.ndarray, "tokens width"], encoder: TextEncoder) -> np.ndarray:
     if not np.isfinite(features.astype(np.float32)).all():
-        raise ValueError(f"text_encoder: {encoder.name} gives features that are not finite in {encoder.dtype}")
+        raise ValueError(f"text_encoder: features of {encoder.name} must be finite in {encoder.dtype}")
     return features.view(packed_dtype(encoder.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The training objective. The training step averages, differentiates and logs its losses, independent of flow matching."""
+"""The training objective. The training step averages, differentiates and logs its losses."""
 
 from __future__ import annotations
 

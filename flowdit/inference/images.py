@@ -24,7 +24,7 @@ DECODED_AT_ONCE = 16
 
 
 def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[float], mesh: Mesh) -> Decode:
-    """Return a function from normalised latents and the batch size to compile for to uint8 images, split over the mesh."""
+    """Return (normalised latents, batch size to compile for) -> uint8 images, split over the mesh."""
     vae = jax.device_put(vae, replicated(mesh))
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from flowdit.conditioning import KINDS, Requests
-from flowdit.conditioning.base import check_wishes
+from flowdit.conditioning.base import check_request_args
 from flowdit.diffusion.sampling import SamplerConfig, Samples, check_count, image_noise, sample
 from flowdit.fields import require
 from flowdit.inference.images import Decode, load_matching_vae, make_decoder
@@ -74,17 +74,19 @@ class Sampler:
         batch size is the power of two that holds all images, at most `batch_size`, rounded up to a multiple of the
         number of devices.
 
-        Args: num_images: per label or prompt; in total for an unconditional model. seed: of the noise. batch_size:
-        maximum number of images per batch. settings: `labels`, or `prompts` and `negative_prompt`, one or a list;
-        default: those of the training previews. And fields of `SamplerConfig` (`solver`, `steps`, `guidance`, ...);
-        default: those of the previews.
+        Args:
+            num_images: per label or prompt; in total for an unconditional model.
+            seed: of the noise.
+            batch_size: maximum number of images per batch.
+            settings: `labels`, or `prompts` and `negative_prompt`, one or a list, and fields of `SamplerConfig` (`solver`,
+                `steps`, `guidance`, ...). Defaults are those of the training previews.
 
         Raises:
             ValueError: with one line, naming the invalid setting.
         """
         check_settings(num_images, seed, batch_size)
         names = [field.name for field in dataclasses.fields(SamplerConfig)]
-        known = [*(wish for kind in KINDS.values() for wish in kind.wishes), *names]
+        known = [*(name for kind in KINDS.values() for name in kind.request_args), *names]
         if unknown := [name for name in settings if name not in known]:
             every = ", ".join([*known, "num_images", "seed", "batch_size"])
             raise ValueError(f"{unknown[0]}: no such setting, must be one of {every}")
@@ -103,15 +105,17 @@ class Sampler:
         config.check()
         return config
 
-    def requests(self, num_images: int, wishes: Mapping[str, Any]) -> Requests:
+    def requests(self, num_images: int, arguments: Mapping[str, Any]) -> Requests:
         """Requests for `num_images` images of each label or prompt, by default those of the training previews."""
         conditioning = self.trained.conditioning
-        check_wishes(conditioning, wishes)
-        wishes = {name: value for name, value in wishes.items() if value is not None and name in conditioning.wishes}
+        check_request_args(conditioning, arguments)
+        arguments = {
+            name: value for name, value in arguments.items() if value is not None and name in conditioning.request_args
+        }
         if conditioning.preview_field is not None:
             previewed = getattr(self.trained.config.train, conditioning.preview_field)
-            wishes = {conditioning.wishes[0]: previewed} | wishes
-        return conditioning.requests(num_images, **wishes)
+            arguments = {conditioning.request_args[0]: previewed} | arguments
+        return conditioning.requests(num_images, **arguments)
 
     def batches(
         self,

@@ -18,9 +18,9 @@ class DiffusersClass(NamedTuple):
     """A transformer class of diffusers, or one of `interop/exported` for it.
 
     honoured: the fields of `config.json` that change its output, with its defaults. `dropout` matters only in training,
-    `upcast_attention` only changes rounding, and `norm_num_groups` has no effect. fields: fields of `ModelConfig` that
-    it supports, and their names in `config.json`. fixed: fields of `ModelConfig` that it does not support, and the
-    values that it uses.
+        `upcast_attention` only changes rounding, and `norm_num_groups` has no effect.
+    fields: fields of `ModelConfig` that it supports, and their names in `config.json`.
+    fixed: fields of `ModelConfig` that it does not support, and the values that it uses.
     """
 
     name: str

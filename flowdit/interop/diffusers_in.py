@@ -1,4 +1,4 @@
-"""Reading diffusers folders of `DiTTransformer2DModel`, `PixArtTransformer2DModel` and flowdit's classes for diffusers."""
+"""Reading diffusers folders of DiT, PixArt and flowdit's classes for diffusers."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _scheduled_prediction(folder: Path, tensors: Arrays, layout: Layout, model: 
 
 
 def _of_schedule(file: Path, raw: dict[str, Any]) -> str:
-    """Velocity for the linear path, noise for DDPM's schedule. Raises `ValueError` naming the field of another schedule."""
+    """Velocity for the linear path, noise for DDPM's schedule. Raises `ValueError` for other schedules."""
     name = str(raw.get("_class_name", ""))
     table = FLOW if name.startswith("FlowMatch") else DDPM
     settings = Settings(file, {field: raw.get(field, expected) for field, expected in table.items()})

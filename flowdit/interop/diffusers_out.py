@@ -1,4 +1,4 @@
-"""Writing a model as a diffusers folder: transformer, scheduler, VAE, model card and a pipeline that does not need flowdit."""
+"""Writing a model as a diffusers folder: transformer, scheduler, VAE, model card, and a pipeline without flowdit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def export_diffusers(portable: Portable, target: Path, dtype: str, *, own_class:
 
 
 def check_representable(described: Trained, own_class: bool) -> None:
-    """Raise `ValueError` listing every field that the class does not support, or a condition that the pipeline does not."""
+    """Raise `ValueError` listing all fields that the class, or the condition that the pipeline, does not support."""
     if described.conditioning.exported() is None:
         raise ValueError(f"to: the diffusers pipeline does not support conditioning={kind_of(described.config)}")
     if broken := _unrepresentable(described, own_class):

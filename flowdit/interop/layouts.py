@@ -186,7 +186,7 @@ ORIGINAL_PIXART = Layout(
 
 
 def for_model(layout: Layout, model: ModelConfig) -> Layout:
-    """The layout of a model: with Q/K norms (not in stock classes), and without a size embedding, depending on its fields."""
+    """The layout of a model, with or without Q/K norms (not in stock classes) and size embedding."""
     fields = layout.fields + (layout.head_norms if model.qk_norm else ())
     has_sizes = isinstance(model, PixArtConfig) and model.micro_conditioning
     absent = () if has_sizes else ("size_embed.",)

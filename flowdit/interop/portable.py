@@ -104,7 +104,7 @@ def array_shapes(described: Trained) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
-    """Raise `ValueError` with the number of tensors that are missing, unexpected or of another shape, and the first ones."""
+    """Raise `ValueError` with the number and first names of tensors that are missing, unexpected or misshapen."""
     misfits = [f"{n} {list(found[n])} for {list(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
     faults = {
         "missing": wanted.keys() - found.keys(),

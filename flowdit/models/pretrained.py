@@ -116,8 +116,9 @@ def read_shapes(files: Sequence[Path], wanted: Callable[[str], bool] = _every_ke
 def read_tensors(files: Sequence[Path], wanted: Callable[[str], bool] = _every_key) -> dict[str, np.ndarray]:
     """Read the tensors whose key is `wanted` from safetensors files into host memory; the others are not read.
 
-    Raises: ValueError: naming a file that is truncated, not a safetensors file, or has a dtype that numpy does not
-    support, or a tensor with NaN or infinity.
+    Raises:
+        ValueError: naming a file that is truncated, not a safetensors file, or has a dtype that numpy does not support,
+            or a tensor with NaN or infinity.
     """
     tensors = _read(files, wanted, lambda stored, key: stored.get_tensor(key))
     check_finite(tensors, files[0].parent if len(files) > 1 else files[0])

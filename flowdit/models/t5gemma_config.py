@@ -115,7 +115,7 @@ def _encoder_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rope_theta(encoder: Mapping[str, Any]) -> Any:
-    """The base of the rotary frequencies; transformers 5 keeps it in `rope_parameters`, 4 beside `rope_scaling`."""
+    """The base of the rotary frequencies; transformers 5 stores it in `rope_parameters`, 4 next to `rope_scaling`."""
     rope = parse(_Operations, encoder).rope_parameters
     if rope is None or not encoder["rope_parameters"]:
         return encoder.get("rope_theta", T5GemmaConfig.rope_theta)

@@ -71,7 +71,7 @@ class VaeConfig:
             shapes: of the tensors in the weight files. Other sizes are refused before a network is built.
 
         Raises:
-            ValueError: naming the first field that is damaged, belongs to another architecture or fits no tensor.
+            ValueError: naming the first field that is invalid, of another architecture, or does not match the tensors.
         """
         blocks = parse(_Architecture, raw)
         content = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
@@ -220,8 +220,10 @@ class AutoencoderKL(eqx.Module):
 def load_vae(name: str | Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
     """Read an `AutoencoderKL` in diffusers format, its parameters cast to `dtype`.
 
-    Args: name: "openmoji" (the embedded network), a local folder, or a Hugging Face hub id. Folder and repository may
-    hold the network itself or a pipeline with a `vae` folder. dtype: of the parameters and of the computation.
+    Args:
+        name: "openmoji" (the embedded network), a local folder, or a Hugging Face hub id. Folder and repository may
+            hold the network itself or a pipeline with a `vae` folder.
+        dtype: of the parameters and of the computation.
 
     Raises:
         ValueError: nothing found under that name, another architecture, damaged files, or tensors that do not match

@@ -1,4 +1,4 @@
-"""The host loop: batches in, steps out, and what happens between them."""
+"""The training loop on the host."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class TrainingDiverged(ValueError):
 
 
 def train(config: Config) -> None:
-    """Train to `train.num_steps`, from the start or from the newest whole checkpoint.
+    """Train up to `train.num_steps`, from the start or from the newest intact checkpoint.
 
-    SIGTERM, and Ctrl-C in a single process, save and return; an error saves first, where it can. Raises `ValueError` in
-    one line for what the user can mend, `TrainingDiverged` after `train.max_skipped_in_row` useless steps,
+    SIGTERM, and Ctrl-C in a single process, save and return; an error saves first, if possible. Raises `ValueError`
+    with one line for errors that the user can fix, `TrainingDiverged` after `train.max_skipped_in_row` skipped steps,
     `CheckpointError` if checkpoints cannot be written.
     """
     run, settings = start_run(config), config.train
@@ -79,16 +79,16 @@ def is_due(step: int, every: int) -> bool:
 
 
 def bad_records(data: DataSet) -> dict[str, int]:
-    """The count of bad records that this process has read so far, a few batches ahead of the step; each is said once."""
+    """Number of bad records read by this process, a few batches ahead of the step. Each is reported once."""
     sources = [source for source in (data.train, data.validation) if source is not None]
     for problem in (line for source in sources for line in source.bad_records.take_new()):
-        logger.warning("bad record, the next one is read in its place: %s", problem)
+        logger.warning("bad record, the next one is read instead: %s", problem)
     bad = sum(len(source.bad_records) for source in sources)
     return {"data/bad_records": bad} if bad else {}
 
 
 def announce(run: Run, start: int, num_steps: int) -> None:
-    """What is about to run, before the silence of the first compilation."""
+    """Describe the run on the console, before the first compilation."""
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.model))
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     manifest = run.meta["manifest"]
@@ -101,9 +101,9 @@ def announce(run: Run, start: int, num_steps: int) -> None:
 
 
 def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWriter) -> None:
-    """Raise `TrainingDiverged` once the last `limit` steps were all skipped; the weights are those before them."""
+    """Raise `TrainingDiverged` if the last `limit` steps were all skipped; the weights are those before them."""
     if values["train/skipped_in_row"] >= limit:
-        # Not saved: restarts that diverge again would push the checkpoints from before out of `train.keep_last`.
+        # Not saved: restarts that diverge again would remove the earlier checkpoints through `train.keep_last`.
         writer.forget()
         good = writer.last_good() or "none was saved yet"
         raise TrainingDiverged(
@@ -114,9 +114,9 @@ def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWrite
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that SIGTERM or the first Ctrl-C fills; a second Ctrl-C interrupts at once.
+    """A list that is filled by SIGTERM or the first Ctrl-C; a second Ctrl-C interrupts at once.
 
-    With several processes JAX's own handler stays, for SIGTERM: it lets all of them agree on the step to stop at.
+    With several processes JAX's handler of SIGTERM is kept, as it makes them agree on the last step.
     """
     received: list[int] = []
     handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()

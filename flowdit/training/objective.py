@@ -1,4 +1,4 @@
-"""From a configuration and its data to what is minimised: the objective, with the normalisation of the latents."""
+"""Building the objective of a run, with the normalisation of the latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowdit.diffusion.objective import Conditions, FlowMatching
 
 
 def make_objective(config: Config, manifest: Manifest, conditioning: Conditions) -> FlowMatching:
-    """The objective of a run on this data. Raises `ValueError` for a normalisation that cannot be right."""
+    """The objective of a run on this data. Raises `ValueError` for an implausible normalisation."""
     train = config.train
     mean, scale = latent_affine(train.latent_mean, train.latent_scale, manifest)
     shift = flow.resolution_shift(manifest.latent_shape) if train.time_shift is None else train.time_shift
@@ -32,7 +32,8 @@ def make_objective(config: Config, manifest: Manifest, conditioning: Conditions)
 def latent_affine(mean: Any, scale: Any, manifest: Manifest) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and scale of `(latent - mean) * scale`, from the configuration or the data's VAE.
 
-    Raises `ValueError` if what comes out is far from unit variance: a wrong scale trains without a word and samples mud.
+    Raises `ValueError` if the result is far from unit variance: a wrong scale gives no error in training but blurred
+    samples.
     """
     channels = manifest.latent_shape[0]
     if mean == "data":

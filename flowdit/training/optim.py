@@ -63,7 +63,7 @@ def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedul
         after = optax.constant_schedule(config.learning_rate)
     if not config.warmup_steps:
         return after
-    # The first update already moves: count + 1 of warmup_steps.
+    # The first update has a non-zero rate: count + 1 of warmup_steps.
     warmup = optax.linear_schedule(
         config.learning_rate / config.warmup_steps, config.learning_rate, max(config.warmup_steps - 1, 1)
     )
@@ -76,7 +76,7 @@ def decay_mask(params: Any) -> Any:
 
 
 class Optimizer(NamedTuple):
-    """What an `optax.GradientTransformation` has, and the learning rate as a function of the number of updates made."""
+    """An `optax.GradientTransformation`, and the learning rate as a function of the number of updates."""
 
     init: Callable[[Any], optax.OptState]
     update: Callable[..., tuple[Any, optax.OptState]]
@@ -84,7 +84,7 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> Optimizer:
-    """The optimizer of a run of `num_steps` (the length matters to the cosine schedule alone)."""
+    """The optimizer of a run of `num_steps` (which only matters for the cosine schedule)."""
     schedule = learning_rate_schedule(config, num_steps)
     adamw = optax.adamw(
         schedule,
@@ -94,7 +94,7 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> Optimizer:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    # Clipping or not, the chain and so the names of its state are the same: a resume may change it.
+    # The chain, and so the names of its state, is the same without clipping, so that a resume may change it.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.chain(clip, adamw)
 

@@ -1,4 +1,4 @@
-"""Going on where a checkpoint left off: whether it is the same run, and what has changed since."""
+"""Resuming a run from a checkpoint: checking that it is the same run, and reporting changes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from flowdit.training.step import TrainState
 
 logger = logging.getLogger(__name__)
 
-# Fields that an exact resume needs unchanged; the rest may change and is reported.
+# Fields that must not change for an exact resume; other changes are reported.
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
-# Fields that say how a process was started and nothing of the run.
+# Fields of the process and not of the run.
 STARTING_FIELDS = ("train.is_restore", "train.profile", "mesh.coordinator", "mesh.num_processes", "mesh.process_id")
 
 
 def prepare_folder(folder: Path, is_restore: bool) -> bool:
-    """Make the run folder; True if there is a checkpoint to resume from.
+    """Create the run folder; True if there is a checkpoint to resume from.
 
-    A folder in use is never written over, and a resume of a run that never was is a mistyped path, not a new run.
-    A run that died before its first checkpoint starts again from step 0.
+    A folder in use is never overwritten. Resuming a run that does not exist is an error, as the path is probably
+    mistyped. A run that ended before its first checkpoint starts again from step 0.
     """
     in_use = folder.is_dir() and any(folder.iterdir())
     if in_use and not is_restore:
@@ -60,9 +60,9 @@ def resume(
     conditioning: Conditioning,
     meta: dict[str, Any],
 ) -> TrainState:
-    """State of the newest whole checkpoint; the stream is moved to the batch after it. Logs what has changed.
+    """Restore the newest intact checkpoint, and move the stream to the batch after it. Logs changed settings.
 
-    Parameters of auxiliary losses that the checkpoint lacks come from `build_state`.
+    Parameters of auxiliary losses that are not in the checkpoint are taken from `build_state`.
     """
 
     def check(stored: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> list[str]
     if (kind := kind_of(before)) != (ours := kind_of(now)):
         raise ValueError(f"conditioning: must be {kind} as in the checkpoint to resume, got {ours}")
     notes = auxiliary_notes(before, now)
-    # A run from before there was a key has the kind without naming it; losses that are switched off do nothing.
+    # Runs of earlier versions have no `conditioning` key; losses that are switched off do not matter.
     old, new = (
         _flat(dataclasses.asdict(c) | {"conditioning": kind, "auxiliary": _switched_on(c)}) for c in (before, now)
     )
@@ -109,16 +109,16 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> list[str]
 
 
 def auxiliary_notes(before: Config, now: Config) -> list[str]:
-    """Which auxiliary losses came or went since the checkpoint."""
+    """Notes on auxiliary losses added or removed since the checkpoint."""
     old, new = _switched_on(before), _switched_on(now)
     return [
         *(
-            f"auxiliary loss {name}: new since the checkpoint, starts from fresh parameters"
+            f"auxiliary loss {name}: added since the checkpoint, starts from fresh parameters"
             for name in new
             if name not in old
         ),
         *(
-            f"auxiliary loss {name}: gone since the checkpoint, its parameters are left out"
+            f"auxiliary loss {name}: removed since the checkpoint, its parameters are dropped"
             for name in old
             if name not in new
         ),
@@ -126,7 +126,7 @@ def auxiliary_notes(before: Config, now: Config) -> list[str]:
 
 
 def _switched_on(config: Config) -> dict[str, Any]:
-    """Settings by name; also of a loss that is not registered here."""
+    """Settings of the enabled losses by name, including losses that are not registered."""
     settings = config.auxiliary.items()
     return {name: values for name, values in settings if isinstance(values, dict) and values.get("weight")}
 

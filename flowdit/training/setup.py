@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run, checked against each other before any device works."""
+"""Building the parts of a run from a configuration, and checking that they are consistent."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 def start_run(config: Config) -> Run:
-    """Check everything, then build or restore the state. Raises `ValueError` in one line for what the user can mend."""
+    """Check all settings, then build or restore the state. Raises `ValueError` with one line for user errors."""
     train, folder = config.train, Path(config.train.checkpoint_dir)
     manifest = open_manifest(config.data)
     mesh = make_mesh(config.mesh)
@@ -100,7 +100,9 @@ def start_run(config: Config) -> Run:
     else:
         state = init_sharded(mesh, build_state, start)
     figures = drift_figures(start, state.model, manifest.latent_shape, train)
-    plain = dataclasses.replace(objective, auxiliary=())  # which come and go, and would make the total jump
+    plain = dataclasses.replace(
+        objective, auxiliary=()
+    )  # they may be added or removed, which would make the total jump
     return Run(
         folder=folder,
         mesh=mesh,
@@ -130,8 +132,8 @@ def _train_step(config: Config, optimizer: Optimizer, objective: Objective, comp
 
 
 def auxiliary_parameters(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """Freshly initialised parameters of the auxiliary losses that are switched on, by name; works under jit."""
-    # The same for a loss whatever others there are; the network's come from the key itself.
+    """Initialise the parameters of the enabled auxiliary losses, by name; usable under jit."""
+    # Independent of other losses, and of the network, which uses the key itself.
     key = jax.random.fold_in(jax.random.key(config.seed), 0x617578)
     return {
         loss.name: loss.init(
@@ -155,14 +157,14 @@ def make_stream(config: Config, source: Source) -> TrainStream:
 
 
 def open_manifest(config: DataConfig) -> Manifest:
-    """The data set's manifest, once its shards agree with it. Raises `ValueError` naming the file and the rule."""
+    """Read the data set's manifest and verify its shards. Raises `ValueError` naming file and rule."""
     manifest = Manifest.read(config.path)
     data_manifest.verify(config.path, manifest, hashes=config.verify_hashes, limit=config.hash_limit)
     return manifest
 
 
 def open_data(config: Config, manifest: Manifest, conditioning: Conditioning) -> DataSet:
-    """The records of both splits, with the fields that conditioning and auxiliary losses read."""
+    """Open the records of both splits, with the fields of conditioning and auxiliary losses."""
     fields = conditioning.fields()
     for loss in config.auxiliary_losses():
         for name, field in loss.fields().items():

@@ -1,4 +1,4 @@
-"""A model that starts from a checkpoint of another run: what fits is copied, a text model may come of a class model."""
+"""Starting from a checkpoint of another run: copying weights, or re-parameterising a class model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Start(eqx.Module):
-    """The EMA model of another run's checkpoint, and the parts of this run's model that it cannot fill.
+    """The EMA model of another run's checkpoint, and the parts of this run's model that are freshly initialised.
 
     A model of another architecture is re-parameterised.
     """
@@ -46,10 +46,10 @@ def load_start(
     meta: Mapping[str, Any],
     mesh: Mesh,
 ) -> Start:
-    """The model at `train.init_from` on the mesh, checked to fit this run's before any weight is read.
+    """Load the model at `train.init_from` onto the mesh, after checking that it fits this run's model.
 
-    `meta` is what this run will say of itself. Logs what is not taken over and what makes the start worth less. Raises
-    `ValueError` naming what does not fit.
+    `meta` is the metadata of this run. Logs freshly initialised parts and differences. Raises `ValueError` naming
+    incompatible fields.
     """
     assert config.train.init_from is not None
     folder = Path(config.train.init_from)
@@ -67,7 +67,7 @@ def load_start(
     fresh = {} if is_other else conditioning.fresh_parts(theirs.conditioning, their_model, model)
     with _naming_the_field():
         weights = restore_weights(folder, theirs.model, mesh)
-    remarks = [f"{part} stays freshly initialised: {reason}" for part, reason in fresh.items()]
+    remarks = [f"{part} is freshly initialised: {reason}" for part, reason in fresh.items()]
     remarks += conditioning.differences(theirs.conditioning) + differences(theirs, meta)
     for remark in remarks:
         logger.info("train.init_from: %s: %s", folder, remark)
@@ -83,17 +83,17 @@ def _naming_the_field() -> Iterator[None]:
 
 
 def differences(theirs: Trained, meta: Mapping[str, Any]) -> list[str]:
-    """What is no obstacle to a start but should be known: normalisation and objective."""
+    """Differences to report: normalisation and objective."""
     remarks = []
     if (list(theirs.mean), list(theirs.scale)) != (list(meta["latent_mean"]), list(meta["latent_scale"])):
-        remarks.append("was trained on latents of another mean and scale than this run's")
+        remarks.append("was trained on latents with another mean and scale")
     if theirs.prediction != "velocity":
         remarks.append(f"predicts the {theirs.prediction}, this run trains the velocity: the objective changes")
     return remarks
 
 
 def initial_model(model: Any, start: Start | None, train: TrainConfig) -> Any:
-    """A freshly initialised `model` with all that `start`, where there is one, can give it. Works under jit."""
+    """Initialise the fresh `model` from `start`, if given. Usable under jit."""
     if start is None:
         return model
     if start.reparameterised:
@@ -103,9 +103,9 @@ def initial_model(model: Any, start: Start | None, train: TrainConfig) -> Any:
 
 
 def copy_weights(model: Any, start: Start) -> Any:
-    """`model` with the arrays of a model of its kind, but for the fresh parts; static fields stay `model`'s.
+    """Copy the arrays of a model of the same kind to `model`, except for the fresh parts; static fields are `model`'s.
 
-    A fresh size embedding is silenced, so that it does not shift the time embedding at first.
+    The output of a fresh size embedding is set to zero, so that it has no effect at first.
     """
     if "size_embed" in start.fresh:
         model = without_sizes(model)
@@ -123,7 +123,7 @@ def drift_figures(
 ) -> dict[str, float]:
     """By time, how far the velocities of a text model and its class model are apart on noise, relatively; it is logged.
 
-    On the class model's own grid it is 0, to rounding, at `train.init_time`. Other starts have no such figures.
+    On the class model's grid it is 0 up to rounding at `train.init_time`. Other starts have no such figures.
     """
     if start is None:
         return {}

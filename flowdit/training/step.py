@@ -1,4 +1,4 @@
-"""One training step as a pure function: batch in, new state and metrics out. Nothing here touches the host."""
+"""The training step as a pure function from state and batch to new state and metrics, without host code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Metrics = dict[str, Any]
 
 
 class TrainState(eqx.Module):
-    """Everything that training changes. `model`, `ema` and the parameters of auxiliary losses are float32."""
+    """The training state. `model`, `ema` and the parameters of auxiliary losses are float32."""
 
     step: Int[Array, ""]
     model: Any
@@ -34,7 +34,7 @@ class TrainState(eqx.Module):
 
     @property
     def parameters(self) -> Parameters:
-        """What the optimizer sees."""
+        """The parameters that the optimizer updates."""
         return Parameters(self.model, self.auxiliary)
 
 
@@ -66,8 +66,8 @@ def loss_and_grads(
 ) -> tuple[Losses, Parameters]:
     """Losses of all examples and the gradient of the mean loss, over `gradient_accum` micro-batches by scan.
 
-    What is random comes from the examples' own `keys` inside the scan: it is the same for any number of micro-batches
-    and devices, and memory grows with the micro-batch alone.
+    Random numbers come from the examples' `keys` inside the scan: they are the same for any number of micro-batches and
+    devices, and memory grows only with the micro-batch.
     """
 
     def micro_loss(parameters, batch, keys):
@@ -85,7 +85,7 @@ def loss_and_grads(
 
 
 def image_flops(objective: Objective, compute: Compute, parameters: Parameters, batch: Batch) -> int:
-    """Training FLOPs of one image of `batch`. Of the parameters the shapes will do; nothing is compiled or run."""
+    """Training FLOPs of one image of `batch`. Parameters may be shapes; nothing is compiled or run."""
 
     def loss(parameters, batch, keys):
         return objective.loss(compute.cast(parameters), batch, keys, jnp.zeros((), jnp.int32)).total
@@ -96,7 +96,7 @@ def image_flops(objective: Objective, compute: Compute, parameters: Parameters, 
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
-    """The decay, or with warm-up min(decay, (1 + step) / (10 + step)), so that short runs forget their start."""
+    """The decay; with warm-up min(decay, (1 + step) / (10 + step)), so that short runs forget their initialisation."""
     count = step.astype(jnp.float32)
     return jnp.minimum(decay, (1 + count) / (10 + count)) if warmup else jnp.asarray(decay, jnp.float32)
 
@@ -111,9 +111,10 @@ def make_train_step(
     compute: Compute = FLOAT32,
     mesh: Mesh | None = None,
 ) -> TrainStep:
-    """The jitted step; its state argument is donated. `mesh` is where state and batch lie, None for one device.
+    """Return the jitted step; its state argument is donated. `mesh` is the mesh of state and batch, None for one
+    device.
 
-    A step whose loss or gradient is not finite leaves weights, optimizer and EMA as they were and counts as skipped.
+    A step whose loss or gradient is not finite does not change weights, optimizer and EMA and counts as skipped.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -138,7 +139,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            # That of the last update made: a skipped step makes none, and the schedule counts updates.
+            # The rate of the last update: a skipped step does not update, and the schedule counts updates.
             "learning_rate": optimizer.learning_rate(jnp.maximum(state.step - skipped, 0)),
             "skipped": skipped,
             "skipped_in_row": skipped_in_row,
@@ -161,9 +162,9 @@ def make_train_step(
 def make_validation_step(
     objective: Objective, seed: int, compute: Compute = FLOAT32, mesh: Mesh | None = None
 ) -> Callable[[Any, Batch, Array], tuple[Array, Array]]:
-    """Jitted (model, batch, batch index) -> summed loss of the batch's examples at each of the fixed times, and weight.
+    """Return a jitted (model, batch, batch index) -> summed loss of the batch at each fixed time, and weight.
 
-    The noise is a function of (seed, batch index, time), so that every evaluation of every run sees the same.
+    The noise is a function of (seed, batch index, time), so it is the same for every evaluation of every run.
     """
 
     def validation_step(model, batch, index):

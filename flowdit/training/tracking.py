@@ -30,7 +30,7 @@ METRICS = "metrics.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What came of an evaluation: figures to log, images to show by name (written already), and a line for the console."""
+    """The result of an evaluation: figures to log, image files by name, and a line for the console."""
 
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     images: dict[str, Path] = dataclasses.field(default_factory=dict)
@@ -56,12 +56,12 @@ class WandbConfig:
     init_timeout: int = 20
 
     def check(self) -> None:
-        """Raise `FieldError` for a mode that there is not."""
+        """Raise `FieldError` for an unknown mode."""
         require_choice("mode", self.mode, MODES)
 
 
 class Tracker:
-    """Logs to all places; on processes other than the first it does nothing. What cannot be written ends no run."""
+    """Logs to console, file and W&B, on the first process only. Write errors do not end the run."""
 
     def __init__(
         self, folder: Path, wandb_config: WandbConfig, run_config: dict[str, Any], *, run_id: str, primary: bool
@@ -72,7 +72,7 @@ class Tracker:
         self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl` and one W&B entry."""
+        """Write one line of `metrics.jsonl` and one W&B entry."""
         if not self.primary:
             return
         entry = {"step": step, "time": round(time.time(), 3), **values}
@@ -82,7 +82,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def warns_only(self, name: str | None) -> Iterator[None]:
-        """What cannot be written to a file or folder of the run costs a line, said once, and not the run."""
+        """Turn write errors for a file or folder of the run into a warning, printed once."""
         try:
             yield
         except OSError as problem:
@@ -90,11 +90,11 @@ class Tracker:
                 raise
             if name not in self._warned:
                 reason = problem.strerror or problem
-                logger.warning("%s cannot be written (%s): going on without", self.folder / name, reason)
+                logger.warning("%s cannot be written (%s): continuing without it", self.folder / name, reason)
             self._warned.add(name)
 
     def report(self, step: int, report: Report) -> None:
-        """What an evaluation says: figures, images by their paths, and a line."""
+        """Log the report of an evaluation: figures, images by path, and a line."""
         if report.line:
             logger.info("step %d  %s", step, report.line)
         if report.figures:
@@ -108,13 +108,13 @@ class Tracker:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._wandb is None:
             return
-        # The run is over: what W&B has not sent lies in its folder, and after an error the process is to end soon.
+        # The run is over: unsent data are in W&B's folder, and after an error the process must exit soon.
         finishing = threading.Thread(target=_finish, args=(self._wandb,), daemon=True)
         finishing.start()
         finishing.join(timeout=None if error is None else 5)
 
     def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
-        """Log figures, and images by their paths."""
+        """Log figures, and images by path."""
         if self._wandb is None:
             return
         try:
@@ -122,8 +122,8 @@ class Tracker:
 
             shown = {name: wandb.Image(str(v)) if isinstance(v, Path) else v for name, v in values.items()}
             self._wandb.log(shown, step=step)
-        except Exception as problem:  # whatever goes wrong there must not cost a training run
-            logger.warning("wandb: logging failed (%s): going on with metrics.jsonl alone", first_line(problem))
+        except Exception as problem:  # no error of W&B may end a training run
+            logger.warning("wandb: logging failed (%s): continuing with metrics.jsonl only", first_line(problem))
             self._wandb = None
 
 
@@ -133,9 +133,9 @@ def _finish(wandb_run: Any) -> None:
 
 
 def append_line(file: Path, line: str) -> None:
-    """Add a line to a JSONL file whose last one may have been cut, by a full disk or a kill.
+    """Append a line to a JSONL file whose last line may be truncated, by a full disk or a kill.
 
-    A cut line is removed: left there, it would spoil the new one as well.
+    A truncated line is removed, as it would corrupt the new one as well.
     """
     with file.open("ab+") as stream:
         stream.truncate(_end_of_last_line(stream))
@@ -154,19 +154,19 @@ def _end_of_last_line(stream: BinaryIO, block: int = 1 << 16) -> int:
 
 
 def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str) -> Any:
-    """A W&B run, or None when switched off. A failing online start becomes an offline one, said in a line."""
+    """Start a W&B run, or return None if switched off. If the online start fails, it starts offline, with a line."""
     if not config.enabled or config.mode == "disabled":
         return None
-    import wandb  # half a second of import that a run without W&B does not pay
+    import wandb  # imported here, as it takes half a second
 
-    # Without a bound, a network that is gone would keep a finished run from ending.
+    # Without a limit, a lost network would keep a finished run from exiting.
     settings = wandb.Settings(init_timeout=config.init_timeout, finish_timeout=300, silent=True)
     arguments = dict(project=config.project, name=config.name, config=run_config, dir=str(folder), id=run_id)
     mode = config.mode
     if mode == "online" and not _has_login():
         logger.info("wandb: no login found (run `wandb login`): logging offline")
         mode = "offline"
-    # W&B raises its own, requests' and OS errors; none of them may stop a training run.
+    # W&B raises many types of errors; none of them may stop a training run.
     try:
         return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
     except Exception as problem:
@@ -175,7 +175,7 @@ def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], r
         wandb.teardown()
         return wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
     except Exception as problem:
-        logger.warning("wandb: offline start failed (%s): going on with metrics.jsonl alone", first_line(problem))
+        logger.warning("wandb: offline start failed (%s): continuing with metrics.jsonl only", first_line(problem))
         return None
 
 
@@ -190,11 +190,11 @@ def _has_login() -> bool:
 
 
 class Progress:
-    """Turns the metrics of single steps into figures for a logging window and a line on the console.
+    """Computes the figures of a logging window and the log line from the metrics of single steps.
 
-    Rates are of training alone, on all devices: neither pauses count (`paused`) nor the first window of a process,
-    which the loop ends after one step, and which holds the compilation. `image_flops`, the training FLOPs of one image,
-    is to be set before the first summary.
+    Rates cover training on all devices, without pauses (`paused`) and without the first window of a process, a single
+    step that includes the compilation. `image_flops`, the training FLOPs of one image, must be set before the first
+    summary.
     """
 
     def __init__(self, num_steps: int, batch_size: int, compute_dtype: str):
@@ -210,14 +210,14 @@ class Progress:
         self._timed_seconds = 0.0
 
     def add(self, metrics: Any) -> None:
-        """Keep one step's metrics, still on the device."""
+        """Add one step's metrics, which stay on the device."""
         self._window.append(metrics)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock: validation, sampling and saving are no training time.
+        """Stop the clock for validation, sampling and saving.
 
-        Waits first for the steps that are under way, or their time would be taken for part of the pause.
+        Waits for running steps first, as their time would be counted in the pause otherwise.
         """
         jax.block_until_ready(self._window[-1:])
         self._seconds += time.perf_counter() - self._since
@@ -225,11 +225,11 @@ class Progress:
         self._since = time.perf_counter()
 
     def summary(self, step: int) -> dict[str, float]:
-        """Means over the window that ends with `step` (skipped steps left out of them) and rates; starts a new window.
+        """Means over the window that ends with `step`, without skipped steps, and rates; starts a new window.
 
-        The one device-to-host copy of training figures; it waits for the steps to finish. `train/total_flops` counts
-        all steps of the run up to this one, skipped ones too. A process's first summary has
-        `train/first_step_seconds` in place of rates. `train/mfu` is there where the devices' peak is known.
+        This is the only device-to-host copy of training figures; it waits for the steps to finish. `train/total_flops`
+        counts all steps of the run so far, including skipped ones. A process's first summary has
+        `train/first_step_seconds` instead of rates. `train/mfu` exists if the peak of the devices is known.
         """
         window = jax.device_get(self._window)
         self._parts = [name for name in window[-1]["bins"] if name != "loss"]
@@ -268,8 +268,8 @@ class Progress:
     def line(self, step: int, values: dict[str, float]) -> str:
         """`step 150/2000  loss 0.8123  312 img/s  41.3% MFU  lr 1.00e-04  ETA 0:06:10`.
 
-        The ETA is what the steps that are left will take, at their mean since the first one of this process; the pauses
-        to come are not in it.
+        The ETA is the time of the remaining steps, at the mean rate since the first step of this process, without
+        pauses.
         """
         counts = {
             "skipped": "train/skipped_steps",
@@ -294,7 +294,7 @@ class Progress:
 
 
 def _speed(values: dict[str, float]) -> list[str]:
-    """`312 img/s` and `41.3% MFU`, or where the devices' peak is not known, `95.2 GFLOP/s`."""
+    """`312 img/s` and `41.3% MFU`, or `95.2 GFLOP/s` if the peak of the devices is unknown."""
     images, teraflops = values["train/images_per_second"], values["train/tflops_per_second"]
     if "train/mfu" in values:
         use = f"{values['train/mfu']:.1%} MFU"
@@ -304,7 +304,7 @@ def _speed(values: dict[str, float]) -> list[str]:
 
 
 def _parts_by_time(bins: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, float]:
-    """Means over bins of the flow time of the loss and of each of its parts; of the parts the means over all times, too."""
+    """Means of the loss and each of its parts by bins of the flow time, and overall means of the parts."""
     figures = {}
     for name, (sums, counts) in jax.tree.map(lambda *arrays: np.sum(arrays, axis=0), *bins).items():
         if name != "loss":

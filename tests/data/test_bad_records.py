@@ -170,7 +170,7 @@ def test_validation_batches_keep_their_size(folder):
 def test_an_incomplete_shard_is_still_refused_at_the_start(folder, damage):
     path = folder / FILES[1]
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path.name}: is not a whole ArrayRecord file"):
+    with pytest.raises(ValueError, match=f"{path.name}: must be a complete ArrayRecord file"):
         opened(folder, limit=100)
 
 
@@ -200,7 +200,7 @@ def test_captions_belong_to_the_record_that_is_read(captions):
 
 @pytest.fixture
 def cached(captions):
-    """Opens the data with a cache whose record 7, the long caption of record 3, is damaged; bad records by number of both."""
+    """Open the data with a cache whose record 7, the long caption of record 3, is damaged."""
     manifest = Manifest.read(captions)
     write_cache(captions / "text", captions, manifest, word_encoder())
 

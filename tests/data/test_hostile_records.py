@@ -14,7 +14,7 @@ from flowdit.data.opcodes import MAX_OPCODES, MAX_SHARED_TUPLES
 from flowdit.data.records import RecordError, decode, encode
 
 SECONDS, MEGABYTES = 2.0, 200
-"""Limits of CPU time per record, and of memory above the process's own. Unchecked, most of these records need gigabytes, or never finish."""
+"""Limits of CPU time per record and of additional memory. Unchecked, most of these records need gigabytes or never finish."""
 
 DECODE = """
 import json, resource, sys, time

@@ -110,11 +110,11 @@ def test_invalid_settings_are_refused(folder, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_threads": 0}, "data.num_threads: must be at least 1, got 0"),
-        ({"prefetch": 0}, "data.prefetch: must be at least 1, got 0"),
-        ({"max_bad_records": -1}, r"data.max_bad_records: must be 0 \(none\) or more, got -1"),
-        ({"long_caption_prob": 1.5}, r"data.long_caption_prob: must be in \[0, 1\], got 1.5"),
-        ({"long_caption_prob": float("nan")}, "data.long_caption_prob: .* got nan"),
+        ({"num_threads": 0}, "^num_threads: must be at least 1, got 0"),
+        ({"prefetch": 0}, "^prefetch: must be at least 1, got 0"),
+        ({"max_bad_records": -1}, r"^max_bad_records: must be 0 \(none\) or more, got -1"),
+        ({"long_caption_prob": 1.5}, r"^long_caption_prob: must be in \[0, 1\], got 1.5"),
+        ({"long_caption_prob": float("nan")}, "^long_caption_prob: .* got nan"),
     ],
 )
 def test_a_field_that_breaks_a_rule_is_named(settings, message):
@@ -170,7 +170,7 @@ def test_records_of_another_dtype_than_the_manifests_are_named(folder):
     path = folder / "dataset.json"
     path.write_text(path.read_text().replace('"float16"', '"float32"'))
     message = (
-        r"train-00000-of-00002.array_record: record 0: latent: must be a float32 array as latent_dtype .* float16$"
+        r"train-00000-of-00002.array_record: record 0: latent: must be a float32 array as in latent_dtype .* float16$"
     )
     with pytest.raises(RecordError, match=message):
         open_train(folder)
@@ -192,7 +192,7 @@ def test_a_foreign_record_is_named_by_file_and_number(folder):
 def test_a_shard_that_is_not_an_array_record_file_is_named(folder, damage):
     path = folder / "train-00001-of-00002.array_record"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path.name}: is not a whole ArrayRecord file: ") as error:
+    with pytest.raises(ValueError, match=f"{path.name}: must be a complete ArrayRecord file: ") as error:
         open_train(folder)
     assert "\n" not in str(error.value)
 
@@ -201,7 +201,7 @@ def test_a_shard_with_another_number_of_records_is_named(folder):
     (folder / "train-00000-of-00002.array_record").write_bytes(
         (folder / "train-00001-of-00002.array_record").read_bytes()
     )
-    with pytest.raises(ValueError, match="train-00000-of-00002.array_record: must hold 13 records .*, holds 7"):
+    with pytest.raises(ValueError, match="train-00000-of-00002.array_record: must hold 13 records .*, got 7"):
         open_train(folder)
 
 

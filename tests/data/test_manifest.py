@@ -145,7 +145,7 @@ def test_a_file_that_is_not_json_is_named(folder, text):
         Manifest.read(folder)
 
 
-def test_a_missing_folder_or_file_says_what_makes_one(tmp_path):
+def test_a_missing_folder_or_file_names_the_command_that_makes_one(tmp_path):
     with pytest.raises(ManifestError, match="no such folder; `python -m flowdit.prepare` makes a data set"):
         Manifest.read(tmp_path / "nowhere")
     with pytest.raises(ManifestError, match="no dataset.json in it; `python -m flowdit.prepare`"):

@@ -170,10 +170,10 @@ def test_a_schema_may_require_one_dtype(byte_order):
     SCHEMA.of_dtype("float16").check(half)
     STD_SCHEMA.of_dtype("float32").check(single | {"latent_std": single["latent"]})
     with pytest.raises(
-        RecordError, match="^latent: must be a float32 array as latent_dtype of the manifest says, got an"
+        RecordError, match="^latent: must be a float32 array as in latent_dtype of the manifest, got an"
     ):
         SCHEMA.of_dtype("float32").check(half)
-    with pytest.raises(RecordError, match="^latent_std: must be a float32 array as latent_dtype of the manifest says"):
+    with pytest.raises(RecordError, match="^latent_std: must be a float32 array as in latent_dtype of the manifest"):
         STD_SCHEMA.of_dtype("float32").check(single | {"latent_std": half["latent"]})
 
 

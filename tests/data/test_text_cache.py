@@ -189,7 +189,7 @@ def test_a_cache_of_another_data_set_is_refused(captions, cache):
         (lambda d: d.update(dtype="float16"), "dtype: must be 'bfloat16' or 'float32', got 'float16'"),
         (lambda d: d.update(schema_version=2), "schema_version: must be 1, got 2"),
         (lambda d: d["shards"][0].update(file="../a.array_record"), r"shards\[0\].file: must be a plain file name"),
-        (lambda d: d["shards"].pop(0), "shards: must be those of the data set, at two records for one"),
+        (lambda d: d["shards"].pop(0), "shards: must be those of the data set, with two records for each"),
         (lambda d: d["shards"][0].update(records=13), "shards: must be those of the data set, at two records"),
     ],
 )
@@ -267,6 +267,6 @@ def test_features_that_are_not_finite_are_never_written(captions):
     encoder = word_encoder(dtype="float32")
     weight = encoder.network.weight.at[5].set(np.nan)
     object.__setattr__(encoder, "network", type(encoder.network)(weight))
-    with pytest.raises(ValueError, match="text_encoder: words gives features that are not finite in float32"):
+    with pytest.raises(ValueError, match="text_encoder: features of words must be finite in float32"):
         write_cache(captions / "text", captions, Manifest.read(captions), encoder)
     assert not list((captions / "text").glob("*.array_record"))

@@ -1,4 +1,4 @@
-"""What all tests of interchange share: a run's metadata, good folders of other projects, how torch and diffusers run."""
+"""Shared by all tests of interchange: a run's metadata, valid folders of other projects, settings of torch and diffusers."""
 
 import sys
 import time
@@ -34,7 +34,7 @@ def references(tmp_path_factory):
     import diffusers.utils.dynamic_modules_utils as dynamic_modules
     import torch
 
-    # Threads that wait for each other at every layer cost more than layers of this size, above all beside other processes.
+    # Synchronising threads at every layer costs more than layers of this size, above all next to other processes.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))

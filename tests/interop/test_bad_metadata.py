@@ -1,4 +1,4 @@
-"""Metadata of flowdit's own files with sizes that the files have not: one short line at once."""
+"""Metadata of flowdit's files with sizes that contradict the files: one short line at once."""
 
 import copy
 import json
@@ -76,6 +76,6 @@ def test_metadata_of_an_exported_folder(own, tmp_path):
 
 
 def test_good_files_are_read(own):
-    """What the others change is the only fault."""
+    """Without the changes of the other tests the files are valid."""
     for name in ("exported", "text.safetensors"):
         read_source(str(own / name))

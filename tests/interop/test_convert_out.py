@@ -111,7 +111,7 @@ def test_ema_and_raw_weights_are_those_of_the_checkpoint(whole_run, tmp_path, to
 def test_slim_checkpoint_has_no_raw_weights(whole_run, tmp_path):
     slim = converted(whole_run / "6", tmp_path / "slim")
     assert not (slim / "state").exists()
-    with pytest.raises(ValueError, match="a slim checkpoint, which holds no raw weights, only the EMA"):
+    with pytest.raises(ValueError, match="a slim checkpoint, which holds only the EMA and no raw weights"):
         converted(slim, tmp_path / "again", weights="model")
     assert not (tmp_path / "again").exists()
 

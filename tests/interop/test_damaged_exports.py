@@ -1,4 +1,4 @@
-"""Files that flowdit wrote and that are damaged: one clear line."""
+"""Damaged files written by flowdit: one clear line."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ def test_damaged_flowdit_files(whole_run, tmp_path):
 
 
 def test_damaged_exports(meta, tmp_path):
-    """Of flowdit's own folders too the copies of an embedder are compared, and the null caption must be there."""
+    """In flowdit's folders the copies of an embedder are compared too, and the null caption must exist."""
     for name, model in (("class", STOCK_CLASS), ("text", STOCK_TEXT)):
         source = saved(random_model(meta, model), tmp_path / f"{name}.safetensors")
         convert_model(ConvertConfig(source=source, target=str(tmp_path / name), to="diffusers", image="none"))
@@ -59,6 +59,6 @@ def test_flipped_byte_in_a_checkpoint(whole_run, tmp_path):
     assert "content differs from its checksum" in refused(folder)
 
 
-def test_from_pretrained_refuses_in_the_same_words(tmp_path):
+def test_from_pretrained_has_the_same_errors(tmp_path):
     with pytest.raises(ValueError, match=r"holds neither a checkpoint \(meta\) nor a diffusers folder"):
         from_pretrained(str(tmp_path))

@@ -141,14 +141,14 @@ def test_added_and_removed_losses_are_reported(data, run, tmp_path):
     restore = ("train.is_restore=true", "auxiliary.class_head.weight=0.5")
     finished = train_here(data, resumed, *restore, "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")
-    assert "auxiliary loss alignment: gone since the checkpoint, its parameters are left out" in finished.out
+    assert "auxiliary loss alignment: removed since the checkpoint, its parameters are dropped" in finished.out
     kept, before = stored_arrays(resumed / "5"), stored_arrays(resumed / "4")
     assert not [name for name in kept if "alignment" in name]
     weight = "state.auxiliary.class_head.weight"
     assert np.abs(kept[weight] - before[weight]).max() < 0.01  # continued, not restarted
     finished = train_here(data, resumed, *restore, "auxiliary.alignment.weight=1")
     assert (finished.status, finished.err) == (0, "")
-    assert "auxiliary loss alignment: new since the checkpoint, starts from fresh parameters" in finished.out
+    assert "auxiliary loss alignment: added since the checkpoint, starts from fresh parameters" in finished.out
     assert "state.auxiliary.alignment.projection.weight" in stored_arrays(resumed / "6")
 
 

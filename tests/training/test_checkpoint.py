@@ -64,7 +64,7 @@ def test_damaged_newest_checkpoint_is_reported_and_skipped(tiny_data, whole_run,
     finished = train_here(tiny_data, run, "train.is_restore=true")
     assert (finished.status, finished.err) == (0, "")
     (notice,) = [line for line in finished.out.splitlines() if " is damaged " in line]
-    assert notice.startswith(f"warning: checkpoint {run / '6'} is damaged and passed over: {damaged}")
+    assert notice.startswith(f"warning: checkpoint {run / '6'} is damaged and skipped: {damaged}")
     assert f"resumed from {run / '4'}" in finished.out
     assert (run / "6.damaged").is_dir()
     # The step is saved again, with the same content.

@@ -187,7 +187,7 @@ def test_bad_record_saves_first(tiny_data, whole_run, tmp_path):
     finished = train_here(data, run, *settings)
     assert f"{data / SHARD}: record " in error_line(finished)
     (step,) = steps_of(run)
-    assert f"warning: the run ends by an error; step {step} is saved: {run / str(step)}" in finished.out
+    assert f"warning: the run ends with an error; step {step} is saved: {run / str(step)}" in finished.out
     assert stored_json(run / str(step), "dataset")["next_batch"] == step
     expected = metrics(whole_run, "train/loss")
     assert metrics(run, "train/loss") == {n: expected[n] for n in range(1, step + 1)}
@@ -197,14 +197,14 @@ def test_bad_record_saves_first(tiny_data, whole_run, tmp_path):
 
 
 def test_allowed_bad_record_is_reported_and_skipped(tiny_data, tmp_path):
-    """Damaged after the data were prepared: by default the hash check of small data sets would refuse it at every start."""
+    """Damaged after the data were prepared: by default the hash check of small data sets refuses it."""
     data, run = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "run"
     flip_bit(data / SHARD, 0.4)  # within a record, as the middle is a header of the file
     assert "sha256" in error_line(train_here(data, run))
     finished = train_here(data, run, "data.max_bad_records=1")
     assert (finished.status, finished.err) == (0, "")
     (warning,) = [line for line in finished.out.splitlines() if line.startswith("warning: ")]
-    assert warning.startswith(f"warning: bad record, the next one is read in its place: {data / SHARD}: record ")
+    assert warning.startswith(f"warning: bad record, the next one is read instead: {data / SHARD}: record ")
     assert "  bad records 1" in finished.out and metrics(run, "data/bad_records")[6] == 1
 
 
@@ -217,7 +217,7 @@ def test_logging_failures_do_not_end_the_run(tiny_data, whole_run, tmp_path):
     assert (finished.status, finished.err) == (0, "")
     warnings = [line for line in finished.out.splitlines() if line.startswith("warning: ")]
     problems = ((run / "metrics.jsonl", "Is a directory"), (run / "samples", "File exists"))
-    expected = [f"warning: {path} cannot be written ({problem}): going on without" for path, problem in problems]
+    expected = [f"warning: {path} cannot be written ({problem}): continuing without it" for path, problem in problems]
     assert warnings == expected
     assert_same_checkpoint(run / "6", whole_run / "6")
 
@@ -273,14 +273,14 @@ def test_checkpoint_with_empty_checksums_is_skipped(tiny_data, run):
     rewrite_checksums(run / "6", lambda sums: {})
     finished = train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")
-    assert f"checkpoint {run / '6'} is damaged and passed over: {run / '6'}" in finished.out
+    assert f"checkpoint {run / '6'} is damaged and skipped: {run / '6'}" in finished.out
     assert f"resumed from {run / '4'}" in finished.out and (run / "6.damaged").is_dir()
 
 
 def test_folder_must_be_named_after_its_step(tiny_data, run):
     (run / "6").rename(run / "8")
     line = refused(lambda: train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=9"), run)
-    assert line == f"error: {run / '8'}: must be named after the step that it holds, 6"
+    assert line == f"error: {run / '8'}: must be named after its step, 6"
 
 
 def test_intact_checkpoint_of_another_format_is_not_renamed(tiny_data, run):

@@ -48,7 +48,7 @@ def test_an_evaluation_is_called_when_it_is_due_and_after_the_last_step(evaluate
 
 def test_write_errors_do_not_end_the_run_and_are_reported_once(evaluated):
     run, out = evaluated(Norm(every=2, broken=True))
-    assert out.count(f"warning: {run / 'norms'} cannot be written (no room): going on without") == 1
+    assert out.count(f"warning: {run / 'norms'} cannot be written (no room): continuing without it") == 1
     assert (run / "6").is_dir()
 
 

@@ -103,7 +103,7 @@ def test_another_number_of_classes_gives_a_fresh_class_table(tiny_data, class_st
     assert_copied(run, class_start, "class_table")
     assert run.state.model.class_table.shape[0] == len(CLASS_NAMES) + 2
     assert remarks(messages(), run, class_start) == [
-        "class_table stays freshly initialised: it has 4 classes, the data have 5",
+        "class_table is freshly initialised: it has 4 classes, the data have 5",
     ]
 
 
@@ -120,7 +120,7 @@ def test_another_objective_and_normalisation_are_reported(tiny_data, class_start
     start = retold(class_start, tmp_path / "7", prediction="noise", latent_mean=[0.5] * 16)
     run = begin(tiny_data, tmp_path / "run", CLASS, f"train.init_from={start}")
     assert remarks(messages(), run, start) == [
-        "was trained on latents of another mean and scale than this run's",
+        "was trained on latents with another mean and scale",
         "predicts the noise, this run trains the velocity: the objective changes",
     ]
     assert "prediction" not in run.meta or run.meta["prediction"] == "velocity"
@@ -162,7 +162,7 @@ def test_another_text_encoder_gives_fresh_caption_layers(tiny_data, text_start, 
     assert_copied(run, start, "caption_proj", "null_caption")
     encoders = f"t5 ({'0' * 16}, width 256) and wordllama ({text['fingerprint']}, width 256)"
     assert remarks(messages(), run, start) == [
-        f"{part} stays freshly initialised: the text encoders differ, {encoders}"
+        f"{part} is freshly initialised: the text encoders differ, {encoders}"
         for part in ("caption_proj", "null_caption")
     ]
 
@@ -175,8 +175,8 @@ def test_parts_missing_in_the_start_are_fresh_and_sizes_have_no_effect(tiny_data
     assert not any(x.any() for x in jax.tree.leaves((model.size_embed.side.down, model.size_embed.aspect.down)))
     assert model.size_embed.side.up.weight.any()
     assert remarks(messages(), run, text_start) == [
-        "null_caption stays freshly initialised: model.null_tokens was 1, is 32",
-        "size_embed stays freshly initialised: model.micro_conditioning was false; its output starts at zero",
+        "null_caption is freshly initialised: model.null_tokens was 1, is 32",
+        "size_embed is freshly initialised: model.micro_conditioning was false; its output starts at zero",
     ]
 
 

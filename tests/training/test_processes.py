@@ -39,7 +39,7 @@ for run in sorted(Path(folder).iterdir()):
 
 
 def run_pair(*tasks: tuple[str, ...], restore: Path) -> list[Finished]:
-    """Run tasks one after another in two processes; then restore the newest checkpoints in `restore` with the last layout."""
+    """Run tasks one after another in two processes, then restore the newest checkpoints in `restore`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

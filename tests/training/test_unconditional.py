@@ -70,7 +70,7 @@ def test_labelled_data_can_be_trained_without_labels(tiny_data, whole_run, tmp_p
     run, start = tmp_path / "run", whole_run / "6"
     finished = train_here(tiny_data, run, *NONE, f"train.init_from={start}", "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")
-    assert "class_table stays freshly initialised: this run has no classes" in finished.out
+    assert "class_table is freshly initialised: this run has no classes" in finished.out
     line = error_line(train_here(tiny_data, run, "train.is_restore=true"))
     assert line == "error: conditioning: must be none as in the checkpoint to resume, got labels"
 

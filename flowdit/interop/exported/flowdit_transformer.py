@@ -131,14 +131,14 @@ class FlowDiTClassTransformer(DiTTransformer2DModel):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Like the stock class: latents (n, channels, height, width), timesteps and class numbers (n,) to the output."""
+        """Like the stock class, for latents (n, channels, height, width), timesteps and class numbers (n,)."""
         if self.training and class_labels is not None:
             is_dropped = torch.rand(class_labels.shape, device=class_labels.device) < DROP_RATE
             class_labels = torch.where(is_dropped, self.config.num_embeds_ada_norm, class_labels)
         return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """State with a copy of the embedder per block, like the stock class: safetensors does not support shared tensors."""
+        """State with a copy of the embedder per block, as safetensors does not support shared tensors."""
         state = super().state_dict(*args, **kwargs)
         copies = [name for name in state if ".norm1.emb." in name and "transformer_blocks.0." not in name]
         state.update({name: state[name].clone() for name in copies})

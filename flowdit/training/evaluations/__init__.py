@@ -1,7 +1,7 @@
-"""What is done with the model between training steps: validation loss, previews, a profiler window.
+"""Evaluations between training steps: validation loss, previews, a profiler window.
 
-The loop asks each evaluation that is due and knows none of them. To add one, write an `Evaluation` in a file of its own and
-let `make_evaluations` build it (docs/extending.md).
+The loop calls each evaluation that is due. To add one, write an `Evaluation` in a new file and build it in
+`make_evaluations` (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Evaluation", "Preview", "Profile", "Report", "Validation", "closing"
 
 @contextlib.contextmanager
 def closing(evaluations: Iterable[Evaluation], tracker: Tracker) -> Iterator[None]:
-    """Closes the evaluations at the end of a run, whatever ends it."""
+    """Close the evaluations at the end of a run, also after an error."""
     try:
         yield
     finally:
@@ -40,7 +40,7 @@ def closing(evaluations: Iterable[Evaluation], tracker: Tracker) -> Iterator[Non
 def make_evaluations(
     config: Config, data: DataSet, mesh: Mesh, conditioning: Conditioning, objective: FlowMatching, compute: Compute
 ) -> list[Evaluation]:
-    """Those that the configuration switches on. Raises `ValueError` for what they cannot work with."""
+    """Build the evaluations that the configuration enables. Raises `ValueError` for invalid settings."""
     train = config.train
     evaluations: list[Evaluation] = []
     if data.validation is not None and train.validate_every:

@@ -1,4 +1,4 @@
-"""What every evaluation answers."""
+"""The base class of evaluations."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ __all__ = ["Evaluation", "Report"]
 
 
 class Evaluation(abc.ABC):
-    """Something done between steps: after every `every`-th one and the last, unless `is_due` says otherwise.
+    """An evaluation between steps: by default after every `every`-th step and the last (`is_due`).
 
-    Its time does not count as training time.
+    Its time is not counted as training time.
     """
 
     every: int = 0
     folder: ClassVar[str | None] = None
-    """What it writes to, in the run folder. What cannot be written there costs a warning and not the run."""
+    """Its folder within the run folder. Write errors there give a warning and do not end the run."""
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether it is called after `step`."""
         return self.every > 0 and (is_last or step % self.every == 0)
 
     def close(self) -> None:  # noqa: B027
-        """Called once when the run ends, however it ends."""
+        """Called once at the end of the run, also after an error."""
 
     @abc.abstractmethod
     def __call__(self, step: int, state: TrainState) -> Report:
-        """All processes call it; `state` must not be kept, as the next step donates it."""
+        """Called by all processes. Do not keep `state`, as the next step donates it."""

@@ -21,7 +21,7 @@ from flowdit.training.step import TrainState
 
 
 class Preview(Evaluation):
-    """Draws the same noise and requests every time, so that successive grids show the model alone changing."""
+    """Draws the same noise and requests every time, so that successive grids differ only by the model."""
 
     folder = "samples"
 
@@ -39,7 +39,7 @@ class Preview(Evaluation):
         self._folder = Path(train.checkpoint_dir) / "samples"
         self._captions = requests.captions
         self._seed = seed
-        # Padded to a number that the devices can share.
+        # Padded to a multiple of the devices.
         size = batch_shape(len(requests), len(requests), batch_shards(mesh))
         self._numbers = [min(i, len(requests) - 1) for i in range(size)]
         self._conditions = requests.encode(self._numbers)

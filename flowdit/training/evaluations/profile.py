@@ -17,7 +17,7 @@ class Profile(Evaluation):
 
     def __init__(self, run_folder: Path, first: int, last: int):
         self._path = run_folder / "profile"
-        if jax.process_count() > 1:  # traces are named after the machine, which processes may share
+        if jax.process_count() > 1:  # traces are named after the host, which processes may share
             self._path /= f"process_{jax.process_index()}"
         self._first, self._last = first, last
         self._is_tracing = False
@@ -25,10 +25,10 @@ class Profile(Evaluation):
     def is_due(self, step: int, is_last: bool) -> bool:
         if self._is_tracing:
             return step >= self._last
-        return self._first - 1 <= step < self._last  # a run that was resumed within the window traces the rest of it
+        return self._first - 1 <= step < self._last  # a run resumed within the window traces the rest of it
 
     def __call__(self, step: int, state: TrainState) -> Report:
-        jax.block_until_ready(state)  # what was asked for before is not to run into the next steps
+        jax.block_until_ready(state)  # earlier work must not overlap with the next steps
         if self._is_tracing:
             self.close()
             return Report(line=f"profile of steps {self._first} to {step}: {self._path}")
@@ -43,5 +43,5 @@ class Profile(Evaluation):
         try:
             jax.profiler.stop_trace()  # which also writes
         except jax.errors.JaxRuntimeError as problem:
-            self._last = 0  # or each of the next steps would be tried
+            self._last = 0  # so that it is not tried again at each step
             raise OSError(str(problem).partition("\n")[0]) from problem
