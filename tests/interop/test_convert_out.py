@@ -218,6 +218,26 @@ def test_what_a_class_cannot_represent_is_named_all_at_once(meta, tmp_path, mode
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("own_class", [False, True])
+@pytest.mark.parametrize("model", [DEFAULT_CLASS, DEFAULT_TEXT], ids=["class", "text"])
+@pytest.mark.parametrize(
+    ("option", "rule"),
+    [
+        ({"norm": "rms"}, "model.norm must be layer, got rms"),
+        ({"mlp": "swiglu"}, "model.mlp must be gelu, got swiglu"),
+        ({"positions": "rope"}, "model.positions must be sincos, got rope"),
+        ({"value_residual": True}, "model.value_residual must be False, got True"),
+        ({"position_base": 8}, "model.position_base must be 4, got 8"),
+    ],
+)
+def test_options_that_diffusers_classes_do_not_have_are_refused(meta, tmp_path, option, rule, model, own_class):
+    source = saved(random_model(meta, model | option), tmp_path / "source.safetensors")
+    with pytest.raises(ValueError) as error:
+        converted(source, tmp_path / "out", to="diffusers", own_class=own_class)
+    assert rule in str(error.value) and "own_class=true" not in str(error.value)
+    assert converted(source, tmp_path / "checkpoint").is_dir()  # flowdit's own formats hold them
+
+
 def test_latents_that_are_not_square_are_refused(meta, tmp_path):
     manifest = meta["manifest"] | {"latent_shape": [16, 8, 16]}
     source = saved(random_model(meta | {"manifest": manifest}, DEFAULT_CLASS), tmp_path / "source.safetensors")

@@ -51,18 +51,24 @@ class ClassHead(AuxiliaryLoss):
 
 @dataclasses.dataclass
 class Alignment(AuxiliaryLoss):
-    """One minus the cosine of a projection of the denoised latent and features in the record (as REPA, Yu et al. 2025)."""
+    """One minus the cosine of projected tokens and features in the record (as REPA, Yu et al. 2025)."""
+
+    depth: int = 1
 
     name = "alignment"
+
+    def depths(self):
+        return (self.depth,)
 
     def fields(self):
         return {"features": ArrayField((FEATURES,))}
 
     def init(self, model, latent_shape, *, key):
-        return {"projection": normal_linear(math.prod(latent_shape), FEATURES, key=key)}
+        return {"projection": normal_linear(model.hidden_dim, FEATURES, key=key)}
 
     def __call__(self, parameters, view):
-        projected, features = parameters["projection"](view.denoised.ravel()), view.example["features"]
+        projected = parameters["projection"](view.hidden[self.depth].mean(0))
+        features = view.example["features"]
         return 1 - jnp.dot(projected, features) / (jnp.linalg.norm(projected) * jnp.linalg.norm(features) + 1e-6)
 
 
@@ -157,7 +163,7 @@ def test_an_earlier_run_can_add_a_loss(tiny_data, whole_run, tmp_path):
     shutil.rmtree(resumed / "6")
     finished = train_here(tiny_data, resumed, "train.is_restore=true", "auxiliary.class_head.weight=0.5")
     assert (finished.status, finished.err) == (0, "")
-    assert "auxiliary loss class_head: new since the checkpoint" in finished.out
+    assert "auxiliary loss class_head: added since the checkpoint" in finished.out
     assert " (class_head " in finished.out and ", velocity " in finished.out
     head = metrics(resumed, "train/class_head")
     assert head[5] == pytest.approx(math.log(4), rel=0.3)
@@ -236,6 +242,10 @@ def test_losses_with_conflicting_names(tiny_data, tmp_path, monkeypatch, name, m
         ("+auxiliary.class_head.width=1", "auxiliary.class_head.width: no such field"),
         ("+auxiliary.other.weight=1", "auxiliary.other: no such field"),
         ("auxiliary.alignment.weight=1", "record 0: features: is missing"),
+        (
+            "auxiliary.alignment={weight: 1, depth: 3}",
+            "auxiliary.alignment.depths: must be blocks in [1, model.depth=2], got (3,)",
+        ),
     ],
 )
 def test_bad_setting(tiny_data, tmp_path, override, expected):

@@ -18,11 +18,14 @@ from runs import (
     stored_arrays,
     stored_json,
     train_text_here,
+    write_tiny_data,
 )
 
 from flowdit.conditioning.text import Text, Training
-from flowdit.data.loader import DataConfig
+from flowdit.data.loader import DataConfig, open_source
 from flowdit.data.manifest import Manifest
+from flowdit.data.records import RecordError
+from flowdit.data.schema import SizeField, record_schema
 from flowdit.data.text_features import write_cache
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.config import PixArtConfig
@@ -148,13 +151,35 @@ def test_micro_conditioning_reaches_the_model():
     model = build_pixart(config, LATENT[0], WIDTH, key=jax.random.key(0))
     model = jax.tree.map(lambda x: x + 0.1, model)  # the final layer starts at zero, which would hide the difference
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
+    objective = dataclasses.replace(OBJECTIVE, conditioning=Text(size=(64, 64)))
     velocities = []
-    for size in ((64, 64), (64, 128)):
-        objective = dataclasses.replace(OBJECTIVE, conditioning=Text(size=size))
-        drawn = objective.draw(example, jax.random.key(0))
+    for size, fields in (((64, 64), {}), ((64, 128), {"image_size": jnp.asarray([64, 128])})):
+        drawn = objective.draw(example | fields, jax.random.key(0))
         np.testing.assert_array_equal(drawn.condition.size, size)
         velocities.append(model(drawn.noise, drawn.t, drawn.condition))
     assert not np.allclose(*velocities, atol=1e-4)
+
+
+def test_image_sizes_come_from_the_records_and_else_from_the_manifest(tmp_path):
+    """Four in a row are: none, one number of a square, a pair, an array."""
+    sizes = [{}, {"image_size": 512}, {"image_size": (512, 768)}, {"image_size": np.asarray([256, 1024])}]
+    data = write_tiny_data(tmp_path / "data", lambda index: sizes[index % 4])
+    schema = record_schema((16, 8, 8), Text(size=(64, 64)).fields())
+    batch = open_source(data, Manifest.read(data), schema=schema).read_batch([0, 1, 2, 3])
+    assert batch["image_size"].tolist() == [[64, 64], [512, 512], [512, 768], [256, 1024]]
+    settings = ("model.micro_conditioning=true", "model.hidden_dim=48", "optim.warmup_steps=0", "train.num_steps=2")
+    assert train_text_here(data, tmp_path / "sized", *settings).err == ""
+    plain = write_tiny_data(tmp_path / "plain")
+    assert train_text_here(plain, tmp_path / "unsized", *settings).err == ""
+    # The first step's loss is that of a zero velocity, whatever the size.
+    sized, unsized = (metrics(tmp_path / run, "train/loss") for run in ("sized", "unsized"))
+    assert sized[1] == unsized[1] and sized[2] != unsized[2]
+
+
+@pytest.mark.parametrize("size", [0, "large", (64,), (64, 64, 3), (64, 2**30), np.asarray([64.0, 64.0]), True])
+def test_image_sizes_that_are_none_are_refused(size):
+    with pytest.raises(RecordError, match="^must be one or two "):
+        SizeField((64, 64)).check(size)
 
 
 def batch_of(size: int) -> dict[str, np.ndarray]:
