@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from flowdit.data import openmoji
 from flowdit.data.caption_file import read_captions
 from flowdit.data.captions import caption_key
+from flowdit.fields import require
 from flowdit.hashing import file_sha256, sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -54,23 +55,23 @@ class ImageSet:
 
 
 def load_images(source: str, held_out_fraction: float, captions: str = "") -> ImageSet:
-    """Load the image set `source`: "openmoji" (with fixed captions and held-out images) or a folder.
+    """Load the image set `source`: a name in `SOURCES`, `<name>:<path>` with such a name, or a folder.
 
-    `captions` is a file as in `caption_file`. Images without class sub-folders have no labels.
+    `captions` is a file as in `caption_file`. In a folder, images without class sub-folders have no labels.
 
     Raises `ValueError` if the folder does not exist, has neither images nor class sub-folders, a class has no image, or
     the captions do not match the images.
     """
-    if source == "openmoji":
-        if captions:
-            raise ValueError(f"captions: must be empty for source=openmoji, which has its own, got {captions!r}")
-        return _load_openmoji()
-    if not 0 <= held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction: must be in [0, 1), got {held_out_fraction}")
+    require("held_out_fraction", held_out_fraction, 0 <= held_out_fraction < 1, "must be in [0, 1)")
+    name, _, path = source.partition(":")
+    if name in SOURCES:
+        return SOURCES[name](path, held_out_fraction, captions)
     return _load_folder(Path(source), held_out_fraction, Path(captions) if captions else None)
 
 
-def _load_openmoji() -> ImageSet:
+def _load_openmoji(path: str, held_out_fraction: float, captions: str) -> ImageSet:
+    require("source", f"openmoji:{path}", not path, "must be openmoji, which is embedded, without a path")
+    require("captions", captions, not captions, "must be empty for source=openmoji, which has its own")
     data = openmoji.load()
     return ImageSet(
         name="openmoji",
@@ -83,6 +84,10 @@ def _load_openmoji() -> ImageSet:
         license=openmoji.LICENSE,
         attribution=openmoji.ATTRIBUTION,
     )
+
+
+SOURCES: dict[str, Callable[[str, float, str], ImageSet]] = {"openmoji": _load_openmoji}
+"""Functions from (path, held-out fraction, caption file) to an image set, by name, in addition to folders."""
 
 
 def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) -> ImageSet:

@@ -5,7 +5,7 @@ Parameters may be float32 or bfloat16; norms are computed in float32 and returne
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import equinox as eqx
 import jax
@@ -206,6 +206,8 @@ class MLP(eqx.Module):
     up: Linear
     down: Linear
 
+    is_gated: ClassVar[bool] = False
+
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
@@ -216,26 +218,30 @@ class SwiGLU(eqx.Module):
     up: Linear
     down: Linear
 
+    is_gated: ClassVar[bool] = True
+
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         gate, value = jnp.split(self.up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * value)
 
 
-MLPS = ("gelu", "swiglu")
+MLPS: dict[str, type[MLP] | type[SwiGLU]] = {"gelu": MLP, "swiglu": SwiGLU}
+"""MLPs of a block, by `model.mlp`."""
 
 
 def mlp_hidden_dim(dim: int, ratio: float, kind: str) -> int:
-    """Hidden width. SwiGLU's third matrix is paid for with width: floor(2/3 x ratio x dim / 8) x 8."""
-    return int(2 * ratio * dim / 24) * 8 if kind == "swiglu" else int(dim * ratio)
+    """Hidden width. Gated MLPs, whose `up` has two parts, have floor(2/3 x ratio x dim / 8) x 8: as many parameters."""
+    return int(2 * ratio * dim / 24) * 8 if MLPS[kind].is_gated else int(dim * ratio)
 
 
 def mlp(dim: int, ratio: float, kind: str = "gelu", *, key: PRNGKeyArray) -> MLP | SwiGLU:
     """The `dim -> hidden -> dim` network of a block, Xavier-initialised; `kind` is one of `MLPS`."""
     up_key, down_key = jax.random.split(key)
-    hidden, parts = mlp_hidden_dim(dim, ratio, kind), 2 if kind == "swiglu" else 1
+    hidden = mlp_hidden_dim(dim, ratio, kind)
+    parts = 2 if MLPS[kind].is_gated else 1
     up = xavier_linear(dim, parts * hidden, key=up_key, axes=("embed", "mlp"), parts=parts)
     down = xavier_linear(hidden, dim, key=down_key, axes=("mlp", "embed"))
-    return SwiGLU(up, down) if kind == "swiglu" else MLP(up, down)
+    return MLPS[kind](up, down)
 
 
 class TimeEmbedding(eqx.Module):
