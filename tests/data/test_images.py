@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from flowdit.data import images
-from flowdit.data.images import center_crop, load_images
+from flowdit.data.images import SOURCES, center_crop, load_images
 
 GREY = 0
 COLOUR = 2
@@ -166,3 +166,16 @@ def test_a_very_long_image_takes_no_more_memory_than_it_has():
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=root, check=True
     )
     assert int(finished.stdout) < 50_000  # kilobytes; the full image at that height would be three million
+
+
+def test_a_registered_source_takes_its_path_and_settings(monkeypatch):
+    asked = []
+    image_set = load_images("openmoji", 0.0)
+    monkeypatch.setitem(SOURCES, "mine", lambda *settings: asked.append(settings) or image_set)
+    assert load_images("mine:/data/file:1", 0.1, "captions.jsonl") is image_set
+    load_images("mine", 0.2)
+    assert asked == [("/data/file:1", 0.1, "captions.jsonl"), ("", 0.2, "")]
+    with pytest.raises(
+        ValueError, match="^source: must be openmoji, which is embedded, without a path, got 'openmoji:x'"
+    ):
+        load_images("openmoji:x", 0.0)
