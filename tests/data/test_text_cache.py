@@ -190,7 +190,7 @@ def test_a_cache_of_another_data_set_is_refused(captions, cache):
         (lambda d: d.update(schema_version=2), "schema_version: must be 1, got 2"),
         (lambda d: d["shards"][0].update(file="../a.array_record"), r"shards\[0\].file: must be a plain file name"),
         (lambda d: d["shards"].pop(0), "shards: must be those of the data set, with two records for each"),
-        (lambda d: d["shards"][0].update(records=13), "shards: must be those of the data set, at two records"),
+        (lambda d: d["shards"][0].update(records=13), "shards: must be those of the data set, with two records"),
     ],
 )
 def test_a_damaged_manifest_is_refused(captions, cache, change, message):
