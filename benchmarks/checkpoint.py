@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from benchmarks.timing import Timing, seconds, table
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
@@ -22,7 +23,7 @@ class Saving:
         self.workload = training(EMBEDDED, EMBEDDED_LATENT, BATCH_SIZE)
         self.state = self.workload.init()
         self.megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / 1e6
-        self.writer = CheckpointWriter(folder, keep_last=1, keep_every=None, meta={})
+        self.writer = CheckpointWriter(epath.Path(folder), keep_last=1, keep_every=None, meta={})
 
     def step(self) -> None:
         self.state, _ = jax.block_until_ready(self.workload.train_step(self.state, self.workload.batch))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 FINGERPRINT_DIGITS = 16
 
@@ -19,10 +20,10 @@ def sha256(parts: str | Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(file: Path) -> str:
+def file_sha256(file: epath.PathLike) -> str:
     """64 hex digits over the content of `file`. Raises `OSError` if it cannot be read."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with epath.Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def fingerprint(parts: str | Iterable[bytes]) -> str:

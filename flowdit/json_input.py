@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from etils import epath
 from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from flowdit.fields import listed, shown
@@ -35,17 +35,17 @@ class InputError(ValueError):
     """Invalid content of a JSON file, in one line."""
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: epath.PathLike) -> Any:
     """Read a JSON file. Raises `InputError` naming the file if it cannot be read or is not JSON."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(epath.Path(file).read_text(encoding="utf-8"))
     except OSError as problem:
         raise InputError(f"{file}: cannot be read: {problem.strerror}") from problem
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{file}: is not JSON: {problem}") from None
 
 
-def parse_file(kind: type[T], file: Path) -> T:
+def parse_file(kind: type[T], file: epath.PathLike) -> T:
     """Parse a JSON file as `kind`. Raises `InputError` naming the file."""
     content = read_json(file)
     try:

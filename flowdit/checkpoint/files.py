@@ -5,11 +5,12 @@ Orbax restores flipped bits without an error, so `checksums.json` holds the SHA-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
 from pathlib import Path
 
+from etils import epath
 from pydantic import RootModel
 
 from flowdit.hashing import file_sha256
@@ -31,31 +32,34 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint whose files changed after writing. An older one may be used instead."""
 
 
-def list_steps(folder: Path) -> list[int]:
+def list_steps(folder: epath.Path) -> list[int]:
     """Finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and re.fullmatch("0|[1-9][0-9]*", p.name))
 
 
-def set_aside(step_folder: Path) -> None:
+def set_aside(step_folder: epath.Path) -> None:
     """Rename to `<step>.damaged` instead of deleting, as the files may still be useful."""
     target = step_folder.with_name(f"{step_folder.name}.damaged")
-    shutil.rmtree(target, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        target.rmtree(missing_ok=True)
     step_folder.rename(target)
 
 
-def write_checksums(step_folder: Path) -> None:
+def write_checksums(step_folder: epath.PathLike) -> None:
     """Record the SHA-256 of every file of a checkpoint's items."""
+    step_folder = epath.Path(step_folder)
     sums = {name: file_sha256(path) for name, path in _files(step_folder).items()}
     (step_folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
-def verify_files(step_folder: Path) -> None:
+def verify_files(step_folder: epath.PathLike) -> None:
     """Raise `DamagedCheckpoint` naming the first file that is missing, was not recorded, or differs from its checksum.
 
     An existing file that cannot be read raises `CheckpointError`, as the cause may be the disk and not the checkpoint.
     """
+    step_folder = epath.Path(step_folder)
     recorded, files = _read_checksums(step_folder / CHECKSUMS), _files(step_folder)
     for name in sorted(recorded.keys() - files.keys()):
         raise DamagedCheckpoint(f"{step_folder / name}: file is missing")
@@ -70,7 +74,7 @@ def verify_files(step_folder: Path) -> None:
             raise DamagedCheckpoint(f"{step_folder / name}: content differs from its checksum")
 
 
-def _read_checksums(file: Path) -> dict[str, str]:
+def _read_checksums(file: epath.Path) -> dict[str, str]:
     try:
         return parse_file(Checksums, file).root
     except InputError as problem:
@@ -79,10 +83,11 @@ def _read_checksums(file: Path) -> dict[str, str]:
         raise (CheckpointError if is_disk else DamagedCheckpoint)(str(problem)) from problem
 
 
-def _files(step_folder: Path) -> dict[str, Path]:
+def _files(step_folder: epath.Path) -> dict[str, Path]:
     """The files of all items by relative name.
 
     Orbax's own file is written again after the checksums, and other tools may add folders (.git), so both are excluded.
     """
-    paths = [p for item in ITEMS for p in sorted((step_folder / item).rglob("*")) if p.is_file()]
-    return {p.relative_to(step_folder).as_posix(): p for p in paths}
+    local = Path(step_folder)  # epath finds no files in sub-folders, and takes a pipe for a file
+    paths = [p for item in ITEMS for p in sorted((local / item).rglob("*")) if p.is_file()]
+    return {p.relative_to(local).as_posix(): p for p in paths}

@@ -7,10 +7,10 @@ import importlib.metadata
 import platform
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from flowdit.checkpoint.files import CheckpointError, verify_files
 from flowdit.conditioning import Conditioning
@@ -21,19 +21,20 @@ from flowdit.errors import first_line
 FORMAT = 1
 
 
-def read_meta(step_folder: Path) -> dict[str, Any]:
+def read_meta(step_folder: epath.PathLike) -> dict[str, Any]:
     """Verify all files of a checkpoint and read its metadata.
 
     Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files
     changed.
     """
+    step_folder = epath.Path(step_folder)
     if not (step_folder / "meta").is_dir():
         raise CheckpointError(f"{step_folder}: not a checkpoint folder (expected checkpoints/<step>)")
     verify_files(step_folder)
     return verified_meta(step_folder)
 
 
-def verified_meta(step_folder: Path) -> dict[str, Any]:
+def verified_meta(step_folder: epath.Path) -> dict[str, Any]:
     """Read the metadata of an already verified checkpoint. Raises `CheckpointError` for another format."""
     try:
         meta = read_json_item(step_folder / "meta")
@@ -45,10 +46,10 @@ def verified_meta(step_folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_json_item(item_folder: Path) -> Any:
+def read_json_item(item_folder: epath.Path) -> Any:
     """Read a JSON item."""
     # The handler directly: a checkpointer waits for all processes, but only the first one reads metadata.
-    return ocp.JsonCheckpointHandler().restore(item_folder)  # type: ignore[arg-type]
+    return ocp.JsonCheckpointHandler().restore(item_folder)
 
 
 def run_meta(

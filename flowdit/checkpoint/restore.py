@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from flowdit.checkpoint.files import (
     CheckpointError,
@@ -42,13 +42,13 @@ class Restored(Generic[State]):
     meta: dict[str, Any]
 
 
-def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
+def _restore_arrays(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Restore arrays by name after checking shapes: Orbax silently casts and sometimes slices.
 
     Arrays of auxiliary losses may be missing or additional on disk: those in common are read.
     """
     # The handler directly, as the checkpointer warns that an item has no metadata of a step.
-    stored: Any = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())  # type: ignore[arg-type]
+    stored: Any = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())
     stored = getattr(stored, "tree", stored)
     found = {name: tuple(leaf.shape) for name, leaf in stored.items()}
     wanted = {name: tuple(leaf.shape) for name, leaf in targets.items()}
@@ -62,7 +62,7 @@ def _restore_arrays(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any
     return ocp.StandardCheckpointer().restore(item_folder.resolve(), targets)
 
 
-def _restore_some(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
+def _restore_some(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Restore some of the arrays of an item."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
     request = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=True)
@@ -70,7 +70,7 @@ def _restore_some(item_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
         return checkpointer.restore(item_folder.resolve(), args=request)
 
 
-def _restore_step(step_folder: Path, template: State, fresh: Fresh) -> Restored[State]:
+def _restore_step(step_folder: epath.Path, template: State, fresh: Fresh) -> Restored[State]:
     state_targets, ema_targets = split_state(template)
     meta = verified_meta(step_folder)
     try:
@@ -87,7 +87,9 @@ def _restore_step(step_folder: Path, template: State, fresh: Fresh) -> Restored[
     return Restored(from_named(template, arrays), dataset, meta)
 
 
-def restore_newest(folder: Path, template: State, check_meta: Callable[[dict], None], fresh: Fresh) -> Restored[State]:
+def restore_newest(
+    folder: epath.PathLike, template: State, check_meta: Callable[[dict], None], fresh: Fresh
+) -> Restored[State]:
     """Restore the newest intact checkpoint; damaged newer ones are logged and renamed to `<step>.damaged`.
 
     The first process finds it and broadcasts the step before any process restores. `template` holds `ShapeDtypeStruct`s
@@ -95,6 +97,7 @@ def restore_newest(folder: Path, template: State, check_meta: Callable[[dict], N
     does a checkpoint of another format. `fresh` makes the arrays of auxiliary losses that are not in the checkpoint, by
     name. Raises `CheckpointError` if no step can be read.
     """
+    folder = epath.Path(folder)
     step, damaged = from_first(lambda: _find_newest(folder, check_meta))
     restored = _restore_step(folder / str(step), template, fresh)
     wait_for_all("restored")
@@ -102,7 +105,7 @@ def restore_newest(folder: Path, template: State, check_meta: Callable[[dict], N
     return restored
 
 
-def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int, list[str]]:
+def _find_newest(folder: epath.Path, check_meta: Callable[[dict], None]) -> tuple[int, list[str]]:
     """The newest intact step, and the names of newer, damaged ones."""
     step, damaged = _newest_whole(folder)
     step_folder = folder / str(step)
@@ -113,7 +116,7 @@ def _find_newest(folder: Path, check_meta: Callable[[dict], None]) -> tuple[int,
     return step, damaged
 
 
-def _newest_whole(folder: Path) -> tuple[int, list[str]]:
+def _newest_whole(folder: epath.Path) -> tuple[int, list[str]]:
     damaged: dict[str, str] = {}
     for step in reversed(list_steps(folder)):
         try:
@@ -127,19 +130,20 @@ def _newest_whole(folder: Path) -> tuple[int, list[str]]:
     raise CheckpointError(f"{folder}: no checkpoint can be read: " + "; ".join(damaged.values()))
 
 
-def newest_whole(folder: Path) -> Path:
+def newest_whole(folder: epath.Path) -> epath.Path:
     """The newest intact checkpoint of a run folder. Raises `CheckpointError` if there is none."""
     return folder / str(_newest_whole(folder)[0])
 
 
 def restore_weights(
-    step_folder: Path, template: Any, mesh: jax.sharding.Mesh | None = None, weights: str = "ema"
+    step_folder: epath.PathLike, template: Any, mesh: jax.sharding.Mesh | None = None, weights: str = "ema"
 ) -> Any:
     """Restore the EMA or, with `weights` "model", the raw weights as float32 in the structure of `template` (arrays or
     shapes).
 
     They are on the first device, or on `mesh` by the sharding rules. The files must be verified before, by `read_meta`.
     """
+    step_folder = epath.Path(step_folder)
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = {} if mesh is None else named_arrays(parameter_shardings(mesh, template))
     targets = {
@@ -156,7 +160,7 @@ def restore_weights(
         raise CheckpointError(f"{step_folder}: cannot be read: {first_line(problem)}") from problem
 
 
-def _restore_raw(step_folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
+def _restore_raw(step_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Restore the arrays of the model from the `state` item, without the optimizer state."""
     if not (step_folder / "state").is_dir():
         raise CheckpointError(f"{step_folder}: a slim checkpoint, which holds only the EMA and no raw weights")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from flowdit.checkpoint.files import CheckpointError, list_steps, write_checksums
 from flowdit.checkpoint.meta import FORMAT
@@ -42,7 +43,7 @@ class CheckpointWriter:
     fails is logged.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int | None, meta: dict[str, Any]):
+    def __init__(self, folder: epath.Path, keep_last: int, keep_every: int | None, meta: dict[str, Any]):
         self.folder = folder
         self._meta = meta
         self._moment: Moment | None = None
@@ -98,7 +99,7 @@ class CheckpointWriter:
             self._failure = self._settle()
         return any_process(self._failure is not None)
 
-    def last_good(self) -> Path | None:
+    def last_good(self) -> epath.Path | None:
         """The newest finished checkpoint; waits for a running save."""
         self._failure = self._failure or self._settle()
         steps = list_steps(self.folder)
@@ -172,7 +173,8 @@ class CheckpointWriter:
     def _failed(self, step: int, problem: Exception) -> CheckpointError:
         self._writing = None
         if jax.process_index() == 0:  # a partial checkpoint may fill the disk
-            shutil.rmtree(self._temporary(step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._temporary(step).rmtree(missing_ok=True)
         self._look_again()
         good = [s for s in list_steps(self.folder) if s != step]
         last = self.folder / str(good[-1]) if good else "none"
@@ -180,7 +182,7 @@ class CheckpointWriter:
             f"checkpoint {self.folder / str(step)}: could not be written: {first_line(problem)}; last good: {last}"
         )
 
-    def _temporary(self, step: int) -> Path:
+    def _temporary(self, step: int) -> epath.Path:
         return self.folder / f"{step}{TEMPORARY_SUFFIX}"
 
     def _write_checksums(self) -> None:
@@ -197,24 +199,25 @@ def checkpoint_bytes(state: Any, meta: dict[str, Any]) -> int:
     return int(1.05 * arrays) + len(json.dumps(meta)) + SPARE_BYTES
 
 
-def check_free_space(folder: Path, state: Any, meta: dict[str, Any]) -> None:
+def check_free_space(folder: epath.Path, state: Any, meta: dict[str, Any]) -> None:
     """Raise `CheckpointError` if there is not enough disk space for a checkpoint of this state (or of its shapes)."""
     needed = checkpoint_bytes(state, meta)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free  # of a local disk
     if free < needed:
         raise CheckpointError(
             f"train.checkpoint_dir: a checkpoint needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free"
         )
 
 
-def save_slim(target: Path, ema: Any, meta: dict[str, Any], dtype: str = "float16") -> None:
+def save_slim(target: epath.PathLike, ema: Any, meta: dict[str, Any], dtype: str = "float16") -> None:
     """Write a checkpoint with only `model_ema`, in `dtype`, and `meta`; it can be sampled but not resumed."""
+    target = epath.Path(target)
     if target.exists():
         raise CheckpointError(f"{target}: must not exist")
     arrays = {name: value.astype(jnp.dtype(dtype)) for name, value in named_arrays(ema).items()}
     items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(target.resolve(), args=items)
-    for marker in target.rglob("commit_success.txt"):
+    for marker in Path(target).rglob("commit_success.txt"):  # epath finds no files in sub-folders
         marker.unlink()  # object stores need it while writing; it contains the author's paths
     write_checksums(target)

@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from etils import epath
 from jaxtyping import Float64
 
 from flowdit.data.captions import TextReader
@@ -144,7 +145,7 @@ class Source:
 
 
 def open_source(
-    folder: str | Path,
+    folder: epath.PathLike,
     manifest: Manifest,
     split: str = "train",
     *,
@@ -162,7 +163,8 @@ def open_source(
     shards = manifest.shards_of(split)
     if not shards:
         raise ValueError(f"{folder}: the data set has no records in split {split!r}")
-    paths, counts = [Path(folder) / shard.file for shard in shards], [shard.records for shard in shards]
+    paths = [Path(folder) / shard.file for shard in shards]  # ArrayRecord reads local files
+    counts = [shard.records for shard in shards]
     check_files(paths, shards)
     source = Source(paths, counts, schema.of_dtype(manifest.latent_dtype), text, max_bad_records)
     source.read([0])  # finds a rule that all records break before a run starts

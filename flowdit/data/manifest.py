@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from etils import epath
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -122,9 +122,9 @@ class Manifest:
         return sum(shard.records for shard in self.shards_of(split))
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Manifest":
+    def read(cls, folder: epath.PathLike) -> "Manifest":
         """Read the manifest in `folder`. Raises `ManifestError` with one line if it is missing or invalid."""
-        path = Path(folder) / FILE_NAME
+        path = epath.Path(folder) / FILE_NAME
         if not path.is_file():
             missing = f"no {FILE_NAME} in it" if path.parent.is_dir() else "no such folder"
             raise ManifestError(f"{folder}: {missing}; `python -m flowdit.prepare` makes a data set")
@@ -133,12 +133,12 @@ class Manifest:
             raise ManifestError(f"{path}: shards: must be one or more different files, got []")
         return manifest
 
-    def write(self, folder: str | Path) -> None:
+    def write(self, folder: epath.PathLike) -> None:
         """Write `dataset.json` atomically."""
-        write_json(Path(folder) / FILE_NAME, dataclasses.asdict(self))
+        write_json(epath.Path(folder) / FILE_NAME, dataclasses.asdict(self))
 
 
-def read_manifest(kind: type[T], path: Path) -> T:
+def read_manifest(kind: type[T], path: epath.Path) -> T:
     """The manifest of a folder of shards. Raises `ManifestError` in one line that names the file."""
     try:
         return parse_file(kind, path)
@@ -146,14 +146,14 @@ def read_manifest(kind: type[T], path: Path) -> T:
         raise ManifestError(str(problem)) from None
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: epath.Path, data: Any) -> None:
     """Write `data` to `path` atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
-def verify(folder: str | Path, manifest: Manifest, *, hashes: bool = False, limit: int = HASH_LIMIT_BYTES) -> None:
+def verify(folder: epath.PathLike, manifest: Manifest, *, hashes: bool = False, limit: int = HASH_LIMIT_BYTES) -> None:
     """Raise `ManifestError` unless every shard exists and is unchanged.
 
     Sizes are always compared; hashes (SHA-256) if `hashes` is set or all shards together have at most `limit` bytes.
@@ -161,11 +161,13 @@ def verify(folder: str | Path, manifest: Manifest, *, hashes: bool = False, limi
     verify_shards(folder, manifest.shards, hashes=hashes, limit=limit)
 
 
-def verify_shards(folder: str | Path, shards: Sequence[Shard], *, hashes: bool, limit: int = HASH_LIMIT_BYTES) -> None:
+def verify_shards(
+    folder: epath.PathLike, shards: Sequence[Shard], *, hashes: bool, limit: int = HASH_LIMIT_BYTES
+) -> None:
     """`verify`, for the shards of any manifest."""
     hashes = hashes or sum(shard.bytes for shard in shards) <= limit
     for shard in shards:
-        path = Path(folder) / shard.file
+        path = Path(folder) / shard.file  # which ArrayRecord reads from a local disk
         if not path.is_file():
             raise _changed(path, "is missing")
         if (size := path.stat().st_size) != shard.bytes:

@@ -10,10 +10,10 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int
 
 from flowdit.data import manifest as manifests
@@ -117,7 +117,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         raise ValueError(f"image_size: must be a multiple of the VAE's stride {stride}, got {config.image_size}")
     # Before the latents, which may take hours, so that errors are found first. It keeps its memory (5 GB for T5Gemma).
     encoder = _load_text_encoder(config) if config.text_encoder else None
-    out = Path(config.out or Path("data") / image_set.name)
+    out = epath.Path(config.out or f"data/{image_set.name}")
     try:
         manifest = _prepare_latents(jobs, out, config, image_set, vae)
     except OSError as error:
@@ -127,8 +127,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     return manifest
 
 
-def _prepare_text(config: PrepareConfig, out: Path, manifest: Manifest, encoder: TextEncoder) -> None:
-    folder = Path(config.text_cache or out / "text_features")
+def _prepare_text(config: PrepareConfig, out: epath.Path, manifest: Manifest, encoder: TextEncoder) -> None:
+    folder = epath.Path(config.text_cache or out / "text_features")
     try:
         write_cache(folder, out, manifest, encoder)
     except OSError as error:
@@ -142,7 +142,7 @@ def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
 
 
 def _prepare_latents(
-    jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
+    jobs: list[Job], out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
 ) -> Manifest:
     claim_folder("out", out, _plan(config, image_set, vae), manifests.FILE_NAME)
     if (out / manifests.FILE_NAME).exists():
@@ -177,7 +177,7 @@ def _plan(config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> dic
     return settings | identity
 
 
-def _finished(out: Path) -> Manifest:
+def _finished(out: epath.Path) -> Manifest:
     manifest = Manifest.read(out)
     manifests.verify(out, manifest)
     _remove_sidecars(manifest, out)
@@ -185,7 +185,9 @@ def _finished(out: Path) -> Manifest:
     return manifest
 
 
-def _write_shards(jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> None:
+def _write_shards(
+    jobs: list[Job], out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
+) -> None:
     encode_batch = latent_encoder(vae, config.batch_size)
     todo = [job for job in jobs if read_sidecar(out / job.file) is None]
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
@@ -209,7 +211,9 @@ def _counted(records: Iterator[dict[str, Any]], progress: ProgressBar) -> Iterat
         progress.update()
 
 
-def _finish(jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> Manifest:
+def _finish(
+    jobs: list[Job], out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
+) -> Manifest:
     sidecars = [finished_sidecar(out / job.file) for job in jobs]
     mean, std = channel_statistics(s for s, job in zip(sidecars, jobs, strict=True) if job.split == "train")
     side = config.image_size // vae.config.stride
@@ -241,12 +245,12 @@ def _finish(jobs: list[Job], out: Path, config: PrepareConfig, image_set: ImageS
     return manifest
 
 
-def _remove_sidecars(manifest: Manifest, out: Path) -> None:
+def _remove_sidecars(manifest: Manifest, out: epath.Path) -> None:
     for shard in manifest.shards:
         remove_sidecar(out / shard.file)
 
 
-def _summary(manifest: Manifest, out: Path) -> str:
+def _summary(manifest: Manifest, out: epath.Path) -> str:
     mean, std = np.array(manifest.channel_mean), np.array(manifest.channel_std)
     normalised_std = manifest.vae.scale * math.sqrt(np.mean(std**2) + np.var(mean))
     classes = f"{manifest.num_classes} classes" if manifest.class_names else "no classes"

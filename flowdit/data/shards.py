@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from jaxtyping import Float64
 from pydantic import RootModel
 from pydantic.dataclasses import dataclass
@@ -48,9 +49,12 @@ def latent_sums(record: Mapping[str, Any]) -> Sums:
 
 
 def write_shard(
-    path: Path, records: Iterable[Mapping[str, Any]], sums_of: Callable[[Mapping[str, Any]], Sums] = latent_sums
+    path: epath.PathLike,
+    records: Iterable[Mapping[str, Any]],
+    sums_of: Callable[[Mapping[str, Any]], Sums] = latent_sums,
 ) -> Sidecar:
     """Write `records` (at least one) to `path`, and its sidecar. Raises `OSError` on failure."""
+    path = Path(path)  # ArrayRecord writes local files
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -88,31 +92,32 @@ def _writing(function: Any, *args: Any) -> Any:
         raise OSError(str(error).split(";")[0]) from None
 
 
-def finished_sidecar(path: Path) -> Sidecar:
+def finished_sidecar(path: epath.PathLike) -> Sidecar:
     """The sidecar of a finished shard."""
     sidecar = read_sidecar(path)
     assert sidecar is not None, path
     return sidecar
 
 
-def read_sidecar(path: Path) -> Sidecar | None:
+def read_sidecar(path: epath.PathLike) -> Sidecar | None:
     """The sidecar of the shard at `path`, or None if the shard is not finished."""
     try:
         sidecar = parse_file(Sidecar, _sidecar_path(path))
-        return sidecar if path.stat().st_size == sidecar.bytes else None
+        return sidecar if Path(path).stat().st_size == sidecar.bytes else None  # a local file, as above
     except (FileNotFoundError, InputError):
         return None
 
 
-def remove_sidecar(path: Path) -> None:
+def remove_sidecar(path: epath.PathLike) -> None:
     _sidecar_path(path).unlink(missing_ok=True)
 
 
-def _sidecar_path(path: Path) -> Path:
+def _sidecar_path(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
     return path.with_name(path.name + ".json")
 
 
-def claim_folder(field: str, folder: Path, plan: Mapping[str, Any], manifest_name: str) -> None:
+def claim_folder(field: str, folder: epath.Path, plan: Mapping[str, Any], manifest_name: str) -> None:
     """Create or reuse `folder`, set by the configuration field `field`: all runs into it must have the same `plan`.
 
     Raises `ValueError` with the difference if it has another plan, or shards without a plan.
@@ -120,7 +125,7 @@ def claim_folder(field: str, folder: Path, plan: Mapping[str, Any], manifest_nam
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN_NAME
     if not path.exists():
-        if (folder / manifest_name).exists() or any(folder.glob("*.array_record")):
+        if (folder / manifest_name).exists() or any(path.suffix == ".array_record" for path in folder.iterdir()):
             raise ValueError(f"{field}: {folder} holds shards without {PLAN_NAME}: give another folder")
         return write_json(path, plan)
     try:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Float64
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -60,7 +61,7 @@ class CacheManifest:
         check_different(self.shards)
         return self
 
-    def check_made_by(self, folder: Path, encoder: TextEncoder, manifest: Manifest) -> None:
+    def check_made_by(self, folder: epath.Path, encoder: TextEncoder, manifest: Manifest) -> None:
         """Raise `ValueError` with the difference unless `encoder` made these features from that data set."""
         theirs, ours = f"{self.fingerprint} ({self.encoder})", f"{encoder.fingerprint} ({encoder.name})"
         for name, same, got, expected in (
@@ -167,7 +168,7 @@ class CachedCaptions:
 
 
 def open_cache(
-    folder: str | Path,
+    folder: epath.PathLike,
     manifest: Manifest,
     split: str,
     encoder: TextEncoder,
@@ -181,7 +182,7 @@ def open_cache(
     Raises `ValueError` with one line if there is no cache, it was made by another encoder or from other data, or a
     shard is missing or changed (hashes are compared as in `manifest.verify`).
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     if not (folder / FILE_NAME).is_file():
         raise ValueError(
             f"data.text_cache: {folder} has no {FILE_NAME}; `python -m flowdit.prepare text_encoder=...` makes it"
@@ -190,6 +191,6 @@ def open_cache(
     cache.check_made_by(folder, encoder, manifest)
     shards = [shard for shard in cache.shards if shard.split == split]
     verify_shards(folder, shards, hashes=verify_hashes, limit=hash_limit)
-    paths = [folder / shard.file for shard in shards]
+    paths = [Path(folder) / shard.file for shard in shards]  # ArrayRecord reads local files
     check_files(paths, shards)
     return CachedCaptions(FeatureCache(paths, cache, [shard.records for shard in shards]), long_caption_prob)

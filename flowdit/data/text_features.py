@@ -3,10 +3,10 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
 from flowdit.data.captions import CAPTIONS, caption_key
@@ -24,12 +24,15 @@ CHUNK = 128
 """Records per chunk: enough to find captions of similar length; 140 MB of features for T5Gemma."""
 
 
-def write_cache(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder) -> CacheManifest:
+def write_cache(
+    folder: epath.PathLike, data: epath.PathLike, manifest: Manifest, encoder: TextEncoder
+) -> CacheManifest:
     """Write the features of all captions of the data set in `data`, or continue an interrupted run.
 
     Raises `ValueError` with one line if `folder` holds features of another encoder, dtype, length or data set,
     `OSError` if it cannot be written.
     """
+    folder, data = epath.Path(folder), epath.Path(data)
     identity = {name: getattr(encoder, name) for name in ("fingerprint", "dtype", "max_length", "width")}
     claim_folder("text_cache", folder, {"encoder": encoder.name, **identity, "data": manifest.id}, FILE_NAME)
     if (folder / FILE_NAME).exists():
@@ -46,7 +49,7 @@ def write_cache(folder: Path, data: Path, manifest: Manifest, encoder: TextEncod
     return cache
 
 
-def _write_shards(folder: Path, data: Path, manifest: Manifest, encoder: TextEncoder) -> None:
+def _write_shards(folder: epath.Path, data: epath.Path, manifest: Manifest, encoder: TextEncoder) -> None:
     todo = [shard for shard in manifest.shards if read_sidecar(folder / shard.file) is None]
     total, left = (sum(shard.records for shard in some) for some in (manifest.shards, todo))
     with progress_bar("encoding text", "records", total, left) as progress:
@@ -55,7 +58,7 @@ def _write_shards(folder: Path, data: Path, manifest: Manifest, encoder: TextEnc
 
 
 def _records(
-    data: Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, progress: ProgressBar
+    data: epath.Path, manifest: Manifest, shard: Shard, encoder: TextEncoder, progress: ProgressBar
 ) -> Iterator[dict[str, Any]]:
     alone = dataclasses.replace(manifest, shards=(shard,))
     schema = record_schema(manifest.latent_shape, CAPTION_FIELDS, manifest.has_latent_std)
@@ -89,7 +92,7 @@ def _text_sums(record: Mapping[str, Any]) -> dict[str, int]:
     return {"captions": int(len(record["features"]) > 0), "truncated": int(record["truncated"])}
 
 
-def _finish(folder: Path, manifest: Manifest, encoder: TextEncoder) -> CacheManifest:
+def _finish(folder: epath.Path, manifest: Manifest, encoder: TextEncoder) -> CacheManifest:
     sidecars = [finished_sidecar(folder / shard.file) for shard in manifest.shards]
     cache = CacheManifest(
         encoder=encoder.name,
@@ -109,7 +112,7 @@ def _finish(folder: Path, manifest: Manifest, encoder: TextEncoder) -> CacheMani
     return cache
 
 
-def _summary(folder: Path, cache: CacheManifest) -> str:
+def _summary(folder: epath.Path, cache: CacheManifest) -> str:
     megabytes = sum(shard.bytes for shard in cache.shards) / 1e6
     return (
         f"{folder}: features of {cache.captions} captions by {cache.encoder} in {cache.dtype}, {megabytes:.1f} MB, "

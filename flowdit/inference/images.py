@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -45,9 +45,13 @@ def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[floa
 
 
 def save_grid(
-    path: Path, images: UInt8[np.ndarray, "n height width 3"], captions: Sequence[str], columns: int, gap: int = 4
+    path: epath.PathLike,
+    images: UInt8[np.ndarray, "n height width 3"],
+    captions: Sequence[str],
+    columns: int,
+    gap: int = 4,
 ) -> None:
-    """Save a grid in row-major order, each image with its caption below. Small images are enlarged."""
+    """Save a PNG of a grid in row-major order, each image with its caption below. Small images are enlarged."""
     zoom = max(1, 128 // images.shape[2])
     height, width = images.shape[1] * zoom, images.shape[2] * zoom
     font = ImageFont.load_default(11)
@@ -60,8 +64,10 @@ def save_grid(
         left, top = gap + i % columns * cell_width, gap + i // columns * cell_height
         canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS), (left, top))
         draw.text((left + width // 2, top + height + 1), text, "#444", font, anchor="ma", align="center", spacing=2)
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    with path.open("wb") as file:
+        canvas.save(file, "PNG")  # type: ignore[arg-type]
 
 
 def wrap_caption(caption: str, length: Callable[[str], float], width: int, max_lines: int = 3) -> str:

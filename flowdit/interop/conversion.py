@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from flowdit.checkpoint.files import list_steps
 from flowdit.checkpoint.restore import newest_whole
@@ -82,7 +83,7 @@ class ConvertConfig(ForeignConfig):
         super().check()
         for field, choices in (("to", TARGETS), ("weights", WEIGHTS), ("dtype", DTYPES)):
             require_choice(field, getattr(self, field), choices)
-        if Path(self.target).exists():
+        if epath.Path(self.target).exists():
             raise ValueError(f"target: must not exist, got {self.target}")
         if self.to == "safetensors" and Path(self.target).suffix != ".safetensors":
             raise ValueError(f"target: must end in .safetensors with to=safetensors, got {self.target}")
@@ -98,16 +99,17 @@ def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = N
     hints = hints or ForeignConfig()
     ForeignConfig.check(hints)
     require_choice("weights", weights, WEIGHTS)
-    path = find_source(name)
+    source = find_source(name)
+    if (source / "meta").is_dir():
+        return read_checkpoint(source, weights)
+    if list_steps(source):
+        return read_checkpoint(newest_whole(source), weights)
+    path = Path(source)  # safetensors and torch read local files
     if path.is_file():
         single = read_single(path) if path.suffix == ".safetensors" else None
         if single is None and path.suffix not in (".safetensors", *SUFFIXES):
             raise ValueError(f"source: {path} must be .safetensors or one of {', '.join(SUFFIXES)}")
         return single or read_original(path, weights, hints)
-    if (path / "meta").is_dir():
-        return read_checkpoint(path, weights)
-    if list_steps(path):
-        return read_checkpoint(newest_whole(path), weights)
     if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
         return read_diffusers(path, weights, hints)
     singles = sorted(path.glob("*.safetensors"))
@@ -125,20 +127,21 @@ def convert(config: ConvertConfig) -> Portable:
         check_representable(described, config.own_class)
     if config.vae is not None:
         load_matching_vae(config.vae, described.manifest)
-    target = Path(config.target)
+    target = epath.Path(config.target)
     with _finished(target) as partial:
-        if config.to == "diffusers":
-            _write_diffusers(portable, partial, config)
+        if config.to == "checkpoint":
+            write_checkpoint(portable, partial, config.dtype)
+        elif config.to == "diffusers":
+            _write_diffusers(portable, Path(partial), config)  # safetensors writes local files
         else:
-            write = write_checkpoint if config.to == "checkpoint" else write_single
-            write(portable, partial, config.dtype)
+            write_single(portable, Path(partial), config.dtype)
     if config.push_to_hub:
-        logger.info("uploaded: %s", push(target, config.push_to_hub, config.private))
+        logger.info("uploaded: %s", push(Path(target), config.push_to_hub, config.private))
     return portable
 
 
 @contextmanager
-def _finished(target: Path) -> Iterator[Path]:
+def _finished(target: epath.Path) -> Iterator[epath.Path]:
     """A temporary path that is renamed to `target` at the end, and removed on an error."""
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +153,9 @@ def _finished(target: Path) -> Iterator[Path]:
         _remove(partial)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: epath.Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path)
+        path.rmtree()
     path.unlink(missing_ok=True)
 
 

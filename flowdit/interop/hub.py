@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
+from etils import epath
 
 from flowdit.errors import first_line
 
@@ -16,18 +17,18 @@ BIN = ("transformer/*.bin", "diffusion_pytorch_model*.bin")
 UNUSED = ("text_encoder*/*", "safety_checker/*", "image_encoder/*")  # parts of pipelines; the first may be 20 GB
 
 
-def find_source(name: str) -> Path:
+def find_source(name: str) -> epath.Path:
     """The local file or folder `name`, or else a download from the hub. Raises `ValueError` if there is neither."""
-    path = Path(name)
+    path = epath.Path(name)
     if path.exists():
         return path
-    is_local = path.parent != Path() and path.parent.is_dir()
+    is_local = path.parent != epath.Path() and path.parent.is_dir()
     if is_local or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"source: there is no file or folder {name}")
     try:
         folder = _download(name, PATTERNS)
         # Repositories often hold their weights in both formats: `.bin` is only fetched if there is no safetensors.
-        return folder if _has_weights(folder) else _download(name, (*PATTERNS, *BIN))
+        return epath.Path(folder if _has_weights(folder) else _download(name, (*PATTERNS, *BIN)))
     except Exception as problem:  # the client raises the errors of its HTTP library
         reason = first_line(problem)
         raise ValueError(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 
 from flowdit.checkpoint.meta import read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
@@ -38,7 +39,7 @@ class Portable(NamedTuple):
     meta: dict[str, Any]
 
 
-def read_checkpoint(folder: Path, weights: str) -> Portable:
+def read_checkpoint(folder: epath.PathLike, weights: str) -> Portable:
     """Verify and read a flowdit checkpoint, full or slim: its "ema" or "model" weights in float32."""
     meta = read_meta(folder)
     arrays = host_arrays(restore_weights(folder, describe(meta, str(folder)).model, weights=weights))
@@ -127,7 +128,7 @@ def cast(arrays: Arrays, dtype: str) -> Arrays:
     return result
 
 
-def write_checkpoint(portable: Portable, target: Path, dtype: str) -> None:
+def write_checkpoint(portable: Portable, target: epath.PathLike, dtype: str) -> None:
     """Write a slim flowdit checkpoint: weights and metadata, without optimizer state."""
     save_slim(target, cast(portable.arrays, dtype), portable.meta, dtype)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.checkpoint.files import CheckpointError, list_steps
@@ -28,7 +28,7 @@ FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_pro
 STARTING_FIELDS = ("train.is_restore", "train.profile", "mesh.coordinator", "mesh.num_processes", "mesh.process_id")
 
 
-def prepare_folder(folder: Path, is_restore: bool) -> bool:
+def prepare_folder(folder: epath.Path, is_restore: bool) -> bool:
     """Create the run folder; True if there is a checkpoint to resume from.
 
     A folder in use is never overwritten. Resuming a run that does not exist is an error, as the path is probably
@@ -52,7 +52,7 @@ def prepare_folder(folder: Path, is_restore: bool) -> bool:
 
 
 def resume(
-    folder: Path,
+    folder: epath.Path,
     template: TrainState,
     build_state: Callable[[], TrainState],
     mesh: Mesh,

@@ -7,10 +7,10 @@ import functools
 import logging
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from flowdit import conditioning as kinds
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     `image_flops` counts the training FLOPs of one image of a batch, without auxiliary losses.
     """
 
-    folder: Path
+    folder: epath.Path
     mesh: Mesh
     conditioning: Conditioning
     state: TrainState
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 def start_run(config: Config) -> Run:
     """Check all settings, then build or restore the state. Raises `ValueError` with one line for user errors."""
-    train, folder = config.train, Path(config.train.checkpoint_dir)
+    train, folder = config.train, epath.Path(config.train.checkpoint_dir)
     manifest = open_manifest(config.data)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, train.batch_size, train.gradient_accum)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.checkpoint.files import CheckpointError, list_steps
@@ -52,7 +52,7 @@ def load_start(
     incompatible fields.
     """
     assert config.train.init_from is not None
-    folder = Path(config.train.init_from)
+    folder = epath.Path(config.train.init_from)
     with _naming_the_field():
         folder = newest_whole(folder) if list_steps(folder) else folder
         theirs = describe_trained(read_meta(folder))

@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+from etils import epath
 
 from flowdit.errors import first_line
 from flowdit.fields import require_choice
@@ -33,7 +33,7 @@ class Report:
     """The result of an evaluation: figures to log, image files by name, and a line for the console."""
 
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
-    images: dict[str, Path] = dataclasses.field(default_factory=dict)
+    images: dict[str, os.PathLike] = dataclasses.field(default_factory=dict)
     line: str = ""
 
 
@@ -64,7 +64,7 @@ class Tracker:
     """Logs to console, file and W&B, on the first process only. Write errors do not end the run."""
 
     def __init__(
-        self, folder: Path, wandb_config: WandbConfig, run_config: dict[str, Any], *, run_id: str, primary: bool
+        self, folder: epath.Path, wandb_config: WandbConfig, run_config: dict[str, Any], *, run_id: str, primary: bool
     ):
         self.folder = folder
         self.primary = primary
@@ -120,7 +120,7 @@ class Tracker:
         try:
             import wandb
 
-            shown = {name: wandb.Image(str(v)) if isinstance(v, Path) else v for name, v in values.items()}
+            shown = {name: wandb.Image(str(v)) if isinstance(v, os.PathLike) else v for name, v in values.items()}
             self._wandb.log(shown, step=step)
         except Exception as problem:  # no error of W&B may end a training run
             logger.warning("wandb: logging failed (%s): continuing with metrics.jsonl only", first_line(problem))
@@ -132,12 +132,12 @@ def _finish(wandb_run: Any) -> None:
         wandb_run.finish()
 
 
-def append_line(file: Path, line: str) -> None:
+def append_line(file: epath.PathLike, line: str) -> None:
     """Append a line to a JSONL file whose last line may be truncated, by a full disk or a kill.
 
     A truncated line is removed, as it would corrupt the new one as well.
     """
-    with file.open("ab+") as stream:
+    with open(file, "ab+") as stream:  # local: epath opens no file for reading and appending
         stream.truncate(_end_of_last_line(stream))
         stream.write(f"{line}\n".encode())
 
@@ -153,7 +153,7 @@ def _end_of_last_line(stream: BinaryIO, block: int = 1 << 16) -> int:
     return 0
 
 
-def start_wandb(config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str) -> Any:
+def start_wandb(config: WandbConfig, folder: epath.Path, run_config: dict[str, Any], run_id: str) -> Any:
     """Start a W&B run, or return None if switched off. If the online start fails, it starts offline, with a line."""
     if not config.enabled or config.mode == "disabled":
         return None

@@ -191,7 +191,7 @@ def test_an_interrupted_write_keeps_the_old_file(folder, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flowdit.data.manifest.os.replace", interrupted)
+    monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dataclasses.replace(before, license="MIT").write(folder)
     assert Manifest.read(folder) == before

@@ -82,7 +82,7 @@ def test_pushed_model_draws_the_same_images(hub, checkpoint, images, tmp_path, m
     assert (hub / REPOSITORY / ".gitattributes").read_text() == f"private={fields.get('private', True)}"
     shutil.rmtree(tmp_path / target) if (tmp_path / target).is_dir() else (tmp_path / target).unlink()
     np.testing.assert_array_equal(drawn(REPOSITORY), images)
-    fetched = find_source(REPOSITORY)
+    fetched = Path(find_source(REPOSITORY))
     assert fetched == hub / ".cache" / REPOSITORY
     assert read_source(REPOSITORY).meta == read_meta(Path(checkpoint))
     # Neither code nor documentation of a repository is downloaded.
@@ -100,7 +100,7 @@ def test_text_encoder_of_a_pipeline_is_not_fetched(hub):
     for file in ("transformer/a.safetensors", "text_encoder/b.safetensors", "text_encoder_2/c.json", "vae/config.json"):
         (hub / REPOSITORY / file).parent.mkdir(parents=True, exist_ok=True)
         (hub / REPOSITORY / file).write_text("")
-    fetched = sorted(path.name for path in find_source(REPOSITORY).rglob("*") if path.is_file())
+    fetched = sorted(path.name for path in Path(find_source(REPOSITORY)).rglob("*") if path.is_file())
     assert fetched == ["a.safetensors", "config.json"]
 
 
@@ -110,10 +110,10 @@ def test_torchs_files_are_fetched_if_there_are_no_others(hub, folder):
     for file in (f"{folder}config.json", f"{weights}.bin", f"{weights}.safetensors", "vae/diffusion_pytorch_model.bin"):
         (hub / REPOSITORY / file).parent.mkdir(parents=True, exist_ok=True)
         (hub / REPOSITORY / file).write_text("")
-    assert not list(find_source(REPOSITORY).rglob("*.bin"))
+    assert not list(Path(find_source(REPOSITORY)).rglob("*.bin"))
     (hub / REPOSITORY / f"{weights}.safetensors").unlink()
     shutil.rmtree(hub / ".cache")
-    fetched = find_source(REPOSITORY)
+    fetched = Path(find_source(REPOSITORY))
     assert [path.relative_to(fetched) for path in fetched.rglob("*.bin")] == [Path(f"{weights}.bin")]
 
 

@@ -138,7 +138,9 @@ def test_process_exits_after_its_error_line(tiny_data, tmp_path):
     """With a run folder replaced by a file, threads of the storage library would wait for minutes."""
     run = tmp_path / "run"
     process = start_slowly(tiny_data, run, SLOW_STEPS)
-    wait_for_line(process, "step 25/60")
+    wait_for_line(process, "step 20/60")
+    while not (run / "20").is_dir():  # it is saved in the background
+        time.sleep(0.01)
     run.rename(tmp_path / "moved")
     run.write_text("in the way")
     threading.Thread(target=process.stdout.read, daemon=True).start()

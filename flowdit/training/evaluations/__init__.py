@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
+from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.conditioning import Conditioning
@@ -67,5 +67,5 @@ def make_evaluations(
         )
         evaluations.append(preview)
     if train.profile:
-        evaluations.append(Profile(Path(train.checkpoint_dir), *train.profile))
+        evaluations.append(Profile(epath.Path(train.checkpoint_dir), *train.profile))
     return evaluations

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.conditioning import Requests
@@ -36,7 +35,7 @@ class Preview(Evaluation):
         seed: int,
     ):
         self.every = train.sample_every
-        self._folder = Path(train.checkpoint_dir) / "samples"
+        self._folder = epath.Path(train.checkpoint_dir) / "samples"
         self._captions = requests.captions
         self._seed = seed
         # Padded to a multiple of the devices.

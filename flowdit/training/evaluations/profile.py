@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
+from etils import epath
 
 from flowdit.training.evaluations.base import Evaluation, Report
 from flowdit.training.step import TrainState
@@ -15,7 +14,7 @@ class Profile(Evaluation):
 
     folder = "profile"
 
-    def __init__(self, run_folder: Path, first: int, last: int):
+    def __init__(self, run_folder: epath.Path, first: int, last: int):
         self._path = run_folder / "profile"
         if jax.process_count() > 1:  # traces are named after the host, which processes may share
             self._path /= f"process_{jax.process_index()}"
