@@ -11,6 +11,8 @@ from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_can_be_imported(name):
+    if name in ("parts", "train_step"):
+        pytest.importorskip("torch", reason="needs torch")  # they compare with diffusers' class
     assert callable(importlib.import_module(f"benchmarks.{name}").measure)
 
 

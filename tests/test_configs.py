@@ -1,5 +1,6 @@
 """Every YAML file composes into a checked configuration, and the documented names exist."""
 
+import operator
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,8 @@ REQUIRED = {
     "train.sample_every": int,
     "train.ema_decay": float,
     "train.compute_dtype": str,
-    "train.latent_mean": object,
-    "train.latent_scale": object,
-    "train.init_from": object,
     "data.path": str,
     "data.long_caption_prob": float,
-    "data.text_cache": object,
     "text.encoder": str,
     "text.max_length": int,
     "text.dtype": str,
@@ -50,6 +47,12 @@ REQUIRED = {
     "wandb.enabled": bool,
     "wandb.mode": str,
     "wandb.project": str,
+}
+OPTIONAL = {
+    "train.latent_mean": [0.5, -0.5],
+    "train.latent_scale": "data",
+    "train.init_from": "checkpoints/4000",
+    "data.text_cache": "data/text",
 }
 SD3_LATENTS = (16, 32, 32)
 
@@ -168,6 +171,16 @@ def test_promised_key_exists(command, name, kind):
     for part in name.split("."):
         value = getattr(value, part)
     assert isinstance(value, kind)
+
+
+@pytest.mark.parametrize(("name", "value"), OPTIONAL.items(), ids=OPTIONAL.keys())
+@pytest.mark.parametrize("command", COMMANDS)
+def test_promised_key_is_null_until_it_is_set(command, name, value):
+    before = composed(command, "data.path=somewhere")
+    after = composed(command, "data.path=somewhere", f"{name}={value}")
+    read = operator.attrgetter(name)
+    assert read(resolve(before, Config)) is None
+    assert read(resolve(after, Config)) == value
 
 
 def test_stage_2_defaults():

@@ -1,0 +1,114 @@
+"""Preparing into a folder that exists: interrupted, finished, damaged or of another data set."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import flowdit.data.prepare as prepare_module
+from flowdit.data.manifest import ManifestError, verify
+from flowdit.data.prepare import prepare
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("finished", [0, 3])
+def test_an_interrupted_run_continues_to_the_same_data_set(config, monkeypatch, finished):
+    whole = prepare(dataclasses.replace(config, out=config.out + "-whole"))
+    write_shard, written = prepare_module.write_shard, []
+
+    def write_until_interrupted(path, records):
+        write_shard(path, interrupted(records) if len(written) == finished else records)
+        written.append(path.name)
+
+    def interrupted(records):
+        yield next(records)
+        raise Interrupted
+
+    def write_and_count(path, records):
+        write_shard(path, records)
+        written.append(path.name)
+
+    monkeypatch.setattr(prepare_module, "write_shard", write_until_interrupted)
+    with pytest.raises(Interrupted):
+        prepare(config)
+    assert len(written) == finished and not (Path(config.out) / "dataset.json").exists()
+    monkeypatch.setattr(prepare_module, "write_shard", write_and_count)
+    assert prepare(config).id == whole.id
+    assert written == [shard.file for shard in whole.shards]  # each once: no finished shard was written again
+    assert sorted(os.listdir(config.out)) == sorted(os.listdir(config.out + "-whole"))
+
+
+def test_a_killed_run_continues_to_the_same_data_set(config):
+    whole = prepare(dataclasses.replace(config, out=config.out + "-whole"))
+    script = """
+        import sys, time
+        from flowdit.data import prepare as module
+        write_shard = module.write_shard
+        module.write_shard = lambda path, records: (write_shard(path, records), time.sleep(0.5))
+        module.prepare(module.PrepareConfig(**eval(sys.argv[1])))
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(script), repr(vars(config))]
+    package = Path(prepare_module.__file__).parents[2]
+    process = subprocess.Popen(arguments, cwd=package, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(Path(config.out).glob("*.array_record.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert not (Path(config.out) / "dataset.json").exists()
+    assert prepare(config).id == whole.id
+
+
+def test_a_finished_data_set_is_not_changed(config, messages):
+    manifest = prepare(config)
+    assert "training and" in messages()[-1]
+    times = {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
+    assert prepare(config) == manifest
+    assert "already prepared" in messages()[-1]
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()} == times
+
+
+def test_a_finished_data_set_with_a_damaged_shard_is_not_called_finished(config):
+    shard = Path(config.out) / prepare(config).shards[2].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ManifestError, match=f"{shard.name}: must have .* bytes"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hflip", True), ("batch_size", 3), ("dtype", "float32")])
+def test_other_settings_in_the_same_folder_are_refused_and_lose_nothing(config, field, value):
+    manifest = prepare(config)
+    with pytest.raises(
+        ValueError, match=f"out: .* was started with {field}={getattr(config, field)!r}, this run has {value!r}"
+    ):
+        prepare(dataclasses.replace(config, **{field: value}))
+    verify(config.out, manifest)
+
+
+def test_other_images_in_the_same_folder_are_refused(config, source):
+    prepare(config)
+    Image.new("RGB", (16, 16)).save(source / "red" / "new.png")
+    with pytest.raises(ValueError, match="out: .* was started with pictures="):
+        prepare(config)
+
+
+def test_a_folder_of_foreign_shards_is_refused(config):
+    prepare(config)
+    (Path(config.out) / "prepare.json").unlink()
+    with pytest.raises(ValueError, match=r"out: .* holds shards without prepare.json"):
+        prepare(config)
+    (Path(config.out) / "prepare.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"out: .*prepare.json is damaged"):
+        prepare(config)
