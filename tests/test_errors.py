@@ -124,15 +124,17 @@ FILES = {
     "missing shard": BadData(lambda d: (d / SHARD).unlink(), (SHARD, "is missing")),
     "empty shard": BadData(lambda d: (d / SHARD).write_bytes(b""), (SHARD, "bytes, has 0")),
     "truncated shard": BadData(truncate, (SHARD, "must have", "bytes")),
-    "truncated shard that the manifest agrees to": BadData(truncate_and_agree, (SHARD, "not a whole ArrayRecord file")),
-    "foreign file": BadData(replace_by_foreign_file, (SHARD, "not a whole ArrayRecord file")),
+    "truncated shard that the manifest agrees to": BadData(
+        truncate_and_agree, (SHARD, "must be a complete ArrayRecord file")
+    ),
+    "foreign file": BadData(replace_by_foreign_file, (SHARD, "must be a complete ArrayRecord file")),
     "another number of records": BadData(lambda d: agree(d, records=7), (SHARD, "must hold 7 records", "got 24")),
     "images without a size": BadData(
         lambda d: change_manifest(d, image_size=-1), ("dataset.json: image_size: must be vae.stride times", "got -1")
     ),
     "latents of another dtype than the records": BadData(
         lambda d: change_manifest(d, latent_dtype="float32"),
-        (".array_record: record ", "latent: must be a float32 array as latent_dtype", "got an array of float16"),
+        (".array_record: record ", "latent: must be a float32 array as in latent_dtype", "got an array of float16"),
     ),
     "latents far from unit variance": BadData(
         lambda d: change_manifest(d, channel_std=[40.0] * 16), ("train.latent_scale: ", "deviation in [0.5, 2]")

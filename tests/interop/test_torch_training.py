@@ -119,7 +119,7 @@ def test_from_a_run_through_torch_to_a_run_and_images(whole_run, tiny_data, tmp_
     options = ("train.num_steps=1", "optim.warmup_steps=0", f"train.init_from={checkpoint}")
     finished = train_here(tiny_data, tmp_path / "run", *options)
     assert finished.status == 0, finished.err
-    assert "of another mean and scale" not in finished.out
+    assert "with another mean and scale" not in finished.out
     images = from_pretrained(str(checkpoint)).sample()  # those of the previews, which other tests draw too
     assert {image.size for image in images} == {(64, 64)} and np.ptp(np.asarray(images[0])) > 50
 
