@@ -11,30 +11,30 @@ from flowdit.data.records import RecordError
 
 @runtime_checkable
 class Field(Protocol):
-    """The rules of one field. Both checks raise `RecordError`, whose message says rule and value."""
+    """The rules of one field. Both checks raise `RecordError` with rule and value."""
 
     def check(self, value: Any) -> None:
-        """Type, shape and range of one record's value."""
+        """Check type, shape and range of one record's value."""
         ...
 
     def stack(self, values: Sequence[Any]) -> np.ndarray:
-        """The batch of values that passed `check`."""
+        """Stack values that passed `check` to a batch."""
         ...
 
     def check_numbers(self, array: Any) -> None:
-        """What is cheap to check on a whole batch and dear record by record; `array` is one value or a batch."""
+        """Checks that are cheap on a whole batch but expensive per record; `array` is one value or a batch."""
         ...
 
 
 _FLOATS = {np.dtype(order + code): name for code, name in (("f2", "float16"), ("f4", "float32")) for order in "<>"}
-"""Names by dtype, of either byte order: looking one up is faster than `dtype.name`."""
+"""Names by dtype, of either byte order; faster than `dtype.name`."""
 
 
 @dataclass(frozen=True)
 class ArrayField:
-    """A float16 or float32 array of a fixed shape, all finite and at least `minimum`; batches are float32.
+    """A float16 or float32 array of fixed shape, with finite values of at least `minimum`; batches are float32.
 
-    Where `dtype` is given, as the manifest of a data set gives it, it must be that of the two.
+    If `dtype` is given, from the manifest of a data set, the array must have it.
     """
 
     shape: tuple[int, ...]
@@ -83,7 +83,7 @@ class LabelField:
 
 
 class CaptionField:
-    """A text, possibly empty; batches are arrays of `str` objects."""
+    """A string, possibly empty; batches are arrays of `str` objects."""
 
     def check(self, value: Any) -> None:
         if not isinstance(value, str):
@@ -130,7 +130,7 @@ def _sides(value: Any) -> list[Any]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it could be written to a file: a pickle can hold halves of surrogate pairs, at which tokenizers fail."""
+    """Whether the text can be encoded: a pickle can hold lone surrogates, on which tokenizers fail."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -143,7 +143,7 @@ def _kind(value: Any) -> str:
 
 
 LATENTS = ("latent", "latent_std")
-"""The fields whose dtype the manifest of a data set says."""
+"""The fields whose dtype is in the manifest of a data set."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,12 @@ class Schema:
     fields: Mapping[str, Field]
 
     def of_dtype(self, dtype: str) -> "Schema":
-        """The same with latents of `dtype` alone."""
+        """The same schema, with latents restricted to `dtype`."""
         latents = {name: f for name, f in self.fields.items() if name in LATENTS and isinstance(f, ArrayField)}
         return Schema({**self.fields, **{name: replace(f, dtype=dtype) for name, f in latents.items()}})
 
     def check(self, record: Mapping[str, Any]) -> None:
-        """Raises `RecordError("field: rule, value")` for the first field that is missing or breaks a rule."""
+        """Raise `RecordError("field: rule, value")` for the first field that is missing or breaks a rule."""
         for name, field in self.fields.items():
             if name not in record and hasattr(field, "default"):
                 continue
@@ -170,7 +170,7 @@ class Schema:
             _named(name, field.check, record[name])
 
     def stack(self, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """The batch of records that passed `check`."""
+        """Stack records that passed `check` to a batch."""
         columns = {
             name: [record.get(name, getattr(field, "default", None)) for record in records]
             for name, field in self.fields.items()
@@ -178,7 +178,7 @@ class Schema:
         return {name: field.stack(columns[name]) for name, field in self.fields.items()}
 
     def check_numbers(self, record_or_batch: Mapping[str, Any]) -> None:
-        """Raises `RecordError` for NaN, infinities and the like, in one record or in a whole batch."""
+        """Raise `RecordError` for NaN, infinities and values out of range, in one record or in a batch."""
         for name, field in self.fields.items():
             if name in record_or_batch:
                 _named(name, field.check_numbers, record_or_batch[name])
@@ -192,12 +192,12 @@ def _named(name: str, check: Callable[[Any], None], value: Any) -> None:
 
 
 CAPTION_FIELDS: Mapping[str, Field] = {"short_caption": CaptionField(), "long_caption": CaptionField()}
-"""Those of a text-conditional record; one or both may be empty."""
+"""The fields of a text-conditional record; one or both may be empty."""
 
 
 def record_schema(
     latent_shape: tuple[int, int, int], fields: Mapping[str, Field], has_latent_std: bool = False
 ) -> Schema:
-    """Records of `latent` (channels, height, width), perhaps its `latent_std`, and the `fields` of a conditioning."""
+    """The schema of `latent` (channels, height, width), optionally `latent_std`, and `fields`."""
     std: dict[str, Field] = {"latent_std": ArrayField(tuple(latent_shape), minimum=0.0)} if has_latent_std else {}
     return Schema({"latent": ArrayField(tuple(latent_shape)), **fields, **std})
