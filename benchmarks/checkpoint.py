@@ -8,8 +8,10 @@ from etils import epath
 
 from benchmarks.timing import Timing, seconds, table
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
+from flowdit.checkpoint.meta import read_meta
 from flowdit.checkpoint.writer import CheckpointWriter
 
+PRETRAINED = Path(__file__).parents[1] / "pretrained" / "openmoji"
 BATCH_SIZE = 64
 ROUNDS = 5
 WARMUP = 1
@@ -23,7 +25,7 @@ class Saving:
         self.workload = training(EMBEDDED, EMBEDDED_LATENT, BATCH_SIZE)
         self.state = self.workload.init()
         self.megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / 1e6
-        self.writer = CheckpointWriter(epath.Path(folder), keep_last=1, keep_every=None, meta={})
+        self.writer = CheckpointWriter(epath.Path(folder), keep_last=1, keep_every=None, meta=read_meta(PRETRAINED))
 
     def step(self) -> None:
         self.state, _ = jax.block_until_ready(self.workload.train_step(self.state, self.workload.batch))

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 from tqdm import tqdm
 
+from flowdit import json_input
 from flowdit.errors import first_line
 
 # The end of Hydra messages, with advice that does not apply here: internal paths, types, and appending with +.
@@ -128,6 +130,8 @@ def _wants_traceback() -> bool:
 
 def _one_line(problem: BaseException) -> str:
     """The first line of an error; for Hydra's errors, key, value and reason from several lines and causes."""
+    if isinstance(problem, ValidationError):
+        return json_input.one_line(problem)
     if not isinstance(problem, HydraException | OmegaConfBaseException):
         return first_line(problem)
     parts = [problem, problem.__cause__] if isinstance(problem.__cause__, OmegaConfBaseException) else [problem]

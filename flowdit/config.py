@@ -5,19 +5,22 @@ Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and gets only 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from flowdit.data.loader import DataConfig
 from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, RESERVED_NAMES, AuxiliaryLoss
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.fields import FieldError, require, require_choice, under
+from flowdit.errors import first_line
+from flowdit.fields import FieldError, require, require_choice, shortened, under
 from flowdit.models.config import MODELS, DiTConfig, ModelConfig, stored_model
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
@@ -287,13 +290,26 @@ def from_stored(values: Any) -> Config:
     The settings of auxiliary losses are kept unparsed: they are only compared, and the losses may no longer exist.
     """
     values = dict(values)
-    auxiliary, model = values.pop("auxiliary", {}), values.pop("model", {})
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    auxiliary = values.pop("auxiliary", {})
+    model = values.pop("model", {})
+    with _naming_the_key(""):
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     assert isinstance(config, Config)
-    model_class, fields = stored_model(dict(model))
-    config.model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(model_class), fields))  # type: ignore[assignment]
+    with _naming_the_key("model."):
+        model_class, fields = stored_model(dict(model))
+        config.model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(model_class), fields))  # type: ignore[assignment]
     config.auxiliary = auxiliary if isinstance(auxiliary, dict) else {}
     return config
+
+
+@contextlib.contextmanager
+def _naming_the_key(prefix: str) -> Iterator[None]:
+    """Raise `FieldError` for a stored value that OmegaConf refuses; the key is on another line of its errors."""
+    try:
+        yield
+    except OmegaConfBaseException as problem:
+        key = shortened(f"{prefix}{problem.full_key or ''}".strip("."))
+        raise FieldError(key or "fields", shortened(first_line(problem))) from problem
 
 
 def _unknown_keys(values: Any, default: Any, prefix: str = "") -> list[str]:

@@ -24,7 +24,7 @@ STRICT_PART = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
 T = TypeVar("T")
 _WITHOUT_VALUE = {"missing": "is missing", "unexpected_keyword_argument": "is not a known field"}
 # Of pydantic's rules: "Input should be a valid integer", "Tuple should have at least 1 item after validation, not 0".
-_PHRASES = re.compile("(Input|Tuple) should | after validation, not .*")
+_SUBJECT = re.compile("^(Input|Tuple) should")
 Listed = Annotated[tuple[T, ...], FailFast()]
 """A list of any length, validated up to the first wrong entry, as a hostile one may hold millions."""
 Count = Annotated[int, Field(ge=1)]
@@ -62,7 +62,7 @@ def parse(kind: type[T], content: Any) -> T:
     except RecursionError:
         raise InputError("must not be nested too deeply") from None
     except ValidationError as problem:
-        raise InputError(_one_line(problem.errors(include_url=False)[0])) from None
+        raise InputError(one_line(problem)) from None
 
 
 @functools.cache
@@ -70,8 +70,9 @@ def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
-def _one_line(problem: Any) -> str:
-    """Format an error of pydantic in one line."""
+def one_line(error: ValidationError) -> str:
+    """Format the first problem of an error of pydantic in one line: `key: rule, got value`."""
+    problem: Any = error.errors(include_url=False)[0]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).removeprefix(".")
     key = listed([key]) if key else ""
     if problem["type"] == "value_error":  # of our validators, which name the key within their part
@@ -81,5 +82,6 @@ def _one_line(problem: Any) -> str:
     if problem["type"] in _WITHOUT_VALUE:
         rule = _WITHOUT_VALUE[problem["type"]]
     else:
-        rule = f"must {_PHRASES.sub('', problem['msg'])}, got {shown(problem['input'])}"
+        rule = _SUBJECT.sub("must", problem["msg"]).partition(" after validation")[0]
+        rule = f"{rule}, got {shown(problem['input'])}"
     return f"{key}: {rule}" if key else rule

@@ -7,21 +7,122 @@ import importlib.metadata
 import platform
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import orbax.checkpoint as ocp
 from etils import epath
+from pydantic import Field, PlainValidator, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from flowdit.checkpoint.files import CheckpointError, verify_files
-from flowdit.conditioning import Conditioning
-from flowdit.config import Config
+from flowdit.conditioning.meta import ConditioningMeta
+from flowdit.config import Config, from_stored
 from flowdit.data.manifest import Manifest
 from flowdit.errors import first_line
+from flowdit.fields import FieldError, require, shortened
+from flowdit.json_input import STRICT_PART, InputError, Listed, parse
 
 FORMAT = 1
 
 
-def read_meta(step_folder: epath.PathLike) -> dict[str, Any]:
+def _stored_config(values: Any) -> Config:
+    if isinstance(values, Config):
+        return values
+    try:
+        return from_stored(values)
+    except FieldError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+        rule = "must be a configuration of flowdit ({reason})"
+        raise PydanticCustomError("config", rule, {"reason": shortened(first_line(problem))}) from None
+
+
+@dataclass(frozen=True, config=STRICT_PART, kw_only=True)
+class RunMeta(ConditioningMeta):
+    """The metadata of a checkpoint, enough to sample from it and to refuse a resume that would not be exact.
+
+    Attributes:
+        step: number of training steps.
+        manifest_id: `manifest.id` when the run was started.
+        latent_mean, latent_scale: one value per channel; the network sees `(latent - mean) * scale`.
+        run_id: the run in Weights & Biases.
+        versions: of Python and packages.
+        prediction: output of the network.
+        source: format of an imported model.
+    """
+
+    format: Literal[1]
+    step: Annotated[int, Field(ge=0)]
+    config: Annotated[Config, PlainValidator(_stored_config)]
+    manifest: Manifest
+    manifest_id: str
+    latent_mean: Listed[float]
+    latent_scale: Listed[float]
+    run_id: str
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    prediction: Literal["velocity", "noise"] = "velocity"
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RunMeta:
+        channels = self.manifest.latent_shape[0]
+        for name, values in (("latent_mean", self.latent_mean), ("latent_scale", self.latent_scale)):
+            require(name, list(values), len(values) == channels, f"must hold {channels} numbers")
+        return self
+
+    @classmethod
+    def parse(cls, stored: Any) -> RunMeta:
+        """Parse JSON data; unknown keys are ignored.
+
+        Raises `CheckpointError` with one line for the first key that is missing or breaks a rule.
+        """
+        try:
+            return parse(cls, stored)
+        except InputError as problem:
+            raise CheckpointError(str(problem)) from None
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON data. `prediction` and `source` are left out for flowdit's own models."""
+        values = to_jsonable_python(self)
+        if self.source is None:
+            del values["source"]
+            if self.prediction == "velocity":
+                del values["prediction"]
+        return values
+
+
+def run_meta(
+    config: Config,
+    manifest: Manifest,
+    conditioning: ConditioningMeta,
+    mean: Sequence[float],
+    scale: Sequence[float],
+) -> RunMeta:
+    """Metadata of a new run, at step 0."""
+    packages = ("flowdit", "jax", "equinox", "optax", "orbax-checkpoint", "grain")
+    return RunMeta(
+        format=FORMAT,
+        step=0,
+        config=config,
+        manifest=manifest,
+        manifest_id=manifest.id,
+        latent_mean=tuple(mean),
+        latent_scale=tuple(scale),
+        run_id=secrets.token_hex(4),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        **vars(conditioning),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def read_meta(step_folder: epath.PathLike) -> RunMeta:
     """Verify all files of a checkpoint and read its metadata.
 
     Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files
@@ -34,47 +135,19 @@ def read_meta(step_folder: epath.PathLike) -> dict[str, Any]:
     return verified_meta(step_folder)
 
 
-def verified_meta(step_folder: epath.Path) -> dict[str, Any]:
+def verified_meta(step_folder: epath.Path) -> RunMeta:
     """Read the metadata of an already verified checkpoint. Raises `CheckpointError` for another format."""
     try:
-        meta = read_json_item(step_folder / "meta")
+        stored = read_json_item(step_folder / "meta")
     except Exception as problem:
         raise CheckpointError(f"{step_folder}: metadata cannot be read: {first_line(problem)}") from problem
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise CheckpointError(f"{step_folder}: checkpoint format must be {FORMAT}, got {found}")
-    return meta
+    try:
+        return RunMeta.parse(stored)
+    except CheckpointError as problem:
+        raise CheckpointError(f"{step_folder}: metadata: {problem}") from None
 
 
 def read_json_item(item_folder: epath.Path) -> Any:
     """Read a JSON item."""
     # The handler directly: a checkpointer waits for all processes, but only the first one reads metadata.
     return ocp.JsonCheckpointHandler().restore(item_folder)
-
-
-def run_meta(
-    config: Config,
-    manifest: Manifest,
-    conditioning: Conditioning,
-    mean: Sequence[float],
-    scale: Sequence[float],
-) -> dict[str, Any]:
-    """Metadata for a checkpoint, enough to sample from it and to refuse a resume that would not be exact."""
-    packages = ("flowdit", "jax", "equinox", "optax", "orbax-checkpoint", "grain")
-    return {
-        "config": dataclasses.asdict(config),
-        "manifest": dataclasses.asdict(manifest),
-        "manifest_id": manifest.id,
-        "latent_mean": list(mean),
-        "latent_scale": list(scale),
-        **conditioning.describe(),
-        "run_id": secrets.token_hex(4),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"

@@ -22,7 +22,7 @@ from flowdit.checkpoint.files import (
     set_aside,
     verify_files,
 )
-from flowdit.checkpoint.meta import read_json_item, verified_meta
+from flowdit.checkpoint.meta import RunMeta, read_json_item, verified_meta
 from flowdit.checkpoint.names import from_named, is_auxiliary, named_arrays, split_state
 from flowdit.errors import first_line
 from flowdit.processes import from_first, wait_for_all
@@ -39,7 +39,7 @@ State = TypeVar("State")
 class Restored(Generic[State]):
     state: State
     dataset: dict[str, Any]
-    meta: dict[str, Any]
+    meta: RunMeta
 
 
 def _restore_arrays(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _restore_step(step_folder: epath.Path, template: State, fresh: Fresh) -> Res
 
 
 def restore_newest(
-    folder: epath.PathLike, template: State, check_meta: Callable[[dict], None], fresh: Fresh
+    folder: epath.PathLike, template: State, check_meta: Callable[[RunMeta], None], fresh: Fresh
 ) -> Restored[State]:
     """Restore the newest intact checkpoint; damaged newer ones are logged and renamed to `<step>.damaged`.
 
@@ -105,13 +105,13 @@ def restore_newest(
     return restored
 
 
-def _find_newest(folder: epath.Path, check_meta: Callable[[dict], None]) -> tuple[int, list[str]]:
+def _find_newest(folder: epath.Path, check_meta: Callable[[RunMeta], None]) -> tuple[int, list[str]]:
     """The newest intact step, and the names of newer, damaged ones."""
     step, damaged = _newest_whole(folder)
     step_folder = folder / str(step)
     meta = verified_meta(step_folder)
-    if meta.get("step") != step:
-        raise CheckpointError(f"{step_folder}: must be named after its step, {meta.get('step')}")
+    if meta.step != step:
+        raise CheckpointError(f"{step_folder}: must be named after its step, {meta.step}")
     check_meta(meta)
     return step, damaged
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flowdit.checkpoint.files import CheckpointError, list_steps, write_checksums
-from flowdit.checkpoint.meta import FORMAT
+from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.names import named_arrays, split_state
 from flowdit.errors import first_line
 from flowdit.processes import any_process
@@ -43,7 +44,7 @@ class CheckpointWriter:
     fails is logged.
     """
 
-    def __init__(self, folder: epath.Path, keep_last: int, keep_every: int | None, meta: dict[str, Any]):
+    def __init__(self, folder: epath.Path, keep_last: int, keep_every: int | None, meta: RunMeta):
         self.folder = folder
         self._meta = meta
         self._moment: Moment | None = None
@@ -133,13 +134,13 @@ class CheckpointWriter:
 
     def _write(self, moment: Moment, wait: bool) -> CheckpointError | None:
         """Try to save; return the error."""
-        meta = {"format": FORMAT, "step": moment.step, **self._meta}
+        meta = dataclasses.replace(self._meta, step=moment.step)
         state_item, ema_item = split_state(moment.state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state_item),
             model_ema=ocp.args.StandardSave(ema_item),
             dataset=ocp.args.JsonSave(moment.dataset),
-            meta=ocp.args.JsonSave(meta),
+            meta=ocp.args.JsonSave(meta.dump()),
         )
         try:
             check_free_space(self.folder, moment.state, meta)
@@ -193,13 +194,13 @@ class CheckpointWriter:
             write_checksums(self._temporary(self._writing))
 
 
-def checkpoint_bytes(state: Any, meta: dict[str, Any]) -> int:
+def checkpoint_bytes(state: Any, meta: RunMeta) -> int:
     """Upper estimate of the size of a checkpoint on disk: arrays, metadata, and overhead of the format."""
     arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return int(1.05 * arrays) + len(json.dumps(meta)) + SPARE_BYTES
+    return int(1.05 * arrays) + len(json.dumps(meta.dump())) + SPARE_BYTES
 
 
-def check_free_space(folder: epath.Path, state: Any, meta: dict[str, Any]) -> None:
+def check_free_space(folder: epath.Path, state: Any, meta: RunMeta) -> None:
     """Raise `CheckpointError` if there is not enough disk space for a checkpoint of this state (or of its shapes)."""
     needed = checkpoint_bytes(state, meta)
     free = shutil.disk_usage(folder).free  # of a local disk
@@ -209,13 +210,13 @@ def check_free_space(folder: epath.Path, state: Any, meta: dict[str, Any]) -> No
         )
 
 
-def save_slim(target: epath.PathLike, ema: Any, meta: dict[str, Any], dtype: str = "float16") -> None:
+def save_slim(target: epath.PathLike, ema: Any, meta: RunMeta, dtype: str = "float16") -> None:
     """Write a checkpoint with only `model_ema`, in `dtype`, and `meta`; it can be sampled but not resumed."""
     target = epath.Path(target)
     if target.exists():
         raise CheckpointError(f"{target}: must not exist")
     arrays = {name: value.astype(jnp.dtype(dtype)) for name, value in named_arrays(ema).items()}
-    items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+    items = ocp.args.Composite(model_ema=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta.dump()))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(target.resolve(), args=items)
     for marker in Path(target).rglob("commit_success.txt"):  # epath finds no files in sub-folders

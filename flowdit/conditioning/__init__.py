@@ -5,13 +5,11 @@ To add a kind, write a `Conditioning` in a new file and register it in `KINDS` (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from jax.sharding import Mesh
 
 from flowdit.conditioning.base import Batch, Conditioning, Requests
 from flowdit.conditioning.labels import Labels
+from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.conditioning.none import Unconditional
 from flowdit.conditioning.text import Text
 from flowdit.config import Config
@@ -58,6 +56,6 @@ def for_training(config: Config, manifest: Manifest, mesh: Mesh) -> Conditioning
     return KINDS[kind_of(config)].for_training(config, manifest, mesh)
 
 
-def from_checkpoint(config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Conditioning:
+def from_checkpoint(config: Config, manifest: Manifest, meta: ConditioningMeta) -> Conditioning:
     """The conditioning of a stored model, from a checkpoint's metadata, without loading anything."""
     return KINDS[kind_of(config)].from_checkpoint(config, manifest, meta)

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config, TrainConfig
 from flowdit.data.captions import TextReader
 from flowdit.data.loader import Source
@@ -84,7 +85,7 @@ class Conditioning(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Conditioning:
+    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: ConditioningMeta) -> Conditioning:
         """The conditioning of a stored model. Anything needed for sampling is loaded on first use."""
 
     def with_encoder(self, name: str) -> Conditioning:
@@ -153,9 +154,9 @@ class Conditioning(abc.ABC):
     def summary(self) -> str:
         """A description for the console."""
 
-    def describe(self) -> dict[str, Any]:
-        """Metadata for a checkpoint, in addition to configuration and data, as JSON."""
-        return {"text": None}
+    def describe(self) -> ConditioningMeta:
+        """Metadata for a checkpoint, in addition to configuration and data."""
+        return ConditioningMeta()
 
     def exported(self) -> Exported | None:
         """Entries for the diffusers pipeline and model card; None if the pipeline does not support the condition."""
@@ -167,7 +168,7 @@ class Conditioning(abc.ABC):
 
     # --- starting and resuming ---
 
-    def check_resumable(self, stored: Mapping[str, Any]) -> None:  # noqa: B027
+    def check_resumable(self, stored: ConditioningMeta) -> None:  # noqa: B027
         """Raise `ValueError` unless a run with checkpoint metadata `stored` can be resumed with this conditioning."""
 
     def fresh_parts(self, theirs: Conditioning, their_model: ModelConfig, model: ModelConfig) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from flowdit.conditioning.base import DEFAULT_PREVIEWS, Conditioning, Example, Exported, Requests, repeated
+from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config, TrainConfig, as_list
 from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
@@ -44,7 +45,7 @@ class Labels(Conditioning):
         return labels
 
     @classmethod
-    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Labels:
+    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: ConditioningMeta) -> Labels:
         if not manifest.class_names:
             raise ValueError("class_names: must hold the classes of a model that takes labels, got none")
         return cls(manifest.class_names)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from flowdit.conditioning.base import DEFAULT_PREVIEWS, Conditioning, Example, Exported, Requests
+from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config, TrainConfig
 from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
@@ -31,7 +31,7 @@ class Unconditional(Conditioning):
         return cls()
 
     @classmethod
-    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Unconditional:
+    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: ConditioningMeta) -> Unconditional:
         return cls()
 
     def build_model(self, config: DiTConfig, channels: int, *, key: PRNGKeyArray) -> DiT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from flowdit.conditioning.base import DEFAULT_PREVIEWS, Batch, Conditioning, Example, Exported, Requests, repeated
+from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
 from flowdit.config import Config, TrainConfig, as_list
 from flowdit.data.captions import TextReader, TokenizedCaptions
 from flowdit.data.loader import DataConfig, Source
 from flowdit.data.manifest import Manifest
 from flowdit.data.schema import CAPTION_FIELDS, Field, SizeField
 from flowdit.data.text_cache import open_cache
-from flowdit.fields import called, shown, under
+from flowdit.fields import called, under
 from flowdit.models.attention import AttentionShape
 from flowdit.models.config import ModelConfig, PixArtConfig
 from flowdit.models.pixart import PixArt, TextCondition, build_pixart
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2**16
 """Maximum text length: it is not the size of any tensor, but sampling allocates it."""
-ENCODER_FIELDS = ("name", "fingerprint", "dtype", "max_length", "width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Text(Conditioning):
     micro-conditioned on it. `config` names the encoder that reads prompts.
     """
 
-    info: Mapping[str, Any] | None = None
+    info: EncoderMeta | None = None
     size: tuple[int, int] | None = None
     config: TextConfig | None = None
     training: Training | None = None
@@ -81,11 +81,10 @@ class Text(Conditioning):
         return cls(describe_encoder(encoder), micro_condition(config.model, manifest), config.text, training)
 
     @classmethod
-    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: Mapping[str, Any]) -> Text:
-        info = meta["text"]
-        if not isinstance(info, Mapping) or not info.keys() >= set(ENCODER_FIELDS):
-            raise ValueError(f"text: must hold {', '.join(ENCODER_FIELDS)} of the text encoder, got {shown(info)}")
-        return cls(info, micro_condition(config.model, manifest), config.text)
+    def from_checkpoint(cls, config: Config, manifest: Manifest, meta: ConditioningMeta) -> Text:
+        if meta.text is None:
+            raise ValueError("text: must describe the text encoder of a model that reads text, got None")
+        return cls(meta.text, micro_condition(config.model, manifest), config.text)
 
     def with_encoder(self, name: str) -> Text:
         assert self.config is not None
@@ -103,18 +102,18 @@ class Text(Conditioning):
 
     def build_model(self, config: PixArtConfig, channels: int, *, key: PRNGKeyArray) -> PixArt:
         assert self.info is not None
-        return build_pixart(config, channels, self.info["width"], key=key)
+        return build_pixart(config, channels, self.info.width, key=key)
 
     def check_model(self, config: ModelConfig) -> None:
         assert isinstance(config, PixArtConfig) and self.info is not None and self.config is not None
-        if (tokens := max(self.info["max_length"], self.config.max_length)) > MAX_TOKENS:
+        if (tokens := max(self.info.max_length, self.config.max_length)) > MAX_TOKENS:
             raise ValueError(f"text.max_length: must be at most {MAX_TOKENS}, got {tokens}")
-        if config.null_tokens not in (1, length := self.info["max_length"]):
+        if config.null_tokens not in (1, length := self.info.max_length):
             raise ValueError(f"model.null_tokens: must be 1 or text.max_length={length}, got {config.null_tokens}")
 
     def attention_shapes(self, config: ModelConfig, latent_shape: tuple[int, int, int]) -> list[AttentionShape]:
         assert self.info is not None
-        return config.attention_shapes(latent_shape, self.info["max_length"])
+        return config.attention_shapes(latent_shape, self.info.max_length)
 
     # --- a batch ---
 
@@ -213,12 +212,12 @@ class Text(Conditioning):
         features = f"{self.encoder.name} features of {self.encoder.width} x {self.encoder.max_length} tokens"
         return f"captions, {features} {'from ' + cache if cache else 'online'}"
 
-    def describe(self) -> dict[str, Any]:
-        return {"text": self.info}
+    def describe(self) -> ConditioningMeta:
+        return ConditioningMeta(text=self.info)
 
     def exported(self) -> Exported:
         assert self.info is not None
-        name, tokens = self.info["name"], self.info["max_length"]
+        name, tokens = self.info.name, self.info.max_length
         call, parts = (
             'pipe(prompt="...")',
             (
@@ -244,23 +243,21 @@ class Text(Conditioning):
 
     # --- starting and resuming ---
 
-    def check_resumable(self, stored: Mapping[str, Any]) -> None:
+    def check_resumable(self, stored: ConditioningMeta) -> None:
+        assert self.info is not None
         # The location of the encoder may change.
-        before, now = ({**(text or {}), "name": None} for text in (stored.get("text"), self.info))
-        if before != now:
-            raise ValueError(
-                f"text.encoder: must be that of the checkpoint to resume, {stored.get('text')}, got {self.info}"
-            )
+        if stored.text is None or dataclasses.replace(stored.text, name=self.info.name) != self.info:
+            raise ValueError(f"text.encoder: must be that of the checkpoint to resume, {stored.text}, got {self.info}")
 
     def fresh_parts(self, theirs: Conditioning, their_model: ModelConfig, model: ModelConfig) -> dict[str, str]:
         assert isinstance(theirs, Text) and theirs.info is not None and self.info is not None
         assert isinstance(their_model, PixArtConfig) and isinstance(model, PixArtConfig)
         parts = {}
         # The fingerprint of an imported model's encoder is unknown: compare the name.
-        same = "fingerprint" if theirs.info["fingerprint"] else "name"
-        if any(theirs.info[field] != self.info[field] for field in (same, "width")):
+        same = "fingerprint" if theirs.info.fingerprint else "name"
+        if any(getattr(theirs.info, field) != getattr(self.info, field) for field in (same, "width")):
             texts = (theirs.info, self.info)
-            encoders = " and ".join(f"{t['name']} ({t['fingerprint']}, width {t['width']})" for t in texts)
+            encoders = " and ".join(f"{t.name} ({t.fingerprint}, width {t.width})" for t in texts)
             parts |= dict.fromkeys(("caption_proj", "null_caption"), f"the text encoders differ, {encoders}")
         elif their_model.null_tokens != model.null_tokens:
             parts["null_caption"] = f"model.null_tokens was {their_model.null_tokens}, is {model.null_tokens}"
@@ -269,9 +266,9 @@ class Text(Conditioning):
         return parts
 
 
-def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
+def describe_encoder(encoder: TextEncoder) -> EncoderMeta:
     """Checkpoint metadata of the text encoder, enough to detect another one."""
-    return {name: getattr(encoder, name) for name in ENCODER_FIELDS}
+    return EncoderMeta(**{field.name: getattr(encoder, field.name) for field in dataclasses.fields(EncoderMeta)})
 
 
 def micro_condition(config: ModelConfig, manifest: Manifest) -> tuple[int, int] | None:
@@ -280,20 +277,20 @@ def micro_condition(config: ModelConfig, manifest: Manifest) -> tuple[int, int] 
     return (manifest.image_size, manifest.image_size) if config.micro_conditioning else None
 
 
-def load_matching_encoder(config: TextConfig, info: Mapping[str, Any]) -> TextEncoder:
+def load_matching_encoder(config: TextConfig, info: EncoderMeta) -> TextEncoder:
     """Load the text encoder of `config`. Raises `ValueError` if it is not the one described by `info`."""
     if not config.encoder:
-        raise ValueError(f"text_encoder: must be given, the checkpoint has none (features of width {info['width']})")
+        raise ValueError(f"text_encoder: must be given, the checkpoint has none (features of width {info.width})")
     with called({"encoder": "text_encoder"}):
         encoder = load_text_encoder(config)
-    if encoder.width != info["width"]:
+    if encoder.width != info.width:
         raise ValueError(
-            f"text_encoder: must make features of width {info['width']}, {encoder.name!r} makes {encoder.width}"
+            f"text_encoder: must make features of width {info.width}, {encoder.name!r} makes {encoder.width}"
         )
-    known = info["fingerprint"]  # empty for an imported model
+    known = info.fingerprint  # empty for an imported model
     if known and encoder.fingerprint != known:
         raise ValueError(
-            f"text_encoder: must be the one of the training run ({info['name']}, fingerprint {known}), "
+            f"text_encoder: must be the one of the training run ({info.name}, fingerprint {known}), "
             f"{encoder.name!r} has {encoder.fingerprint}"
         )
     return encoder

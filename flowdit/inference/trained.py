@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from omegaconf.errors import OmegaConfBaseException
 
-from flowdit.checkpoint.files import CheckpointError
+from flowdit.checkpoint.meta import RunMeta
 from flowdit.conditioning import Conditioning, from_checkpoint
-from flowdit.config import Config, from_stored
+from flowdit.config import Config
 from flowdit.data.manifest import Manifest
-from flowdit.json_input import parse
 
 
 class Trained(NamedTuple):
@@ -25,35 +22,26 @@ class Trained(NamedTuple):
     config: Config
     manifest: Manifest
     conditioning: Conditioning
-    mean: list[float]
-    scale: list[float]
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
     step: int
     prediction: str = "velocity"
 
 
-def describe_trained(meta: Mapping[str, Any]) -> Trained:
-    """Parse the metadata of a checkpoint, with the shapes of the model's arrays instead of the model.
+def describe_trained(meta: RunMeta) -> Trained:
+    """The model that the metadata of a checkpoint describe, with the shapes of its arrays instead of the arrays.
 
-    Raises `ValueError` for metadata that are not a flowdit checkpoint's.
+    Raises `ValueError` for settings that do not fit each other.
     """
-    try:
-        return _describe(meta)
-    except (KeyError, TypeError, AttributeError, OmegaConfBaseException) as problem:
-        reason = " ".join(repr(problem).split())[:120]
-        raise CheckpointError(f"metadata that are not a flowdit checkpoint's ({reason})") from problem
-
-
-def _describe(meta: Mapping[str, Any]) -> Trained:
-    config, manifest = from_stored(meta["config"]), parse(Manifest, meta["manifest"])
-    conditioning = from_checkpoint(config, manifest, meta)
-    template = jax.eval_shape(conditioning.model_builder(config, manifest))
+    conditioning = from_checkpoint(meta.config, meta.manifest, meta)
+    template = jax.eval_shape(conditioning.model_builder(meta.config, meta.manifest))
     return Trained(
         model=template,
-        config=config,
-        manifest=manifest,
+        config=meta.config,
+        manifest=meta.manifest,
         conditioning=conditioning,
-        mean=meta["latent_mean"],
-        scale=meta["latent_scale"],
-        step=meta["step"],
-        prediction=meta.get("prediction", "velocity"),
+        mean=meta.latent_mean,
+        scale=meta.latent_scale,
+        step=meta.step,
+        prediction=meta.prediction,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flowdit.checkpoint.meta import RunMeta
 from flowdit.fields import shown
 from flowdit.inference.trained import Trained
 from flowdit.interop import layouts
@@ -16,7 +17,7 @@ from flowdit.interop.diffusers_config import Settings, find_class, read_config
 from flowdit.interop.foreign import Found, assemble, check_dtypes, check_repeated
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig
-from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
+from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe, parse_meta
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.config import ModelConfig
@@ -82,17 +83,17 @@ def _read_tensors(folder: Path, weights: str) -> Arrays:
     return {name: tensor for file in files for name, tensor in read_torch_file(file, weights).tensors.items()}
 
 
-def _own_meta(folder: Path) -> dict[str, Any] | None:
+def _own_meta(folder: Path) -> RunMeta | None:
     """Read the checkpoint metadata in a folder exported by flowdit, or saved again by diffusers.
 
     Raises `ValueError` for a flowdit pipeline without them, as the normalisation of its latents is unknown.
     """
     if (folder / META_FILE).is_file():
-        return pretrained.read_json(folder / META_FILE)
+        return parse_meta(pretrained.read_json(folder / META_FILE), str(folder))
     file = folder / "model_index.json"
     index = pretrained.read_json(file) if file.is_file() else {}
     if isinstance(meta := index.get(META_KEY), dict):
-        return meta
+        return parse_meta(meta, str(folder))
     if PIPELINE in (name := index.get("_class_name"), *(name if isinstance(name, list) else ())):
         raise ValueError(f"source: {folder} must hold {META_FILE}, like the folder that its pipeline was loaded from")
     return None
@@ -100,7 +101,7 @@ def _own_meta(folder: Path) -> dict[str, Any] | None:
 
 def _own_export(
     folder: Path,
-    meta: dict[str, Any],
+    meta: RunMeta,
     layout: Layout,
     tensors: Arrays,
     model: ModelConfig,

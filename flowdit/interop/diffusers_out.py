@@ -48,7 +48,7 @@ def export_diffusers(portable: Portable, target: Path, dtype: str, *, own_class:
     has_vae = _copy_vae(vae, target / "vae")
     _write_json(target / "model_index.json", model_index(portable, described, own_class, vae, has_vae))
     shutil.copy(EXPORTED / "pipeline.py", target / "pipeline.py")
-    _write_json(target / META_FILE, portable.meta)
+    _write_json(target / META_FILE, portable.meta.dump())
 
 
 def check_representable(described: Trained, own_class: bool) -> None:
@@ -149,7 +149,7 @@ def model_index(portable: Portable, described: Trained, own_class: bool, vae: st
         "guidance_low": sampler.guidance_low,
         "guidance_high": sampler.guidance_high,
         "steps": sampler.steps,
-        META_KEY: portable.meta,
+        META_KEY: portable.meta.dump(),
     }
     if (null_caption := portable.arrays.get("null_caption")) is not None:
         # JSON represents float32 values exactly

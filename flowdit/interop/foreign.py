@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def assemble(found: Found, hints: ForeignConfig, fold: Callable[[Arrays], Arrays
     size = condition_size(found.layout, tensors)
     condition = ARCHITECTURES[model.name].condition(config, hints, size)
     meta = foreign_meta(config, condition, found.latent_shape, hints)
-    meta |= {"prediction": found.prediction, "source": layout.name}
+    meta = dataclasses.replace(meta, prediction=found.prediction, source=layout.name)
     shapes = array_shapes(describe(meta, found.source))
     check_shapes(
         layouts.tensor_shapes(layout, shapes, model.patch_size), {n: t.shape for n, t in tensors.items()}, found.source

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from flowdit.checkpoint.meta import FORMAT, run_meta
+from flowdit.checkpoint.meta import RunMeta, run_meta
 from flowdit.conditioning import from_checkpoint
+from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest, VaeInfo
 from flowdit.diffusion.sampling import PREDICTIONS
 from flowdit.fields import require, require_choice
+from flowdit.json_input import parse
 from flowdit.models.config import PixArtConfig
 from flowdit.models.vae import load_vae
 
@@ -73,7 +74,7 @@ class ForeignCondition(NamedTuple):
 
     kind: str
     class_names: tuple[str, ...] = ()
-    text: dict[str, Any] | None = None
+    text: EncoderMeta | None = None
 
 
 def class_condition(config: Config, hints: ForeignConfig, count: int) -> ForeignCondition:
@@ -88,8 +89,7 @@ def text_condition(config: Config, hints: ForeignConfig, width: int) -> ForeignC
     text, null_tokens = config.text, config.model.null_tokens
     text.encoder = hints.text_encoder or ""
     text.max_length = hints.max_length or (null_tokens if null_tokens > 1 else 120)
-    known = {"name": text.encoder, "fingerprint": "", "dtype": text.dtype, "max_length": text.max_length}
-    return ForeignCondition("text", text=known | {"width": width})
+    return ForeignCondition("text", text=EncoderMeta(text.encoder, "", text.dtype, text.max_length, width))
 
 
 def foreign_meta(
@@ -97,35 +97,36 @@ def foreign_meta(
     condition: ForeignCondition,
     latent_shape: tuple[int, int, int],
     hints: ForeignConfig,
-) -> dict[str, Any]:
+) -> RunMeta:
     """Metadata with configuration, condition and latents of a model, without data.
 
     Raises `ValueError` if the VAE does not match the latents.
     """
     config.conditioning = condition.kind
     manifest = _manifest(latent_shape, _vae_info(hints.vae, latent_shape[0]), condition.class_names)
-    conditioning = from_checkpoint(config, manifest, {"text": condition.text})
+    conditioning = from_checkpoint(config, manifest, ConditioningMeta(text=condition.text))
     mean, scale = ([value] * latent_shape[0] for value in (manifest.vae.shift, manifest.vae.scale))
-    meta = run_meta(config, manifest, conditioning, mean, scale)
-    return json.loads(json.dumps(meta | {"format": FORMAT, "step": 0}))  # tuples become lists, as for a reader
+    meta = run_meta(config, manifest, conditioning.describe(), mean, scale)
+    return RunMeta.parse(meta.dump())  # as a reader will see it
 
 
 def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tuple[str, ...]) -> Manifest:
     """A manifest without shards. Normalised latents are assumed to have zero mean and unit variance."""
     channels = latent_shape[0]
-    return Manifest(
-        latent_shape=latent_shape,
-        latent_dtype="float32",
-        has_latent_std=False,
-        vae=vae,
-        image_size=latent_shape[1] * vae.stride,
-        channel_mean=(vae.shift,) * channels,
-        channel_std=(1 / vae.scale,) * channels,
-        class_names=class_names,
-        shards=(),
-        license="",
-        attribution="",
-    )
+    content = {
+        "latent_shape": latent_shape,
+        "latent_dtype": "float32",
+        "has_latent_std": False,
+        "vae": dataclasses.asdict(vae),
+        "image_size": latent_shape[1] * vae.stride,
+        "channel_mean": (vae.shift,) * channels,
+        "channel_std": (1 / vae.scale,) * channels,
+        "class_names": class_names,
+        "shards": (),
+        "license": "",
+        "attribution": "",
+    }
+    return parse(Manifest, content)
 
 
 def _vae_info(name: str | None, channels: int) -> VaeInfo:

@@ -53,7 +53,7 @@ def _front_matter(described: Trained, exported: Exported) -> str:
 
 def _summary(portable: Portable, described: Trained, exported: Exported, weights: str) -> str:
     million = sum(array.size for array in portable.arrays.values()) / 1e6
-    source = portable.meta.get("source")
+    source = portable.meta.source
     origin = f"converted from {source}" if source else f"{weights} weights after {described.step:,} steps of flowdit"
     return (
         f"{exported.title} diffusion transformer of {million:.1f} M parameters on latents of "
@@ -85,7 +85,7 @@ def _data(described: Trained) -> dict[str, Any]:
     )
     facts = {"records": records, "licence": manifest.license or "not stated", "attribution": manifest.attribution}
     facts |= {"image size": manifest.image_size, "VAE": manifest.vae.name or "not named"}
-    return facts | {"latent mean": described.mean, "latent scale": described.scale}
+    return facts | {"latent mean": list(described.mean), "latent scale": list(described.scale)}
 
 
 def _recipe(portable: Portable, described: Trained) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _recipe(portable: Portable, described: Trained) -> dict[str, Any]:
     config = described.config
     train = {name: getattr(config.train, name) for name in RECIPE}
     optim = {f"optim.{name}": value for name, value in dataclasses.asdict(config.optim).items()}
-    return train | optim | {"seed": config.seed, "versions": portable.meta.get("versions", {})}
+    return train | optim | {"seed": config.seed, "versions": portable.meta.versions}
 
 
 def _table(title: str, facts: dict[str, Any]) -> str:

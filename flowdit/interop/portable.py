@@ -16,12 +16,11 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from flowdit.checkpoint.meta import read_meta
+from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
 from flowdit.checkpoint.writer import save_slim
-from flowdit.diffusion.sampling import PREDICTIONS
-from flowdit.fields import listed, shortened, shown
+from flowdit.fields import listed, shortened
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
 from flowdit.models.pretrained import check_finite, read_tensors
@@ -36,7 +35,7 @@ class Portable(NamedTuple):
     """Arrays by dotted name (blocks have a leading depth axis) and checkpoint metadata."""
 
     arrays: Arrays
-    meta: dict[str, Any]
+    meta: RunMeta
 
 
 def read_checkpoint(folder: epath.PathLike, weights: str) -> Portable:
@@ -56,11 +55,12 @@ def read_single(file: Path) -> Portable | None:
     try:
         with safetensors.safe_open(file, framework="np") as stored:
             text = (stored.metadata() or {}).get(METADATA_KEY)
-        meta = json.loads(text or "null")
+        stored = json.loads(text or "null")
     except (OSError, ValueError, safetensors.SafetensorError, RecursionError) as problem:
         raise ValueError(f"source: {file} is not a readable safetensors file ({problem})") from problem
     if text is None:
         return None
+    meta = parse_meta(stored, str(file))
     return checked(Portable(read_tensors([file]), meta), str(file))
 
 
@@ -72,7 +72,15 @@ def checked(portable: Portable, source: str) -> Portable:
     return portable
 
 
-def describe(meta: dict[str, Any], source: str) -> Trained:
+def parse_meta(stored: Any, source: str) -> RunMeta:
+    """Checkpoint metadata as they came out of JSON. Raises `ValueError` in one line that names the source."""
+    try:
+        return RunMeta.parse(stored)
+    except ValueError as problem:
+        raise ValueError(f"source: {source}: metadata: {shortened(str(problem), 300)}") from problem
+
+
+def describe(meta: RunMeta, source: str) -> Trained:
     """Parse checkpoint metadata, with the shapes of the model's arrays instead of the model.
 
     Raises `ValueError` with one line for metadata that are not a flowdit checkpoint's, or are too large to sample.
@@ -87,16 +95,11 @@ def describe(meta: dict[str, Any], source: str) -> Trained:
 
 def _check_limits(described: Trained) -> None:
     """Raise `ValueError` for values used in sampling that no tensor size confirms."""
-    channels, *sides = described.manifest.latent_shape
+    _, *sides = described.manifest.latent_shape
     if max(sides) > MAX_SAMPLED_SIDE:
         raise ValueError(
             f"latent_shape: must have sides of at most {MAX_SAMPLED_SIDE}, got {described.manifest.latent_shape}"
         )
-    for name, values in (("latent_mean", described.mean), ("latent_scale", described.scale)):
-        if len(values) != channels or not np.isfinite(np.asarray(values, np.float64)).all():
-            raise ValueError(f"{name}: must hold {channels} finite numbers, got {shown(values)}")
-    if described.prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: must be one of {', '.join(PREDICTIONS)}, got {shown(described.prediction)}")
 
 
 def array_shapes(described: Trained) -> dict[str, tuple[int, ...]]:
@@ -135,7 +138,7 @@ def write_checkpoint(portable: Portable, target: epath.PathLike, dtype: str) -> 
 
 def write_single(portable: Portable, target: Path, dtype: str) -> None:
     """Write one safetensors file: arrays under our names, metadata as JSON in its header."""
-    metadata = {METADATA_KEY: json.dumps(portable.meta), "format": "np"}
+    metadata = {METADATA_KEY: json.dumps(portable.meta.dump()), "format": "np"}
     save_tensors(cast(portable.arrays, dtype), target, metadata)
 
 

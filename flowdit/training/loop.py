@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
@@ -36,7 +37,7 @@ def train(config: Config) -> None:
     state, start = run.state, int(run.state.step)
     step, stopping = start, False
     primary = jax.process_index() == 0
-    tracker = Tracker(run.folder, config.wandb, run.meta["config"], run_id=run.meta["run_id"], primary=primary)
+    tracker = Tracker(run.folder, config.wandb, dataclasses.asdict(config), run_id=run.meta.run_id, primary=primary)
     progress = Progress(settings.num_steps, settings.batch_size, settings.compute_dtype)
     announce(run, start, settings.num_steps)
     if run.figures:
@@ -91,8 +92,7 @@ def announce(run: Run, start: int, num_steps: int) -> None:
     """Describe the run on the console, before the first compilation."""
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.model))
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    manifest = run.meta["manifest"]
-    shape = "x".join(map(str, manifest["latent_shape"]))
+    shape = "x".join(map(str, run.meta.manifest.latent_shape))
     records = run.stream.get_state()["num_records"]
     logger.info("model: %.2f M parameters; %s, mesh %s", parameters / 1e6, devices, dict(run.mesh.shape))
     logger.info("data: %d records, latents %s, %s", records, shape, run.conditioning.summary)

@@ -12,10 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.checkpoint.files import CheckpointError, list_steps
+from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.names import named_arrays
 from flowdit.checkpoint.restore import restore_newest
 from flowdit.conditioning import Conditioning, kind_of
-from flowdit.config import Config, from_stored
+from flowdit.config import Config
 from flowdit.data.loader import TrainStream
 from flowdit.sharding import init_sharded
 from flowdit.training.step import TrainState
@@ -58,14 +59,15 @@ def resume(
     mesh: Mesh,
     stream: TrainStream,
     conditioning: Conditioning,
-    meta: dict[str, Any],
-) -> TrainState:
+    meta: RunMeta,
+) -> tuple[TrainState, RunMeta]:
     """Restore the newest intact checkpoint, and move the stream to the batch after it. Logs changed settings.
 
+    Returns its state, and `meta` with the id of the resumed run.
     Parameters of auxiliary losses that are not in the checkpoint are taken from `build_state`.
     """
 
-    def check(stored: dict[str, Any]) -> None:
+    def check(stored: RunMeta) -> None:
         conditioning.check_resumable(stored)
         for change in check_same_run(stored, meta):
             logger.info(change)
@@ -76,22 +78,21 @@ def resume(
 
     restored = restore_newest(folder, template, check, fresh)
     stream.set_state(restored.dataset)
-    meta["run_id"] = restored.meta["run_id"]
     logger.info("resumed from %s", folder / str(int(restored.state.step)))
-    return restored.state
+    return restored.state, dataclasses.replace(meta, run_id=restored.meta.run_id)
 
 
-def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
     """Changed fields as `name: old -> new`, from the metadata of a checkpoint and of this run.
 
     Raises `ValueError` if a change makes an exact resume impossible.
     """
-    if stored["manifest_id"] != current["manifest_id"]:
+    if stored.manifest_id != current.manifest_id:
         raise ValueError(
-            f"data.path: the data set must be the one of the checkpoint (manifest {stored['manifest_id'][:12]}), "
-            f"got {current['manifest_id'][:12]}: the data changed since the checkpoint was written"
+            f"data.path: the data set must be the one of the checkpoint (manifest {stored.manifest_id[:12]}), "
+            f"got {current.manifest_id[:12]}: the data changed since the checkpoint was written"
         )
-    before, now = from_stored(stored["config"]), from_stored(current["config"])
+    before, now = stored.config, current.config
     if (kind := kind_of(before)) != (ours := kind_of(now)):
         raise ValueError(f"conditioning: must be {kind} as in the checkpoint to resume, got {ours}")
     notes = auxiliary_notes(before, now)
@@ -127,7 +128,7 @@ def auxiliary_notes(before: Config, now: Config) -> list[str]:
 
 def _switched_on(config: Config) -> dict[str, Any]:
     """Settings of the enabled losses by name, including losses that are not registered."""
-    settings = config.auxiliary.items()
+    settings = dataclasses.asdict(config)["auxiliary"].items()
     return {name: values for name, values in settings if isinstance(values, dict) and values.get("weight")}
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from flowdit import conditioning as kinds
 from flowdit.checkpoint.files import list_steps
-from flowdit.checkpoint.meta import run_meta
+from flowdit.checkpoint.meta import RunMeta, run_meta
 from flowdit.checkpoint.restore import abstract_state
 from flowdit.checkpoint.writer import check_free_space
 from flowdit.conditioning import Batch, Conditioning
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     train_step: TrainStep
     image_flops: Callable[[Batch], int]
     evaluations: list[Evaluation]
-    meta: dict[str, Any]
+    meta: RunMeta
     figures: dict[str, float]
 
 
@@ -71,7 +71,7 @@ def start_run(config: Config) -> Run:
     compute = choose_compute(mesh, train.compute_dtype, shapes)
     evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
     stream = make_stream(config, data.train)
-    meta = run_meta(config, manifest, conditioning, objective.mean, objective.scale)
+    meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
     if data.validation is None and train.validate_every:
         logger.info("no validation records: no validation loss")
     start = None
@@ -88,7 +88,7 @@ def start_run(config: Config) -> Run:
     template = abstract_state(mesh, lambda: build_state(None))
     check_free_space(folder, template, meta)
     if resuming:
-        state = resume(
+        state, meta = resume(
             folder=folder,
             template=template,
             build_state=lambda: build_state(None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.checkpoint.files import CheckpointError, list_steps
-from flowdit.checkpoint.meta import read_meta
+from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import named_arrays
 from flowdit.checkpoint.restore import newest_whole, restore_weights
 from flowdit.conditioning import Conditioning
@@ -43,7 +43,7 @@ def load_start(
     config: Config,
     manifest: Manifest,
     conditioning: Conditioning,
-    meta: Mapping[str, Any],
+    meta: RunMeta,
     mesh: Mesh,
 ) -> Start:
     """Load the model at `train.init_from` onto the mesh, after checking that it fits this run's model.
@@ -82,10 +82,10 @@ def _naming_the_field() -> Iterator[None]:
         raise CheckpointError(f"train.init_from: {problem}") from problem
 
 
-def differences(theirs: Trained, meta: Mapping[str, Any]) -> list[str]:
+def differences(theirs: Trained, meta: RunMeta) -> list[str]:
     """Differences to report: normalisation and objective."""
     remarks = []
-    if (list(theirs.mean), list(theirs.scale)) != (list(meta["latent_mean"]), list(meta["latent_scale"])):
+    if (theirs.mean, theirs.scale) != (meta.latent_mean, meta.latent_scale):
         remarks.append("was trained on latents with another mean and scale")
     if theirs.prediction != "velocity":
         remarks.append(f"predicts the {theirs.prediction}, this run trains the velocity: the objective changes")

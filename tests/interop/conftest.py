@@ -13,7 +13,7 @@ from flowdit.checkpoint.meta import read_meta
 
 @pytest.fixture(scope="module")
 def meta(whole_run) -> dict[str, Any]:
-    return read_meta(whole_run / "6")
+    return read_meta(whole_run / "6").dump()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Small models with random weights and the metadata of a run, and their outputs in diffusers and flowdit."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from runs import LATENT_SHAPE
 
+from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.names import named_arrays
 from flowdit.conditioning.labels import Labels
 from flowdit.inference.trained import describe_trained
@@ -41,13 +41,13 @@ def random_model(
     config = meta["config"] | {"conditioning": conditioning}
     train = config["train"] | {"sampler": config["train"]["sampler"] | (sampler or {})}
     config = config | {"model": config["model"] | model, "train": train}
-    meta = json.loads(json.dumps(meta | {"config": config, "text": text if conditioning == "text" else None}))
+    stored = RunMeta.parse(meta | {"config": config, "text": text if conditioning == "text" else None})
     rng = np.random.default_rng(0)
     arrays = {
         name: np.float32(name.endswith("norm.scale")) + np.float32(0.1) * rng.standard_normal(leaf.shape, np.float32)
-        for name, leaf in named_arrays(describe_trained(meta).model).items()
+        for name, leaf in named_arrays(describe_trained(stored).model).items()
     }
-    return Portable(arrays, meta)
+    return Portable(arrays, stored)
 
 
 def saved(portable: Portable, path: Path) -> str:
@@ -69,17 +69,17 @@ def text_inputs(lengths: tuple[int, ...] = (TOKENS, 2)) -> tuple[np.ndarray, np.
 
 def ours_condition(portable: Portable, labels=(1, 3), lengths=(TOKENS, 2)) -> Any:
     """Conditions of our model: `labels`, or the texts of `text_inputs(lengths)`."""
-    if portable.meta["text"] is None:
+    if portable.meta.text is None:
         return jnp.asarray(labels, jnp.int32)
     features, mask = text_inputs(lengths)
-    size = np.full((len(lengths), 2), portable.meta["manifest"]["image_size"], np.float32)
-    is_sized = portable.meta["config"]["model"].get("micro_conditioning", False)
+    size = np.full((len(lengths), 2), portable.meta.manifest.image_size, np.float32)
+    is_sized = getattr(portable.meta.config.model, "micro_conditioning", False)
     dropped = np.zeros(len(lengths), bool)
     return jax.tree.map(jnp.asarray, TextCondition(features, mask, dropped, size if is_sized else None))
 
 
 def ours_null(portable: Portable, condition: Any) -> Any:
-    if portable.meta["text"] is None:
+    if portable.meta.text is None:
         return jax.vmap(Labels(tuple(map(str, range(CLASSES)))).null)(condition)
     return condition._replace(dropped=jnp.ones_like(condition.dropped))
 
@@ -88,12 +88,12 @@ def torch_condition(portable: Portable, labels=(1, 3), lengths=(TOKENS, 2)) -> d
     """The conditions of `ours_condition` as keyword arguments of a diffusers transformer."""
     import torch
 
-    if portable.meta["text"] is None:
+    if portable.meta.text is None:
         return {"class_labels": torch.tensor(labels)}
     features, mask = map(torch.from_numpy, text_inputs(lengths))
-    side = float(portable.meta["manifest"]["image_size"])
+    side = float(portable.meta.manifest.image_size)
     sizes = {"resolution": torch.full((len(lengths), 2), side), "aspect_ratio": torch.ones(len(lengths), 1)}
-    is_sized = portable.meta["config"]["model"].get("micro_conditioning", False)
+    is_sized = getattr(portable.meta.config.model, "micro_conditioning", False)
     added = {"added_cond_kwargs": sizes if is_sized else {"resolution": None, "aspect_ratio": None}}
     return {"encoder_hidden_states": features, "encoder_attention_mask": mask.to(torch.float32)} | added
 

@@ -122,7 +122,7 @@ def test_diffusers_pixart(tmp_path, heads, head_dim, micro, tokens, shards):
         encoder_attention_mask=torch.from_numpy(mask),
     ).sample
     assert_equal(trained, latents(), TextCondition(features, mask, np.zeros(3, bool), sizes), expected[:, :4])
-    assert trained.conditioning.describe()["text"]["max_length"] == tokens
+    assert trained.conditioning.describe().text.max_length == tokens
     assert "null caption, which is set to 0" in out
 
 

@@ -30,7 +30,7 @@ def test_damaged_flowdit_files(whole_run, tmp_path):
     assert "flowdit.json: is not JSON" in refused(exported)
     file = tmp_path / "single.safetensors"
     safetensors.numpy.save_file({"a": np.zeros(2)}, file, {"flowdit": "{}"})
-    assert "metadata that are not a flowdit checkpoint's" in refused(file)
+    assert "metadata: format: is missing" in refused(file)
 
 
 def test_damaged_exports(meta, tmp_path):

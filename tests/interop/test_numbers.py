@@ -48,7 +48,7 @@ def exported(request, meta, tmp_path_factory):
 
 
 def load_transformer(portable, folder):
-    is_text = portable.meta["text"] is not None
+    is_text = portable.meta.text is not None
     stock = diffusers.PixArtTransformer2DModel if is_text else diffusers.DiTTransformer2DModel
     # Evaluation mode: training mode only adds DiT's random dropout of labels.
     return stock.from_pretrained(folder / "transformer", low_cpu_mem_usage=False).eval()
@@ -59,7 +59,7 @@ def load_transformer(portable, folder):
 
 def torch_null(portable, condition):
     """The null condition of the folder: the last row of the class table, or the null caption."""
-    if portable.meta["text"] is None:
+    if portable.meta.text is None:
         return {"class_labels": torch.full_like(condition["class_labels"], 4)}
     features = condition["encoder_hidden_states"]
     null = torch.from_numpy(portable.arrays["null_caption"]).expand_as(features)

@@ -1,5 +1,7 @@
 """An exported text model with encoder and VAE in diffusers gives the same images for prompts as flowdit."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,9 +33,9 @@ def encoder_folder(tmp_path_factory):
 @pytest.mark.parametrize(("model", "own_class"), [(STOCK_TEXT, False), (DEFAULT_TEXT, True)], ids=["stock", "own"])
 def test_prompts_give_the_same_images_in_diffusers(whole_run, encoder_folder, tmp_path, model, own_class):
     settings = TextConfig(str(encoder_folder), max_length=16, dtype="float32")
-    meta = read_meta(whole_run / "6")
+    meta = read_meta(whole_run / "6").dump()
     meta["config"]["text"] = {"encoder": settings.encoder, "max_length": 16, "dtype": "float32"}
-    portable = random_model(meta, model, SAMPLER, describe_encoder(load_text_encoder(settings)))
+    portable = random_model(meta, model, SAMPLER, dataclasses.asdict(describe_encoder(load_text_encoder(settings))))
     checkpoint, folder = saved(portable, tmp_path / "checkpoint"), tmp_path / "exported"
     convert(ConvertConfig(source=checkpoint, target=str(folder), to="diffusers", own_class=own_class, prompts=PROMPTS))
     assert (folder / "sample.png").is_file()

@@ -78,7 +78,7 @@ def test_class_by_its_published_name(stock, tmp_path, name):
     with_json(folder / "config.json", _class_name="Transformer2DModel")
     loaded = diffusers.Transformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
     assert type(loaded).__name__ == json.loads((stock / name / "config.json").read_text())["_class_name"]
-    ours, renamed = (read_source(str(path)).meta["config"] for path in (stock / name, folder))
+    ours, renamed = (read_source(str(path)).meta.config for path in (stock / name, folder))
     assert renamed == ours
     with_json(folder / "config.json", norm_type="layer_norm")
     assert "must be one of DiTTransformer2DModel, " in unreadable(folder)

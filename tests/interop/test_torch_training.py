@@ -193,7 +193,7 @@ def test_saved_pipeline_without_its_metadata(meta, tmp_path, messages):
     warning = "exported/transformer has no flowdit metadata: latents are assumed to be normalised by shift and scale"
     assert messages()[-1].startswith(warning)
     shutil.move("flowdit.json", "exported/flowdit.json")
-    assert read_source("exported").meta["manifest"] == meta["manifest"]
+    assert read_source("exported").meta.dump()["manifest"] == meta["manifest"]
 
 
 def test_state_dict_that_torch_saved(stock, tmp_path):

@@ -41,7 +41,7 @@ SAMPLER = {"solver": "euler", "steps": 8, "guidance": 4.0, "time_shift": 2.0}
 def portable(meta) -> Portable:
     """Trained on data with classes, which are ignored."""
     model = random_model(meta, STOCK_CLASS, SAMPLER, conditioning="none")
-    assert model.arrays["class_table"].shape[0] == 1 and model.meta["manifest"]["class_names"]
+    assert model.arrays["class_table"].shape[0] == 1 and model.meta.manifest.class_names
     return model
 
 
@@ -130,7 +130,7 @@ def test_table_of_one_row_is_an_unconditional_model(tmp_path):
     for name, hints in hints_by_name.items():
         found = read_source(str(tmp_path / name), hints=hints)
         assert found.arrays["class_table"].shape[0] == 1
-        assert found.meta["config"]["conditioning"] == "none" and found.meta["manifest"]["class_names"] == []
+        assert found.meta.config.conditioning == "none" and found.meta.manifest.class_names == ()
         saved(found, tmp_path / f"{name}.safetensors")
         load(str(tmp_path / f"{name}.safetensors")).requests(2, {})
     (tmp_path / "names.txt").write_text("cat\n")
@@ -141,8 +141,10 @@ def test_table_of_one_row_is_an_unconditional_model(tmp_path):
 def test_kind_that_the_pipeline_does_not_support_is_refused(portable, tmp_path, monkeypatch):
     """A kind without an export, as by default."""
     monkeypatch.setitem(KINDS, "numbers", type("Numbers", (Labels,), {"exported": lambda self: None}))
-    config = portable.meta["config"] | {"conditioning": "numbers"}
-    model = random_model(portable.meta | {"config": config}, STOCK_CLASS, conditioning="numbers")
+    meta = portable.meta.dump()
+    model = random_model(
+        meta | {"config": meta["config"] | {"conditioning": "numbers"}}, STOCK_CLASS, conditioning="numbers"
+    )
     source = saved(model, tmp_path / "source.safetensors")
     with pytest.raises(ValueError, match="^to: the diffusers pipeline does not support conditioning=numbers$"):
         converted(source, tmp_path / "out", to="diffusers")

@@ -290,7 +290,7 @@ def test_intact_checkpoint_of_another_format_is_not_renamed(tiny_data, run):
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     write_checksums(run / "6")
     line = refused(lambda: train_here(tiny_data, run, "train.is_restore=true"), run)
-    assert line == f"error: {run / '6'}: checkpoint format must be 1, got 2"
+    assert line == f"error: {run / '6'}: metadata: format: must be 1, got 2"
 
 
 def test_checkpoint_of_another_model_is_not_renamed(tiny_data, run, tmp_path):

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from runs import CLASS_NAMES, metrics, train_here
 
 from flowdit import load
-from flowdit.checkpoint.meta import FORMAT, read_meta
+from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import named_arrays
 from flowdit.checkpoint.writer import save_slim
 from flowdit.config import Config, register_schemas, resolve
@@ -40,13 +40,13 @@ def begin(data: Path, run: Path, command: tuple[str, str], *overrides: str) -> R
 def save_start(folder: Path, run: Run) -> Path:
     """A slim checkpoint of the run's model, `SHIFT` away from it."""
     shifted = jax.tree.map(lambda x: x + SHIFT, run.state.ema)
-    save_slim(folder, shifted, {"format": FORMAT, "step": 7, **run.meta}, "float32")
+    save_slim(folder, shifted, dataclasses.replace(run.meta, step=7), "float32")
     return folder
 
 
 def retold(start: Path, folder: Path, **changes: Any) -> Path:
     """A checkpoint with the weights of `start` and other metadata."""
-    save_slim(folder, load(str(start)).trained.model, read_meta(start) | changes, "float32")
+    save_slim(folder, load(str(start)).trained.model, RunMeta.parse(read_meta(start).dump() | changes), "float32")
     return folder
 
 
@@ -123,7 +123,7 @@ def test_another_objective_and_normalisation_are_reported(tiny_data, class_start
         "was trained on latents with another mean and scale",
         "predicts the noise, this run trains the velocity: the objective changes",
     ]
-    assert "prediction" not in run.meta or run.meta["prediction"] == "velocity"
+    assert run.meta.prediction == "velocity" and "prediction" not in run.meta.dump()
 
 
 def test_a_start_is_laid_out_on_a_mesh(tiny_data, class_start, tmp_path):
@@ -147,7 +147,7 @@ def text_run(data: Path, folder: Path, start: Path, *overrides: str) -> Run:
 
 
 def test_text_model_from_a_text_model_on_a_smaller_grid(tiny_data, text_start, tmp_path, messages):
-    manifest = read_meta(text_start)["manifest"] | {"latent_shape": [16, 4, 4], "image_size": 32}
+    manifest = read_meta(text_start).dump()["manifest"] | {"latent_shape": [16, 4, 4], "image_size": 32}
     start = retold(text_start, tmp_path / "7", manifest=manifest)
     run = text_run(tiny_data, tmp_path, start, "model.interpolation_scale=2", "seed=1")
     assert_copied(run, start)
@@ -156,7 +156,7 @@ def test_text_model_from_a_text_model_on_a_smaller_grid(tiny_data, text_start, t
 
 
 def test_another_text_encoder_gives_fresh_caption_layers(tiny_data, text_start, tmp_path, messages):
-    text = read_meta(text_start)["text"]
+    text = read_meta(text_start).dump()["text"]
     start = retold(text_start, tmp_path / "7", text=text | {"name": "t5", "fingerprint": "0" * 16})
     run = text_run(tiny_data, tmp_path, start)
     assert_copied(run, start, "caption_proj", "null_caption")
