@@ -1,4 +1,4 @@
-"""The only file that names mesh axes: which device holds which part of parameters, optimizer state and batches."""
+"""The device mesh, and how parameters, optimizer state and batches are split over it. No other file names its axes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOGICAL_AXES: dict[str | None, str | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
-    """What a layer says of one of its parameters, for sharding and for the optimizer.
+    """The declaration of one parameter by its layer, for sharding and for the optimizer.
 
     `axes` are logical axes, one for each of the parameter's own axes; empty for a parameter that every device holds:
     sharding biases, norms and tables makes XLA rematerialise whole tensors. `parts` is the number of projections that are
@@ -44,7 +44,7 @@ class ParameterSpec:
 
 REPLICATED = ParameterSpec()
 STACKED = "stacked"
-"""Says of a field that it holds modules whose parameters lead with an axis over blocks."""
+"""Declares a field whose modules are stacked: every parameter has a leading axis over blocks."""
 
 
 @dataclasses.dataclass
@@ -161,7 +161,7 @@ def _partition(mesh: Mesh | AbstractMesh, spec: ParameterSpec, shape: tuple[int,
     if not any(spec.axes):
         return PartitionSpec()
     axes = (None,) * (len(shape) - len(spec.axes)) + tuple(LOGICAL_AXES[axis] for axis in spec.axes)
-    # A dimension that the axis does not divide stays whole rather than failing the run.
+    # A dimension that is not divisible by the size of the axis is not split.
     return PartitionSpec(
         *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
     )
@@ -186,11 +186,11 @@ def is_gathering() -> bool:
 
 
 def gather(module: Any) -> Any:
-    """`module` with its matrices whole over `fsdp`, and their gradients split again.
+    """Gather the matrices of `module` over `fsdp`; their gradients are split again. The split over `tensor` stays.
 
-    To be called on one block in the scan over blocks, so that the weights of one at a time are whole. Without it XLA
-    multiplies activations by each device's part of the weights and sums the products of all devices: many times the
-    bytes, and each device then works on the batch of all. `tensor` stays as it is.
+    Call it on one block in the scan over blocks, so that only the weights of one block are whole at a time. Without it,
+    XLA multiplies activations by each device's part of the weights and sums the products over all devices: that moves
+    many times the bytes, and each device then computes with the whole batch.
     """
     if not is_gathering():
         return module
@@ -205,7 +205,7 @@ def gather(module: Any) -> Any:
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: the backward pass gathers weights anew, or those of all blocks would be kept."""
+    """A policy for `jax.checkpoint`: the backward pass gathers weights again instead of keeping those of all blocks."""
     return primitive.name != "sharding_constraint"
 
 
@@ -219,8 +219,8 @@ def _relayout_forward(weight: jax.Array, spec: PartitionSpec, gradient_spec: Par
 
 
 def _relayout_backward(spec: PartitionSpec, gradient_spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple:
-    # In two steps. Asked for a part at once, XLA cuts the product into a ring of small ones, each sent on to the next
-    # device; the TPU compiler's own estimate of the step is then a quarter higher.
+    # In two steps: with the second alone, XLA splits the product into small ones that are passed around in a ring, and
+    # the TPU compiler's estimate of the step is a quarter higher.
     gradient = jax.lax.with_sharding_constraint(gradient, spec)
     return (jax.lax.with_sharding_constraint(gradient, gradient_spec),)
 
@@ -252,9 +252,9 @@ def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 
 
 def micro_batch(batch: Any, i: jax.Array, count: int) -> Any:
-    """Every `count`-th row of `batch` from row i on: each micro-batch stays spread over all devices.
+    """Every `count`-th row of `batch` from row i on, so that each micro-batch is spread over all devices.
 
-    Cut out one at a time, as all of them at once would be a second copy of the batch.
+    One micro-batch is sliced at a time, as all of them together would be a second copy of the batch.
     """
     cut = lambda x: jax.lax.dynamic_index_in_dim(x.reshape(-1, count, *x.shape[1:]), i, axis=1, keepdims=False)
     return jax.tree.map(cut, batch)

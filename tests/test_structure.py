@@ -131,8 +131,10 @@ def test_only_sharding_names_mesh_axes():
     for path in FILES:
         if module_name(path) in ("sharding", "config"):
             continue
-        constants = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
-        assert "fsdp" not in constants, path
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        assert "fsdp" not in {n.value for n in nodes if isinstance(n, ast.Constant)}, path
+        imported = {alias.name for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
+        assert not imported & {"PartitionSpec", "NamedSharding"}, path
 
 
 def test_nothing_unpickles_but_the_records():

@@ -1,8 +1,8 @@
 """A text model that starts as a trained class model: the re-parameterisation of PixArt-alpha (section 2.3).
 
-At one flow time t*, the tables of adaLN-single are set so that every modulation equals the class model's without its
-class. The paper does not say how the shared map is chosen nor what "without" means, and its code was never released:
-both are options here.
+At one flow time t*, the tables of adaLN-single are set so that every modulation equals that of the class model without
+its class. The paper does not specify the shared map or how the class is removed, and its code was not released, so both
+are options here.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def check_compatible(
     their_latent_shape: tuple[int, int, int],
     our_latent_shape: tuple[int, int, int],
 ) -> None:
-    """Raise `ValueError` naming the first thing that keeps our model from taking the weights of theirs.
+    """Raise `ValueError` naming the first reason why our model cannot use the weights of theirs.
 
     Both are of one kind, or theirs is a class model and ours a text model. Latent shapes are (channels, height, width);
-    height and width may differ, for positions are not learned.
+    height and width may differ, as positions are not learned.
     """
     pairs = {field: (getattr(theirs, field), getattr(ours, field)) for field in COPIED_FIELDS}
     # On another grid the positions may be scaled; on the same one they are part of what must not change.
