@@ -11,7 +11,7 @@ from flowdit.conditioning.text import Text
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.config import PixArtConfig
 from flowdit.models.pixart import build_pixart
-from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
 
 LATENT = (16, 32, 32)

@@ -31,8 +31,8 @@ from flowdit.models.pixart import build_pixart
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.sharding import MeshConfig, make_mesh, prefetch_to_device
-from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
 
 BATCH_SIZE = 64

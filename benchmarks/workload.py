@@ -10,7 +10,7 @@ from flowdit.conditioning.labels import Labels
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.config import DiTConfig
 from flowdit.models.dit import build_dit
-from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.training.step import Batch, TrainState, TrainStep, init_state, make_train_step
 
 NUM_CLASSES = 1000

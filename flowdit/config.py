@@ -24,10 +24,10 @@ from flowdit.fields import FieldError, require, require_choice, shortened, under
 from flowdit.models.config import MODELS, DiTConfig, ModelConfig, stored_model
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
+from flowdit.optim import OptimConfig
 from flowdit.processes import check_processes
 from flowdit.sharding import MeshConfig
-from flowdit.training.optim import OptimConfig
-from flowdit.training.tracking import WandbConfig
+from flowdit.tracking import WandbConfig
 
 
 @dataclasses.dataclass

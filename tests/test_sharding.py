@@ -10,6 +10,7 @@ from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.layers import Linear
 from flowdit.models.pixart import build_pixart
+from flowdit.optim import OptimConfig, decay_mask, make_optimizer
 from flowdit.sharding import (
     STACKED,
     MeshConfig,
@@ -19,7 +20,6 @@ from flowdit.sharding import (
     parameter_shardings,
     parameter_specs,
 )
-from flowdit.training.optim import OptimConfig, decay_mask, make_optimizer
 from flowdit.training.step import init_state
 
 SHAPE = {"depth": 2, "hidden_dim": 48, "num_heads": 4}

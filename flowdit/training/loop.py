@@ -15,9 +15,9 @@ from flowdit.checkpoint.writer import CheckpointWriter
 from flowdit.config import Config
 from flowdit.data.loader import DataSet
 from flowdit.sharding import prefetch_to_device
+from flowdit.tracking import Progress, Tracker
 from flowdit.training.evaluations import closing
 from flowdit.training.setup import Run, start_run
-from flowdit.training.tracking import Progress, Tracker
 
 logger = logging.getLogger(__name__)
 

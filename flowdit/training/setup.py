@@ -26,11 +26,11 @@ from flowdit.data.manifest import Manifest
 from flowdit.data.schema import LATENTS, record_schema
 from flowdit.diffusion.objective import Objective
 from flowdit.models.compute import Compute, choose_compute
+from flowdit.optim import Optimizer, make_optimizer
 from flowdit.processes import from_first
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh
 from flowdit.training.evaluations import Evaluation, make_evaluations
 from flowdit.training.objective import make_objective
-from flowdit.training.optim import Optimizer, make_optimizer
 from flowdit.training.resume import prepare_folder, resume
 from flowdit.training.start import Start, drift_figures, initial_model, load_start
 from flowdit.training.step import TrainState, TrainStep, image_flops, init_state, make_train_step

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 from flowdit.diffusion.objective import Batch, Losses, Objective, Parameters, time_bins
 from flowdit.models.compute import FLOAT32, Compute
 from flowdit.models.flops import training_flops
+from flowdit.optim import Optimizer
 from flowdit.sharding import join_micro_batches, micro_batch, parameter_shardings
-from flowdit.training.optim import Optimizer
 
 Metrics = dict[str, Any]
 

@@ -21,10 +21,10 @@ from flowdit.models.compute import Compute, choose_compute
 from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.pixart import build_pixart
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.sharding import AXES, MeshConfig, make_mesh
 from flowdit.train import stage1, stage2
 from flowdit.training import setup
-from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step, make_validation_step
 
 LATENT = (4, 4, 6)

@@ -27,7 +27,7 @@ from flowdit.convert import main as convert
 from flowdit.data.schema import ArrayField, LabelField
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
 from flowdit.models.layers import normal_linear
-from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state
 
 FEATURES = 5

@@ -16,8 +16,8 @@ from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.pixart import build_pixart
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
-from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step
 
 ALL = {"norm": "rms", "mlp": "swiglu", "positions": "rope", "value_residual": True}

@@ -31,12 +31,12 @@ from flowdit.checkpoint import files as checkpoint_files
 from flowdit.checkpoint import writer as checkpoint_writer
 from flowdit.checkpoint.files import DamagedCheckpoint, verify_files, write_checksums
 from flowdit.checkpoint.writer import checkpoint_bytes
+from flowdit.tracking import Progress, append_line
 from flowdit.training import loop
-from flowdit.training.tracking import Progress, append_line
 
 SLOW_STEPS = """
 import time
-from flowdit.training.tracking import Progress
+from flowdit.tracking import Progress
 add = Progress.add
 def slow(self, metrics):
     time.sleep(0.05)

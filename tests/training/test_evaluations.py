@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from runs import error_line, metrics, train_here
 
+from flowdit.tracking import Progress, Report
 from flowdit.training import setup
 from flowdit.training.evaluations import Evaluation
-from flowdit.training.tracking import Progress, Report
 
 
 @dataclasses.dataclass

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flowdit.training import tracking
-from flowdit.training.tracking import Progress
+from flowdit import tracking
+from flowdit.tracking import Progress
 
 BATCH, IMAGE_FLOPS = 16, 5_000_000
 

@@ -24,7 +24,7 @@ from runs import (
 from flowdit.data.loader import Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.schema import LabelField, record_schema
-from flowdit.training.tracking import Progress
+from flowdit.tracking import Progress
 
 LONG = ("train.num_steps=60", "train.save_every=10")
 """Long enough that a signal sent at step 15 arrives well before the end."""

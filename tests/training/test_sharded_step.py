@@ -24,8 +24,8 @@ from flowdit.models.dit import build_dit
 from flowdit.models.pixart import build_pixart
 from flowdit.models.t5gemma import T5GemmaEncoder
 from flowdit.models.t5gemma_config import T5GemmaConfig
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.sharding import MeshConfig, make_mesh, parameter_shardings, shard_batch
-from flowdit.training.optim import OptimConfig, make_optimizer
 from flowdit.training.step import init_state, make_train_step, make_validation_step
 
 DEPTH = 3

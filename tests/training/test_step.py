@@ -12,8 +12,8 @@ from flowdit.models.compute import FLOAT32, Compute
 from flowdit.models.config import DiTConfig
 from flowdit.models.dit import build_dit
 from flowdit.models.flops import matmul_flops
+from flowdit.optim import OptimConfig, decay_mask, learning_rate_schedule, make_optimizer
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
-from flowdit.training.optim import OptimConfig, decay_mask, learning_rate_schedule, make_optimizer
 from flowdit.training.step import image_flops, init_state, make_train_step
 
 LATENT, CLASSES = (4, 8, 8), 5

@@ -31,10 +31,10 @@ from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.config import PixArtConfig
 from flowdit.models.pixart import build_pixart
 from flowdit.models.text_encoder import TextConfig, encode_tokens, load_text_encoder
+from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
-from flowdit.training.optim import OptimConfig, make_optimizer
+from flowdit.tracking import Progress
 from flowdit.training.step import init_state, make_train_step
-from flowdit.training.tracking import Progress
 
 LATENT = (4, 8, 8)
 WIDTH = 6

@@ -8,7 +8,7 @@ import pytest
 from jax._src.array import ArrayImpl
 from runs import LATENT_SHAPE, metrics, train_here, train_text_here
 
-from flowdit.training.tracking import Tracker
+from flowdit.tracking import Tracker
 
 
 @pytest.fixture

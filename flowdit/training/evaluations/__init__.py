@@ -17,11 +17,11 @@ from flowdit.config import Config
 from flowdit.data.loader import DataSet
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.compute import Compute
+from flowdit.tracking import Tracker
 from flowdit.training.evaluations.base import Evaluation, Report
 from flowdit.training.evaluations.preview import Preview
 from flowdit.training.evaluations.profile import Profile
 from flowdit.training.evaluations.validation import Validation
-from flowdit.training.tracking import Tracker
 
 __all__ = ["Evaluation", "Preview", "Profile", "Report", "Validation", "closing", "make_evaluations"]
 

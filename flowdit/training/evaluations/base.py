@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 from typing import ClassVar
 
+from flowdit.tracking import Report
 from flowdit.training.step import TrainState
-from flowdit.training.tracking import Report
 
 __all__ = ["Evaluation", "Report"]
 
