@@ -276,16 +276,17 @@ class Progress:
             "truncated captions": "data/truncated_captions",
             "bad records": "data/bad_records",
         }
-        speed, outlook = [], f"first step in {values.get('train/first_step_seconds', 0):.0f} s, with compilation"
+        rates: list[str] = []
+        outlook = f"first step in {values.get('train/first_step_seconds', 0):.0f} s, with compilation"
         if self._timed_steps:
             left = (self._num_steps - step) * self._timed_seconds / self._timed_steps
-            speed, outlook = _speed(values), f"ETA {datetime.timedelta(seconds=int(left))}"
+            rates, outlook = speed(values), f"ETA {datetime.timedelta(seconds=int(left))}"
         parts = ", ".join(f"{name} {values[f'train/{name}']:.4f}" for name in self._parts)
         return "  ".join(
             [
                 f"step {step}/{self._num_steps}",
                 f"loss {values['train/loss']:.4f}{parts and f' ({parts})'}",
-                *speed,
+                *rates,
                 f"lr {values['train/learning_rate']:.2e}",
                 outlook,
                 *(f"{word} {values[name]}" for word, name in counts.items() if values.get(name)),
@@ -293,7 +294,7 @@ class Progress:
         )
 
 
-def _speed(values: dict[str, float]) -> list[str]:
+def speed(values: dict[str, float]) -> list[str]:
     """`312 img/s` and `41.3% MFU`, or `95.2 GFLOP/s` if the peak of the devices is unknown."""
     images, teraflops = values["train/images_per_second"], values["train/tflops_per_second"]
     if "train/mfu" in values:

@@ -81,19 +81,19 @@ def choose_kernels(platform: str, dtype: str, shapes: Iterable[AttentionShape]) 
     """
     if platform not in ("gpu", "cuda") or dtype != "bfloat16":
         return NO_KERNELS
-    return frozenset(shape for shape in dict.fromkeys(shapes) if _cudnn_computes(shape))
+    return frozenset(shape for shape in dict.fromkeys(shapes) if cudnn_computes(shape))
 
 
 @functools.cache
-def _cudnn_computes(shape: AttentionShape) -> bool:
+def cudnn_computes(shape: AttentionShape) -> bool:
     """Whether cuDNN supports `shape` and, if there is a GPU to run it on, agrees with XLA; otherwise a warning says why."""
     device, kernels = _local_gpu(), frozenset({shape})
     try:
         if device is None:
-            jax.eval_shape(lambda: _output_and_gradients(kernels, _random_inputs(shape)))
+            jax.eval_shape(lambda: output_and_gradients(kernels, _random_inputs(shape)))
             return True
         with jax.default_device(device):
-            error = _relative_error(kernels, shape)
+            error = relative_error(kernels, shape)
     except Exception as problem:  # kernel, driver or library may fail in many ways
         reason = first_line(problem)
     else:
@@ -114,10 +114,10 @@ def _local_gpu() -> jax.Device | None:
         return None
 
 
-def _relative_error(kernels: Kernels, shape: AttentionShape) -> float:
+def relative_error(kernels: Kernels, shape: AttentionShape) -> float:
     """Largest relative error of output and gradients with `kernels` compared with XLA."""
     inputs = _random_inputs(shape)
-    pairs = zip(_output_and_gradients(kernels, inputs), _output_and_gradients(NO_KERNELS, inputs), strict=True)
+    pairs = zip(output_and_gradients(kernels, inputs), output_and_gradients(NO_KERNELS, inputs), strict=True)
     errors = [jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs]
     return float(jnp.stack(errors).max())  # NaN if any is; Python's `max` would ignore it
 
@@ -133,7 +133,7 @@ def _random_inputs(shape: AttentionShape) -> list[Array]:
     return inputs
 
 
-def _output_and_gradients(kernels: Kernels, inputs: list[Array]) -> list[Array]:
+def output_and_gradients(kernels: Kernels, inputs: list[Array]) -> list[Array]:
     """Gradients and output in float32, vmapped over the examples like the models."""
 
     def loss(*inputs):

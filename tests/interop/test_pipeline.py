@@ -326,7 +326,7 @@ def whole_pipeline(text_pipeline, encoder_folder):
 
 def test_prompts_are_encoded_as_by_flowdit(whole_pipeline, encoder_folder):
     texts = ["a red apple", "a flag with 世界 and more than sixteen tokens on it", " \n", "red"]
-    features, mask = whole_pipeline._encode(texts)
+    features, mask = whole_pipeline.encode_prompts(texts)
     expected = load_text_encoder(TextConfig(str(encoder_folder), TOKENS, "float32")).encode(texts)
     assert expected.truncated.tolist() == [False, True, False, False]
     np.testing.assert_array_equal(mask, expected.mask)
@@ -370,10 +370,10 @@ def test_negative_and_blank_prompts(whole_pipeline):
     assert relative_error(negative, plain) > 1e-3
     # A blank prompt is the null caption, so guidance has no effect.
     torch.testing.assert_close(draw(" ").images, draw("", guidance_scale=1.0).images, rtol=1e-5, atol=1e-5)
-    blank = whole_pipeline._text_condition(" ", None, None)
+    blank = whole_pipeline.text_condition(" ", None, None)
     np.testing.assert_array_equal(blank["encoder_hidden_states"][0].detach(), null_caption().repeat(TOKENS, 0))
     assert blank["encoder_attention_mask"].all()  # with a bias of -10000 at all keys the logits lose their last digits
-    embeds, mask = whole_pipeline._encode(["red"])
+    embeds, mask = whole_pipeline.encode_prompts(["red"])
     given = draw(prompt_embeds=embeds, prompt_attention_mask=mask).images
     torch.testing.assert_close(given, plain, rtol=0, atol=0)
 

@@ -37,9 +37,9 @@ BFLOAT16_SELF = Compute("bfloat16", frozenset({SELF}))
 
 @pytest.fixture(autouse=True)
 def nothing_probed():
-    attention._cudnn_computes.cache_clear()
+    attention.cudnn_computes.cache_clear()
     yield
-    attention._cudnn_computes.cache_clear()
+    attention.cudnn_computes.cache_clear()
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def fake_gpu(monkeypatch, error: float = 0.0) -> list[AttentionShape]:
         return error
 
     monkeypatch.setattr(attention, "_local_gpu", lambda: jax.devices()[0])
-    monkeypatch.setattr(attention, "_relative_error", relative_error)
+    monkeypatch.setattr(attention, "relative_error", relative_error)
     return probed
 
 
@@ -130,7 +130,7 @@ def test_a_failing_kernel_gives_one_warning(monkeypatch, messages):
         raise RuntimeError("no plan\nfor this graph")
 
     fake_gpu(monkeypatch)
-    monkeypatch.setattr(attention, "_relative_error", refuse)
+    monkeypatch.setattr(attention, "relative_error", refuse)
     assert choose_kernels("gpu", "bfloat16", [SELF]) == frozenset()
     assert messages() == ["cuDNN attention is not used (head size 8, 6 tokens): no plan"]
 
@@ -273,7 +273,7 @@ def test_attention_without_any_key_is_finite_with_finite_gradients():
 def test_kernel_probe_finds_a_kernel_equal_to_itself(shape, calls):
     """The check that compares cuDNN with XLA on a GPU, here XLA with itself: shapes, mask and gradients are valid."""
     with jax.numpy_dtype_promotion("standard"):
-        assert attention._relative_error(frozenset({shape}), shape) == 0
+        assert attention.relative_error(frozenset({shape}), shape) == 0
     assert [implementation for _, implementation in calls] == ["cudnn", "xla"]
 
 
@@ -283,5 +283,5 @@ def test_kernel_probe_finds_a_nan_wherever_it_is(place, monkeypatch):
         arrays = [jnp.ones(2)] * 4
         return arrays[:place] + [jnp.full(2, jnp.nan)] + arrays[place + 1 :] if kernels else arrays
 
-    monkeypatch.setattr(attention, "_output_and_gradients", output_and_gradients)
-    assert np.isnan(attention._relative_error(frozenset({SELF}), SELF))
+    monkeypatch.setattr(attention, "output_and_gradients", output_and_gradients)
+    assert np.isnan(attention.relative_error(frozenset({SELF}), SELF))

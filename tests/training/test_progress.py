@@ -125,4 +125,4 @@ def test_a_run_of_one_step_has_a_line(clock):
 )
 def test_units(images, teraflops, expected):
     values = {"train/images_per_second": images, "train/tflops_per_second": teraflops}
-    assert tracking._speed(values) == expected
+    assert tracking.speed(values) == expected

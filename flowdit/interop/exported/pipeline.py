@@ -111,7 +111,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         if self._takes_text:
-            condition = self._text_condition(prompt, prompt_embeds, prompt_attention_mask)
+            condition = self.text_condition(prompt, prompt_embeds, prompt_attention_mask)
             null = None if guidance == 1 else self._text_null(condition, negative_prompt)
         elif self._num_classes:
             condition = {"class_labels": self._class_numbers(class_labels)}
@@ -178,11 +178,11 @@ class FlowDiTPipeline(DiffusionPipeline):
 
     # --- text ---
 
-    def _text_condition(
+    def text_condition(
         self, prompt: str | list[str] | None, embeds: torch.Tensor | None, mask: torch.Tensor | None
     ) -> Inputs:
         if embeds is None:
-            return self._with_null(*self._encode([prompt] if isinstance(prompt, str) else list(prompt or [])))
+            return self._with_null(*self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt or [])))
         mask = torch.ones(embeds.shape[:2]) if mask is None else mask
         if mask.shape != embeds.shape[:2]:
             raise ValueError(
@@ -195,7 +195,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         features, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
         if not negative_prompt.strip():
             return {"encoder_hidden_states": self._null_features(features), "encoder_attention_mask": mask}
-        negative, negative_mask = self._encode([negative_prompt])
+        negative, negative_mask = self.encode_prompts([negative_prompt])
         if negative.shape[1:] != features.shape[1:]:
             raise ValueError(
                 f"prompt_embeds: must be (n, {', '.join(map(str, negative.shape[1:]))}) with a negative_prompt, "
@@ -207,7 +207,7 @@ class FlowDiTPipeline(DiffusionPipeline):
             "encoder_attention_mask": negative_mask.repeat(copies[:2]),
         }
 
-    def _encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_prompts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (n, max_length, width) and mask; the mask of a blank text is empty, without special tokens."""
         self._check_encoder()
         tokens = self.tokenizer(
