@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -166,6 +167,8 @@ class Config:
                 part.check()
         warmup, steps = self.optim.warmup_steps, self.train.num_steps
         require("optim.warmup_steps", warmup, 0 <= warmup < steps, f"must be in [0, train.num_steps={steps})")
+        rule = "must be a name of the network that model=<name> chooses"
+        require("model.name", self.model.name, MODELS.get(self.model.name) is type(self.model), rule)
         check_processes(self.mesh)
         for loss in self.auxiliary_losses():
             depth, rule = self.model.depth, f"must be blocks in [1, model.depth={self.model.depth}]"
@@ -264,7 +267,7 @@ def register_schemas() -> None:
     for name, schema in (("train_schema", train), ("sample_schema", SampleConfig), ("prepare_schema", PrepareConfig)):
         store.store(name=name, node=schema)
     for name, model in MODELS.items():
-        store.store(group="model", name=f"{name}_schema", node=model)
+        store.store(group="model", name=f"{name}_schema", node=model)  # what configs/model/<name>.yaml starts from
 
 
 def resolve(composed: DictConfig, schema: type) -> Any:
@@ -289,7 +292,7 @@ def from_stored(values: Any) -> Config:
 
     The settings of auxiliary losses are kept unparsed: they are only compared, and the losses may no longer exist.
     """
-    values = dict(values)
+    values = {name: _literal(value) for name, value in dict(values).items()}
     auxiliary = values.pop("auxiliary", {})
     model = values.pop("model", {})
     with _naming_the_key(""):
@@ -300,6 +303,15 @@ def from_stored(values: Any) -> Config:
         config.model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(model_class), fields))  # type: ignore[assignment]
     config.auxiliary = auxiliary if isinstance(auxiliary, dict) else {}
     return config
+
+
+def _literal(value: Any) -> Any:
+    """`value` with every `${` escaped: a checkpoint is untrusted, and an interpolation could read the environment."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
+    if isinstance(value, dict):
+        return {name: _literal(part) for name, part in value.items()}
+    return [_literal(part) for part in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

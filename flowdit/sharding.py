@@ -31,9 +31,9 @@ class ParameterSpec:
     """The declaration of one parameter by its layer, for sharding and for the optimizer.
 
     `axes` are logical axes, one for each of the parameter's own axes; empty for a parameter that every device holds:
-    sharding biases, norms and tables makes XLA rematerialise whole tensors. `parts` is the number of projections that are
-    fused along the last axis. `decay` says whether weight decay applies. `stacked` counts the leading axes over blocks,
-    which are scanned and never sharded.
+    sharding biases, norms and tables makes XLA rematerialise whole tensors. `decay` says whether weight decay applies.
+    `parts` is the number of projections that are fused along the last axis, and `stacked` counts the leading axes over
+    blocks, which are scanned and never sharded: optimizers that act on matrices, such as Muon, need both.
     """
 
     axes: tuple[str | None, ...] = ()

@@ -109,9 +109,8 @@ def test_every_value_of_an_option_is_used_and_differs_from_the_default(option):
         if name.split(".")[0] != "defaults":
             assert OmegaConf.select(chosen, package + name) == OmegaConf.select(own, name), name
             is_default = OmegaConf.select(without, package + name) == OmegaConf.select(own, name)
-            assert not is_default or group == "model/size", (
-                name
-            )  # a size sets the whole shape, whatever the defaults are
+            # A size sets the whole shape, whatever the defaults are.
+            assert not is_default or group == "model/size", name
 
 
 def choices(experiment) -> list[str]:

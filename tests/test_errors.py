@@ -57,7 +57,7 @@ SETTINGS = [
     ("train.gradient_accum=4", "train.batch_size: ", "8 / 4 = 2"),
     ("mesh.fsdp=3", "mesh: ", "4 devices", "fsdp=3"),
     ("mesh.tensor=0", "mesh.tensor: must be at least 1, got 0"),
-    ("model.num_heads=3", "model.hidden_dim: must be divisible by model.num_heads=3, got 32"),
+    ("model.num_heads=3", "model.hidden_dim: must be divisible by num_heads=3, got 32"),
     ("model.patch_size=3", "model.patch_size: ", "8", "3"),
     ("train.latent_mean=[0,0]", "train.latent_mean: ", "16 channels, got 2"),
     ("train.latent_mean=none", "train.latent_mean: ", "got none"),

@@ -1,6 +1,7 @@
 """Checkpoint metadata: those of old checkpoints are read, and wrong ones are refused in one line."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def changed(stored: dict, path: str, value) -> dict:
             "config.model.depth: Value 'deep' of type 'str' could not be converted to Integer",
         ),
         ("config.model.colour", "red", "config.model.colour: Key 'colour' not in 'DiTConfig'"),
+        ("config.model.depth", "${oc.env:HOME}", "config.model.depth: While dereferencing interpolation"),
         ("config.model", "${oc.env:HOME}", "config: must be a configuration of flowdit ("),
     ],
 )
@@ -124,3 +126,15 @@ def test_wrong_metadata_are_one_line_with_key_rule_and_value(stored, path, value
 def test_other_json_is_no_metadata(content):
     with pytest.raises(CheckpointError, match=r"^(must be an object, got |\w+: is missing)"):
         RunMeta.parse(content)
+
+
+def test_nothing_in_a_configuration_is_interpolated(stored):
+    """Not the environment of whoever loads a checkpoint, and not a prompt that holds such signs."""
+    for path, value in (
+        ("config.train.checkpoint_dir", "${oc.env:HOME}"),
+        ("config.wandb.project", "\\${seed}"),
+        ("config.train.sample_prompts", ["${5}", "a \\\\${seed} b"]),
+    ):
+        meta = RunMeta.parse(changed(stored, path, value))
+        *parts, name = path.removeprefix("config.").split(".")
+        assert getattr(functools.reduce(getattr, parts, meta.config), name) == value

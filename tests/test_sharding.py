@@ -77,15 +77,11 @@ def class_model_arrays():
 
 
 def test_an_axis_that_does_not_divide_a_dimension_leaves_it_whole():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4))
-    model = jax.eval_shape(
-        lambda: build_dit(DiTConfig(depth=1, hidden_dim=20, num_heads=2, mlp_ratio=0.5), 4, 3, key=jax.random.key(0))
-    )
-    assert by_name(parameter_shardings(mesh, model))["blocks.mlp.down.weight"].spec == PartitionSpec(
-        None, "tensor", "fsdp"
-    )
     odd = jax.eval_shape(lambda: Linear(jnp.zeros((6, 8)), jnp.zeros(8), ("embed", "mlp")))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4))
     assert parameter_shardings(mesh, odd).weight.spec == PartitionSpec(None, "tensor")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    assert parameter_shardings(mesh, odd).weight.spec == PartitionSpec("fsdp", "tensor")
 
 
 def test_specs_say_how_many_projections_are_fused_and_which_axes_are_stacked():

@@ -92,7 +92,8 @@ SOURCES: dict[str, Callable[[str, float, str], ImageSet]] = {"openmoji": _load_o
 
 def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) -> ImageSet:
     if not folder.is_dir():
-        raise ValueError(f"source: must be 'openmoji' or a folder of images, there is no folder {str(folder)!r}")
+        names = " or ".join(map(repr, SOURCES))
+        raise ValueError(f"source: must be {names} or a folder of images, there is no folder {str(folder)!r}")
     entries = list(folder.iterdir())
     has_images = any(path.suffix.lower() in SUFFIXES for path in entries)
     direct = has_images and (captions is not None or not any(_is_class(path) for path in entries))

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 HASH_LIMIT_BYTES = 256 * 2**20
 """Up to this size (about a second of hashing) `verify` compares hashes, above it only sizes."""
 MAX_SIDE = 4096
-"""Maximum of channels, height and width of latents, as position tables are allocated before records are checked."""
+"""Maximum of channels, height and width of latents: sampling allocates arrays of these sizes."""
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Split = Literal["train", "validation"]
 T = TypeVar("T")

@@ -43,8 +43,9 @@ class PrepareConfig:
     """Settings of `python -m flowdit.prepare`.
 
     Attributes:
-        source: `openmoji`, or a folder of images with one sub-folder per class. Without sub-folders there are no
-            labels: such a data set is for stage 2 if it has captions, otherwise for unconditional models.
+        source: `openmoji`, `<name>:<path>` of a registered source, or a folder of images with one sub-folder per class.
+            Without sub-folders there are no labels: such a data set is for stage 2 if it has captions, otherwise for
+            unconditional models.
         captions: JSON Lines file with `file` (path of an image within `source`), `short_caption` and optionally
             `long_caption`;
             empty: none (OpenMoji has its own).

@@ -104,7 +104,12 @@ def read_sidecar(path: epath.PathLike) -> Sidecar | None:
     try:
         sidecar = parse_file(Sidecar, _sidecar_path(path))
         return sidecar if Path(path).stat().st_size == sidecar.bytes else None  # a local file, as above
-    except (FileNotFoundError, InputError):
+    except FileNotFoundError:
+        return None
+    except InputError as problem:
+        cause = problem.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise cause from None  # a fault of the disk, not an unfinished shard
         return None
 
 

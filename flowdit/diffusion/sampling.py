@@ -24,9 +24,8 @@ PREDICTIONS = ("velocity", "noise")
 class _Solver(NamedTuple):
     build: type[diffrax.AbstractSolver]
     evaluations_per_step: int
-    evaluations_at_start: (
-        int  # first-same-as-last solvers reuse the last evaluation of a step, with one extra at the start
-    )
+    # First-same-as-last solvers reuse the last evaluation of a step, with one extra at the start.
+    evaluations_at_start: int
 
 
 SOLVERS = {

@@ -140,7 +140,16 @@ def _vae_info(name: str | None, channels: int) -> VaeInfo:
     vae = load_vae(name)
     if vae.config.latent_channels != channels:
         raise ValueError(f"vae: must make latents of {channels} channels, {name} makes {vae.config.latent_channels}")
-    return VaeInfo(name, vae.fingerprint, vae.config.shift_factor, vae.config.scaling_factor, vae.config.stride)
+    return parse(
+        VaeInfo,
+        {
+            "name": name,
+            "fingerprint": vae.fingerprint,
+            "shift": vae.config.shift_factor,
+            "scale": vae.config.scaling_factor,
+            "stride": vae.config.stride,
+        },
+    )
 
 
 def _class_names(file: str | None, count: int) -> tuple[str, ...]:

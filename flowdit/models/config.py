@@ -90,10 +90,10 @@ class ModelConfig:
 
     def _check_divisibility(self, latent_shape: tuple[int, int, int]) -> None:
         dim, heads = self.hidden_dim, self.num_heads
-        require("hidden_dim", dim, dim % heads == 0, f"must be divisible by model.num_heads={heads}")
+        require("hidden_dim", dim, dim % heads == 0, f"must be divisible by num_heads={heads}")
         require("hidden_dim", dim, dim % 4 == 0, "must be divisible by 4 (2-D positions)")
         is_even = self.positions != "rope" or self.head_dim % 4 == 0
-        require("hidden_dim", dim, is_even, f"must be divisible by 4 x model.num_heads={4 * heads} with positions=rope")
+        require("hidden_dim", dim, is_even, f"must be divisible by 4 x num_heads={4 * heads} with positions=rope")
         sides = latent_shape[1:]
         divides = all(side % self.patch_size == 0 for side in sides)
         require("patch_size", self.patch_size, divides, f"must divide the latents' height and width {sides}")
@@ -126,7 +126,7 @@ class PixArtConfig(ModelConfig):
     null_tokens: int = 1
 
     def __post_init__(self) -> None:
-        self.name = "pixart" if self.name == "mmdit" else self.name  # in files from before it was renamed
+        self.name = FORMER_NAMES.get(self.name, self.name)
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         super().check(latent_shape)
@@ -136,8 +136,11 @@ class PixArtConfig(ModelConfig):
         require("hidden_dim", self.hidden_dim, is_divisible, rule)
 
 
-MODELS: dict[str, type[ModelConfig]] = {"ccdit": DiTConfig, "pixart": PixArtConfig, "mmdit": PixArtConfig}
-"""The configuration class by `model.name`. `mmdit` is what `pixart` was called before."""
+MODELS: dict[str, type[ModelConfig]] = {"ccdit": DiTConfig, "pixart": PixArtConfig}
+"""The configuration class by `model.name`."""
+
+FORMER_NAMES = {"mmdit": "pixart"}
+"""Names in files and commands from before networks were renamed."""
 
 
 def stored_model(values: dict[str, Any]) -> tuple[type[ModelConfig], dict[str, Any]]:
@@ -147,6 +150,7 @@ def stored_model(values: dict[str, Any]) -> tuple[type[ModelConfig], dict[str, A
     Raises `ValueError` for a name that there is not.
     """
     name = values.get("name", "ccdit")
+    name = FORMER_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model.name: must be one of {', '.join(MODELS)}, got {name!r}")
     ours = {field.name for field in dataclasses.fields(MODELS[name])}

@@ -111,9 +111,9 @@ def build_blocks(config: ModelConfig, *, has_text: bool, key: PRNGKeyArray) -> B
 
 
 class Route(NamedTuple):
-    """Blocks `start` to `stop` - 1 run on a random part of the tokens, the others pass by unchanged (TREAD).
+    """Blocks `start` to `stop` - 1 run on `keep` random tokens; the others skip them unchanged (TREAD).
 
-    `keep` is the number of tokens that are run.
+    For objectives of your own: no setting of the training commands uses it.
     """
 
     start: int

@@ -100,9 +100,8 @@ def start_run(config: Config) -> Run:
     else:
         state = init_sharded(mesh, build_state, start)
     figures = drift_figures(start, state.model, manifest.latent_shape, train)
-    plain = dataclasses.replace(
-        objective, auxiliary=()
-    )  # they may be added or removed, which would make the total jump
+    # Without auxiliary losses, as adding or removing one would make the total jump.
+    plain = dataclasses.replace(objective, auxiliary=())
     return Run(
         folder=folder,
         mesh=mesh,
