@@ -12,6 +12,7 @@ from flowdit.checkpoint.meta import RunMeta, run_meta
 from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
 from flowdit.config import Config, TrainConfig
 from flowdit.data.loader import DataConfig
+from flowdit.models.config import DiTConfig, PixArtConfig
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "openmoji" / "meta" / "metadata"
 ENCODER = {"name": "wordllama", "fingerprint": "0" * 16, "dtype": "float32", "max_length": 6, "width": 24}
@@ -48,14 +49,22 @@ def test_what_is_dumped_is_what_was_stored(stored):
         assert dumped["config"][name] == (dumped["config"][name] | values if isinstance(values, dict) else values)
 
 
-@pytest.mark.parametrize("text", [None, EncoderMeta(**ENCODER)], ids=["labels", "text"])
-def test_a_new_run_comes_back_whole(stored, text):
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        (None, DiTConfig(value_residual=True)),
+        (EncoderMeta(**ENCODER), PixArtConfig(micro_conditioning=True, null_tokens=6)),
+    ],
+    ids=["labels", "text"],
+)
+def test_a_new_run_comes_back_whole(stored, text, model):
     manifest = RunMeta.parse(stored).manifest
     train = TrainConfig(sample_labels=["cat", 3], latent_mean=[0.5] * 16)
-    config = Config(train=train, data=DataConfig(path="data/mine"))
+    config = Config(model=model, train=train, data=DataConfig(path="data/mine"))
     meta = run_meta(config, manifest, ConditioningMeta(text=text), [0.5] * 16, [2.0] * 16)
     meta = dataclasses.replace(meta, step=7)
     assert RunMeta.parse(as_json(meta.dump())) == meta
+    assert meta.dump()["config"] == as_json(dataclasses.asdict(config))
     assert meta.dump()["text"] == (text and ENCODER)
     assert set(meta.dump()) == set(stored) | {"text"}
 

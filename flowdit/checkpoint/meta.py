@@ -84,7 +84,8 @@ class RunMeta(ConditioningMeta):
 
     def dump(self) -> dict[str, Any]:
         """As JSON data. `prediction` and `source` are left out for flowdit's own models."""
-        values = to_jsonable_python(self)
+        # Fields first: pydantic itself would leave out those that only a subclass of `ModelConfig` has.
+        values = to_jsonable_python(dataclasses.asdict(self))
         if self.source is None:
             del values["source"]
             if self.prediction == "velocity":
