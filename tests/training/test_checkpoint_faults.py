@@ -1,5 +1,6 @@
 """Failing saves, runs that end with an error, and checkpoints that do not match their folder."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -30,6 +31,7 @@ from flowdit import convert, sample
 from flowdit.checkpoint import files as checkpoint_files
 from flowdit.checkpoint import writer as checkpoint_writer
 from flowdit.checkpoint.files import DamagedCheckpoint, verify_files, write_checksums
+from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.writer import checkpoint_bytes
 from flowdit.tracking import Progress, append_line
 from flowdit.training import loop
@@ -163,9 +165,10 @@ def test_file_that_cannot_be_written_is_one_line_with_its_name(tiny_data, tmp_pa
 
 
 def test_space_check_counts_more_than_arrays(whole_run):
-    meta = stored_json(whole_run / "6", "meta")
+    meta = RunMeta.parse(stored_json(whole_run / "6", "meta"))
     small = {"array": np.zeros(4, np.float32)}
-    assert checkpoint_bytes(small, {"shards": ["x" * 1000] * 1000}) - checkpoint_bytes(small, {}) > 1_000_000
+    long = dataclasses.replace(meta, versions={"x" * 1000 + str(i): "1" for i in range(1000)})
+    assert checkpoint_bytes(small, long) - checkpoint_bytes(small, meta) > 1_000_000
     on_disk = sum(path.stat().st_size for path in (whole_run / "6").rglob("*") if path.is_file())
     assert checkpoint_bytes(stored_arrays(whole_run / "6"), meta) > on_disk
 
