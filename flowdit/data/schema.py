@@ -171,17 +171,20 @@ class Schema:
 
     def stack(self, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Stack records that passed `check` to a batch."""
-        columns = {
-            name: [record.get(name, getattr(field, "default", None)) for record in records]
-            for name, field in self.fields.items()
-        }
-        return {name: field.stack(columns[name]) for name, field in self.fields.items()}
+        return {name: field.stack(_column(records, name, field)) for name, field in self.fields.items()}
 
     def check_numbers(self, record_or_batch: Mapping[str, Any]) -> None:
         """Raise `RecordError` for NaN, infinities and values out of range, in one record or in a batch."""
         for name, field in self.fields.items():
             if name in record_or_batch:
                 _named(name, field.check_numbers, record_or_batch[name])
+
+
+def _column(records: Sequence[Mapping[str, Any]], name: str, field: Field) -> list[Any]:
+    default = getattr(field, "default", None)
+    return (
+        [record[name] for record in records] if default is None else [record.get(name, default) for record in records]
+    )
 
 
 def _named(name: str, check: Callable[[Any], None], value: Any) -> None:
