@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from flowdit.arrays import check_arrays, shape_text
 from flowdit.checkpoint.files import (
     CheckpointError,
     DamagedCheckpoint,
@@ -50,16 +51,20 @@ def _restore_arrays(item_folder: epath.Path, targets: dict[str, Any]) -> dict[st
     # The handler directly, as the checkpointer warns that an item has no metadata of a step.
     stored: Any = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())
     stored = getattr(stored, "tree", stored)
-    found = {name: tuple(leaf.shape) for name, leaf in stored.items()}
-    wanted = {name: tuple(leaf.shape) for name, leaf in targets.items()}
-    names = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
-    added_or_removed = {name for name in names if is_auxiliary(name) and (name in found) != (name in wanted)}
-    if differing := sorted(names - added_or_removed):
-        listed = ", ".join(f"{n} (stored {found.get(n)}, expected {wanted.get(n)})" for n in differing[:5])
-        raise CheckpointError(f"{item_folder}: {len(differing)} arrays differ from the model: {listed}")
+    found = {name: shape_text(leaf.shape) for name, leaf in stored.items()}
+    wanted = {name: shape_text(leaf.shape) for name, leaf in targets.items()}
+    added_or_removed = {name for name in found.keys() ^ wanted.keys() if is_auxiliary(name)}
+    try:
+        check_arrays(_without(wanted, added_or_removed), _without(found, added_or_removed), item_folder)
+    except ValueError as problem:
+        raise CheckpointError(str(problem)) from None
     if added_or_removed:
-        return _restore_some(item_folder, {name: target for name, target in targets.items() if name in found})
+        return _restore_some(item_folder, _without(targets, added_or_removed))
     return ocp.StandardCheckpointer().restore(item_folder.resolve(), targets)
+
+
+def _without(arrays: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: array for name, array in arrays.items() if name not in names}
 
 
 def _restore_some(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from flowdit.arrays import check_arrays, shape_text
 from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
 from flowdit.checkpoint.writer import save_slim
-from flowdit.fields import listed, shortened
+from flowdit.fields import shortened
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
 from flowdit.models.pretrained import check_finite, read_tensors
@@ -109,15 +110,8 @@ def array_shapes(described: Trained) -> dict[str, tuple[int, ...]]:
 
 def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
     """Raise `ValueError` with the number and first names of tensors that are missing, unexpected or misshapen."""
-    misfits = [f"{n} {list(found[n])} for {list(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
-    faults = {
-        "missing": wanted.keys() - found.keys(),
-        "unexpected": found.keys() - wanted.keys(),
-        "of another shape": misfits,
-    }
-    lines = [f"{len(names)} {fault}: {listed(sorted(names))}" for fault, names in faults.items() if names]
-    if lines:
-        raise ValueError(f"source: {source} must hold the tensors of its architecture, but {'; '.join(lines)}")
+    told, given = ({name: shape_text(shape) for name, shape in shapes.items()} for shapes in (wanted, found))
+    check_arrays(told, given, f"source: {source}")
 
 
 def cast(arrays: Arrays, dtype: str) -> Arrays:

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from flowdit import json_input
+from flowdit.arrays import check_arrays, shape_text
 from flowdit.errors import first_line
 from flowdit.fields import FieldError, listed, require, shown
 
@@ -198,27 +199,17 @@ def fill(
 def check_tensors(shapes: PyTree[jax.ShapeDtypeStruct], tensors: Mapping[str, np.ndarray], *, source: Path) -> None:
     """Raise `ValueError` listing all errors unless `tensors` are the parameters of `shapes` by path and shape."""
     parameters = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    faults = {
-        "missing": sorted(parameters.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - parameters.keys()),
-        "of the wrong shape or type": _misfits(parameters, tensors),
-    }
-    found = [f"{len(keys)} {fault}: {listed(keys)}" for fault, keys in faults.items() if keys]
-    if found:
-        raise ValueError(f"{source}: tensors must match config.json, but {'; '.join(found)}")
+    wanted = {key: f"float{shape_text(_stored_shape(key, leaf))}" for key, leaf in parameters.items()}
+    check_arrays(wanted, {key: _described(tensor) for key, tensor in tensors.items()}, source)
 
 
 def _key(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _misfits(parameters: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, np.ndarray]) -> list[str]:
-    shapes = {key: _stored_shape(key, parameters[key]) for key in sorted(parameters.keys() & tensors.keys())}
-    return [
-        f"{key} ({tensors[key].dtype}{list(tensors[key].shape)} for float{list(shape)})"
-        for key, shape in shapes.items()
-        if tensors[key].shape != shape or not jnp.issubdtype(tensors[key].dtype, jnp.floating)
-    ]
+def _described(tensor: np.ndarray) -> str:
+    dtype = "float" if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor.dtype
+    return f"{dtype}{shape_text(tensor.shape)}"
 
 
 def _stored_shape(key: str, parameter: jax.ShapeDtypeStruct) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def test_tensors_of_another_shape(stock, tmp_path):
         tensors["transformer_blocks.1.ff.net.2.weight"] = np.zeros((32, 64), np.float32)
 
     line = refused(with_tensors(copied(stock, "dit", tmp_path), change))
-    assert "2 of another shape: proj_out_1.bias [7] for [96], " in line
+    assert "2 different: proj_out_1.bias [7] for [96], " in line
     assert "transformer_blocks.1.ff.net.2.weight [32, 64] for [48, 192]" in line
 
 
