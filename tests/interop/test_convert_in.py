@@ -148,7 +148,7 @@ def test_pipeline_folder_has_the_prediction_type_and_the_vae(tmp_path, scheduler
     (folder / "model_index.json").write_text("{}")
     trained, _ = converted(folder)
     assert trained.prediction == prediction
-    assert (trained.manifest.vae.scale, trained.manifest.vae.stride, trained.scale) == (0.13, 2, [0.13] * 4)
+    assert (trained.manifest.vae.scale, trained.manifest.vae.stride, trained.scale) == (0.13, 2, (0.13,) * 4)
     out = tmp_path / "samples"
     finished = call(sample, f"checkpoint={tmp_path / 'converted'}", "labels=[3]", "steps=2", f"out={out}")
     assert finished.status == 0, finished.err
