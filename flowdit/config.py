@@ -39,7 +39,7 @@ class TrainConfig:
         num_steps: optimizer steps of the whole run.
         batch_size: images per step, over all devices and micro-batches.
         gradient_accum: micro-batches per step, computed sequentially; divides `batch_size`.
-        is_restore: continue the run in `checkpoint_dir` from its newest whole checkpoint.
+        is_restore: continue the run in `checkpoint_dir` from its newest intact checkpoint.
         checkpoint_dir: the run folder: checkpoints, `metrics.jsonl`, previews.
         save_every: steps between checkpoints; 0: only the last step, which is always saved.
         keep_last: number of newest checkpoints that are kept.
@@ -194,7 +194,7 @@ class SampleConfig:
     The default labels and prompts are those of the run's previews.
 
     Attributes:
-        checkpoint: a checkpoint, a run folder (its newest whole checkpoint), or another `source` of `flowdit.convert`.
+        checkpoint: a checkpoint, a run folder (its newest intact checkpoint), or another `source` of `flowdit.convert`.
         labels: class numbers or names, one or a list, for a class model.
         prompts: prompts, one or a list, for a text model.
         prompts_file: text file with one prompt per line, instead of `prompts`.

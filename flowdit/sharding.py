@@ -52,7 +52,7 @@ class MeshConfig:
     """Devices along each axis of the mesh, and how several processes find each other.
 
     Attributes:
-        data: devices that share a batch and hold whole parameters; -1: all that are left.
+        data: devices that share a batch and hold all parameters; -1: all remaining devices.
         fsdp: devices that share a batch and split the parameters.
         tensor: devices that split the matrices within a layer.
         multi_process: join the processes that a cluster has started (Slurm, Open MPI, Kubernetes, Cloud TPU).

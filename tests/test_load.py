@@ -101,7 +101,7 @@ def test_batch_shapes_are_few_and_multiples_of_the_devices():
     assert [batch_shape(count, 6, 4) for count in (1, 5, 100)] == [4, 8, 8]
 
 
-def test_a_run_folder_is_its_newest_whole_checkpoint(whole_run, tmp_path):
+def test_a_run_folder_is_its_newest_intact_checkpoint(whole_run, tmp_path):
     run = shutil.copytree(whole_run, tmp_path / "run")
     assert flowdit.load(str(run)).trained.step == 6
     flip_bit(run / "6" / "meta" / "metadata")

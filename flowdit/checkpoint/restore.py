@@ -112,7 +112,7 @@ def restore_newest(
 
 def _find_newest(folder: epath.Path, check_meta: Callable[[RunMeta], None]) -> tuple[int, list[str]]:
     """The newest intact step, and the names of newer, damaged ones."""
-    step, damaged = _newest_whole(folder)
+    step, damaged = _newest_intact(folder)
     step_folder = folder / str(step)
     meta = verified_meta(step_folder)
     if meta.step != step:
@@ -121,7 +121,7 @@ def _find_newest(folder: epath.Path, check_meta: Callable[[RunMeta], None]) -> t
     return step, damaged
 
 
-def _newest_whole(folder: epath.Path) -> tuple[int, list[str]]:
+def _newest_intact(folder: epath.Path) -> tuple[int, list[str]]:
     damaged: dict[str, str] = {}
     for step in reversed(list_steps(folder)):
         try:
@@ -135,9 +135,9 @@ def _newest_whole(folder: epath.Path) -> tuple[int, list[str]]:
     raise CheckpointError(f"{folder}: no checkpoint can be read: " + "; ".join(damaged.values()))
 
 
-def newest_whole(folder: epath.Path) -> epath.Path:
+def newest_intact(folder: epath.Path) -> epath.Path:
     """The newest intact checkpoint of a run folder. Raises `CheckpointError` if there is none."""
-    return folder / str(_newest_whole(folder)[0])
+    return folder / str(_newest_intact(folder)[0])
 
 
 def restore_weights(
@@ -168,7 +168,7 @@ def restore_weights(
 def _restore_raw(step_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Restore the arrays of the model from the `state` item, without the optimizer state."""
     if not (step_folder / "state").is_dir():
-        raise CheckpointError(f"{step_folder}: a slim checkpoint, which holds only the EMA and no raw weights")
+        raise CheckpointError(f"{step_folder}: holds only the EMA weights, not the raw ones")
     named = {f"model.{name}": target for name, target in targets.items()}
     arrays = _restore_some(step_folder / "state", named)
     return {name.removeprefix("model."): array for name, array in arrays.items()}

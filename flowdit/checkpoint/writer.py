@@ -210,7 +210,7 @@ def check_free_space(folder: epath.Path, state: Any, meta: RunMeta) -> None:
         )
 
 
-def save_slim(target: epath.PathLike, ema: Any, meta: RunMeta, dtype: str = "float16") -> None:
+def save_weights(target: epath.PathLike, ema: Any, meta: RunMeta, dtype: str = "float16") -> None:
     """Write a checkpoint with only `model_ema`, in `dtype`, and `meta`; it can be sampled but not resumed."""
     target = epath.Path(target)
     if target.exists():

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from flowdit.checkpoint.files import list_steps
-from flowdit.checkpoint.restore import newest_whole
+from flowdit.checkpoint.restore import newest_intact
 from flowdit.config import as_list
 from flowdit.fields import require_choice
 from flowdit.inference.images import load_matching_vae, save_grid
@@ -55,7 +55,7 @@ class ConvertConfig(ForeignConfig):
         dtype: dtype of the weights written: `float32`, `bfloat16` or `float16`.
         own_class: export flowdit's transformer class to diffusers, for features that the stock class does not have.
         image: an image file for the model card; `draw` samples one, `none` omits it.
-        picture: the former name of `image`, still accepted.
+        picture: the same as `image`.
         prompts: prompts for the image of a text model, one or a list; null: the run's `train.sample_prompts`.
         push_to_hub: repository on the Hugging Face hub to upload the target to; null: no upload.
         private: make that repository private, if it is new.
@@ -103,7 +103,7 @@ def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = N
     if (source / "meta").is_dir():
         return read_checkpoint(source, weights)
     if list_steps(source):
-        return read_checkpoint(newest_whole(source), weights)
+        return read_checkpoint(newest_intact(source), weights)
     path = Path(source)  # safetensors and torch read local files
     if path.is_file():
         single = read_single(path) if path.suffix == ".safetensors" else None

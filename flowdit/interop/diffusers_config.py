@@ -20,7 +20,7 @@ from flowdit.models.config import MODELS, ModelConfig
 
 CLASSES = {kind.name: (architecture, kind) for architecture in ARCHITECTURES.values() for kind in architecture.classes}
 # The class name in published DiT and PixArt files, older than diffusers' classes; the norm distinguishes them.
-FORMER_NAME = "Transformer2DModel"
+SHARED_NAME = "Transformer2DModel"
 BY_NORM = {architecture.constants["norm_type"][0]: architecture.stock.name for architecture in ARCHITECTURES.values()}
 MAY_BE_ZERO = ("time_freq_shift",)
 
@@ -59,7 +59,7 @@ class Settings(NamedTuple):
 def find_class(file: Path, raw: Mapping[str, Any]) -> tuple[Architecture, DiffusersClass]:
     """Find the class of a `config.json`. Raises `ValueError` for an unsupported class."""
     name, norm = raw.get("_class_name"), raw.get("norm_type")
-    if name == FORMER_NAME and isinstance(norm, str):
+    if name == SHARED_NAME and isinstance(norm, str):
         name = BY_NORM.get(norm, name)
     if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"source: {file.parent} must be one of {', '.join(CLASSES)}, got {shown(name)}")

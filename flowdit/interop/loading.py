@@ -26,7 +26,7 @@ def load(
     Assumptions, and parts of the files that are not read, are logged.
 
     Args:
-        name: a checkpoint folder, a run folder (its newest whole checkpoint), an exported diffusers folder, a
+        name: a checkpoint folder, a run folder (its newest intact checkpoint), an exported diffusers folder, a
             safetensors file, a file of another project, or a hub id.
         weights: "ema" or "model", of a checkpoint that has both.
         mesh: devices that share each batch; by default all of this process.

@@ -20,7 +20,7 @@ from flowdit.arrays import check_arrays, shape_text
 from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
-from flowdit.checkpoint.writer import save_slim
+from flowdit.checkpoint.writer import save_weights
 from flowdit.fields import shortened
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
@@ -40,7 +40,7 @@ class Portable(NamedTuple):
 
 
 def read_checkpoint(folder: epath.PathLike, weights: str) -> Portable:
-    """Verify and read a flowdit checkpoint, full or slim: its "ema" or "model" weights in float32."""
+    """Verify and read a flowdit checkpoint, with or without training state: its "ema" or "model" weights in float32."""
     meta = read_meta(folder)
     arrays = host_arrays(restore_weights(folder, describe(meta, str(folder)).model, weights=weights))
     check_finite(arrays, f"source: {folder}")
@@ -126,8 +126,8 @@ def cast(arrays: Arrays, dtype: str) -> Arrays:
 
 
 def write_checkpoint(portable: Portable, target: epath.PathLike, dtype: str) -> None:
-    """Write a slim flowdit checkpoint: weights and metadata, without optimizer state."""
-    save_slim(target, cast(portable.arrays, dtype), portable.meta, dtype)
+    """Write a flowdit checkpoint of weights and metadata, without optimizer state."""
+    save_weights(target, cast(portable.arrays, dtype), portable.meta, dtype)
 
 
 def write_single(portable: Portable, target: Path, dtype: str) -> None:

@@ -24,7 +24,7 @@ class ModelConfig:
     """Shape of a transformer. Channels, number of classes and width of the text come from data and encoder.
 
     Attributes:
-        name: the network: `ccdit` (class-conditional DiT) or `pixart` (text-conditional; `mmdit` is its former name).
+        name: the network: `ccdit` (class-conditional DiT) or `pixart` (text-conditional; `mmdit` means the same).
         depth: number of blocks.
         hidden_dim: width of the residual stream, divisible by 4 and by `num_heads`.
         num_heads: attention heads.
@@ -118,7 +118,7 @@ class PixArtConfig(ModelConfig):
 
     Attributes:
         micro_conditioning: add height, width and aspect ratio of the image to the time embedding (SDXL; PixArt at 1024).
-        null_tokens: rows of the null caption: 1 for one vector at every token, 120 in PixArt-alpha's own checkpoints.
+        null_tokens: vectors in the null caption: 1, used at every token, or one per token (120 in PixArt-alpha's files).
     """
 
     name: str = "pixart"
@@ -126,7 +126,7 @@ class PixArtConfig(ModelConfig):
     null_tokens: int = 1
 
     def __post_init__(self) -> None:
-        self.name = FORMER_NAMES.get(self.name, self.name)
+        self.name = OTHER_NAMES.get(self.name, self.name)
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         super().check(latent_shape)
@@ -139,18 +139,18 @@ class PixArtConfig(ModelConfig):
 MODELS: dict[str, type[ModelConfig]] = {"ccdit": DiTConfig, "pixart": PixArtConfig}
 """The configuration class by `model.name`."""
 
-FORMER_NAMES = {"mmdit": "pixart"}
-"""Names in files and commands from before networks were renamed."""
+OTHER_NAMES = {"mmdit": "pixart"}
+"""Other accepted names of a network, in checkpoints and on the command line."""
 
 
 def stored_model(values: dict[str, Any]) -> tuple[type[ModelConfig], dict[str, Any]]:
     """Class and fields of a model's configuration in a checkpoint.
 
-    A checkpoint from before there were two classes holds the fields of both: those of the other one are left out.
-    Raises `ValueError` for a name that there is not.
+    Old checkpoints hold the fields of both classes: those of the other one are left out. Raises `ValueError` for an
+    unknown name.
     """
     name = values.get("name", "ccdit")
-    name = FORMER_NAMES.get(name, name) if isinstance(name, str) else name
+    name = OTHER_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model.name: must be one of {', '.join(MODELS)}, got {name!r}")
     ours = {field.name for field in dataclasses.fields(MODELS[name])}

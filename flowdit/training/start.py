@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from flowdit.checkpoint.files import CheckpointError, list_steps
 from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import named_arrays
-from flowdit.checkpoint.restore import newest_whole, restore_weights
+from flowdit.checkpoint.restore import newest_intact, restore_weights
 from flowdit.conditioning import Conditioning
 from flowdit.config import Config, TrainConfig
 from flowdit.data.manifest import Manifest
@@ -54,7 +54,7 @@ def load_start(
     assert config.train.init_from is not None
     folder = epath.Path(config.train.init_from)
     with _naming_the_field():
-        folder = newest_whole(folder) if list_steps(folder) else folder
+        folder = newest_intact(folder) if list_steps(folder) else folder
         theirs = describe_trained(read_meta(folder))
     their_model, model = theirs.config.model, config.model
     if their_model.name not in conditioning.starts_from:

@@ -1,4 +1,4 @@
-"""Export of flowdit checkpoints as diffusers folders, safetensors files and slim checkpoints, and bit-exact import."""
+"""Export of flowdit checkpoints as diffusers folders, safetensors files and checkpoints of weights only, and bit-exact import."""
 
 import logging
 import re
@@ -54,7 +54,11 @@ def test_stock_classes_load_without_a_warning_and_agree(meta, tmp_path, diffuser
 
     portable = random_model(meta, model)
     finished = call(
-        main, f"source={saved(portable, tmp_path / 'slim')}", f"target={tmp_path / 'out'}", "to=diffusers", "image=none"
+        main,
+        f"source={saved(portable, tmp_path / 'source')}",
+        f"target={tmp_path / 'out'}",
+        "to=diffusers",
+        "image=none",
     )
     assert finished.status == 0, finished.err
     assert re.search(r"out: 0\.\d M parameters, diffusers, float32$", finished.out.strip())
@@ -108,11 +112,11 @@ def test_ema_and_raw_weights_are_those_of_the_checkpoint(whole_run, tmp_path, to
     assert differing > 10  # the raw weights differ from the EMA
 
 
-def test_slim_checkpoint_has_no_raw_weights(whole_run, tmp_path):
-    slim = converted(whole_run / "6", tmp_path / "slim")
-    assert not (slim / "state").exists()
-    with pytest.raises(ValueError, match="a slim checkpoint, which holds only the EMA and no raw weights"):
-        converted(slim, tmp_path / "again", weights="model")
+def test_a_checkpoint_of_weights_has_no_raw_weights(whole_run, tmp_path):
+    weights_only = converted(whole_run / "6", tmp_path / "weights")
+    assert not (weights_only / "state").exists()
+    with pytest.raises(ValueError, match="holds only the EMA weights, not the raw ones"):
+        converted(weights_only, tmp_path / "again", weights="model")
     assert not (tmp_path / "again").exists()
 
 
@@ -121,16 +125,16 @@ def test_slim_checkpoint_has_no_raw_weights(whole_run, tmp_path):
 )
 def test_half_precision(meta, tmp_path, dtype, model):
     portable = random_model(meta, model)
-    slim = saved(portable, tmp_path / "source.safetensors")
+    source = saved(portable, tmp_path / "source.safetensors")
     rounded = {name: array.astype(jax.numpy.dtype(dtype)) for name, array in portable.arrays.items()}
-    single = converted(slim, tmp_path / "one.safetensors", to="safetensors", dtype=dtype)
+    single = converted(source, tmp_path / "one.safetensors", to="safetensors", dtype=dtype)
     assert_same(read_source(str(single)), portable._replace(arrays=rounded))
-    checkpoint = converted(slim, tmp_path / "half", dtype=dtype)
+    checkpoint = converted(source, tmp_path / "half", dtype=dtype)
     stored = {name: str(array.dtype) for name, array in stored_ema(checkpoint).items()}
     assert set(stored.values()) == {dtype}
     whole = {name: array.astype(np.float32) for name, array in rounded.items()}
     assert_same(read_source(str(checkpoint)), portable._replace(arrays=whole))
-    folder = converted(slim, tmp_path / "diffusers", to="diffusers", dtype=dtype)
+    folder = converted(source, tmp_path / "diffusers", to="diffusers", dtype=dtype)
     tensors = safetensors.numpy.load_file(folder / WEIGHTS)
     assert {str(tensor.dtype) for tensor in tensors.values()} == {dtype}
     back = read_source(str(folder)).arrays

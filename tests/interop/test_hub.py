@@ -24,7 +24,7 @@ SETTINGS = {"labels": ["heart", 1], "steps": 2, "seed": 3}
 @pytest.fixture(scope="module")
 def checkpoint(meta, tmp_path_factory) -> str:
     """A class model whose images depend on its weights; after six steps they hardly would."""
-    return saved(random_model(meta, STOCK_CLASS), tmp_path_factory.mktemp("source") / "slim")
+    return saved(random_model(meta, STOCK_CLASS), tmp_path_factory.mktemp("source") / "weights")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def hub(tmp_path, monkeypatch) -> Path:
     ("target", "fields"),
     [
         ("diffusers", {"to": "diffusers", "image": "none"}),
-        ("slim", {"to": "checkpoint", "private": False}),
+        ("weights", {"to": "checkpoint", "private": False}),
         ("model.safetensors", {"to": "safetensors"}),
     ],
 )

@@ -42,7 +42,7 @@ def exported(request, meta, tmp_path_factory):
     """A model and its exported diffusers folder."""
     folder = tmp_path_factory.mktemp("numbers")
     portable = random_model(meta, request.param, sampler={"time_shift": SHIFT})
-    source, target = saved(portable, folder / "slim"), folder / "out"
+    source, target = saved(portable, folder / "source"), folder / "out"
     convert(ConvertConfig(source=source, target=str(target), to="diffusers", image="none"))
     return portable, target
 

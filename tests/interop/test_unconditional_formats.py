@@ -68,10 +68,10 @@ def pipeline(folder):
 
 def test_every_format_round_trips_and_draws_the_same_images(portable, folder, tmp_path):
     single = converted(folder, tmp_path / "single.safetensors", to="safetensors")
-    source, slim = saved(portable, tmp_path / "source"), converted(single, tmp_path / "slim")
-    for name in (source, folder, single, slim):
+    source, checkpoint = saved(portable, tmp_path / "source"), converted(single, tmp_path / "checkpoint")
+    for name in (source, folder, single, checkpoint):
         assert_same(read_source(str(name)), portable)
-    drawn = [images for name in (source, slim) for images in load(str(name)).draw(num_images=2, seed=3, steps=1)]
+    drawn = [images for name in (source, checkpoint) for images in load(str(name)).draw(num_images=2, seed=3, steps=1)]
     assert drawn[0].shape == (2, 64, 64, 3) and not np.array_equal(*drawn[0])
     np.testing.assert_array_equal(*drawn)
 
@@ -148,5 +148,5 @@ def test_kind_that_the_pipeline_does_not_support_is_refused(portable, tmp_path, 
     source = saved(model, tmp_path / "source.safetensors")
     with pytest.raises(ValueError, match="^to: the diffusers pipeline does not support conditioning=numbers$"):
         converted(source, tmp_path / "out", to="diffusers")
-    assert_same(read_source(str(converted(source, tmp_path / "slim"))), model)
+    assert_same(read_source(str(converted(source, tmp_path / "checkpoint"))), model)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from runs import CLASS_NAMES, metrics, train_here
 from flowdit import load
 from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import named_arrays
-from flowdit.checkpoint.writer import save_slim
+from flowdit.checkpoint.writer import save_weights
 from flowdit.config import Config, register_schemas, resolve
 from flowdit.data.manifest import Manifest
 from flowdit.models.config import MODELS, DiTConfig, PixArtConfig
@@ -38,15 +38,15 @@ def begin(data: Path, run: Path, command: tuple[str, str], *overrides: str) -> R
 
 
 def save_start(folder: Path, run: Run) -> Path:
-    """A slim checkpoint of the run's model, `SHIFT` away from it."""
+    """A checkpoint of the weights of the run's model, `SHIFT` away from it."""
     shifted = jax.tree.map(lambda x: x + SHIFT, run.state.ema)
-    save_slim(folder, shifted, dataclasses.replace(run.meta, step=7), "float32")
+    save_weights(folder, shifted, dataclasses.replace(run.meta, step=7), "float32")
     return folder
 
 
 def retold(start: Path, folder: Path, **changes: Any) -> Path:
     """A checkpoint with the weights of `start` and other metadata."""
-    save_slim(folder, load(str(start)).trained.model, RunMeta.parse(read_meta(start).dump() | changes), "float32")
+    save_weights(folder, load(str(start)).trained.model, RunMeta.parse(read_meta(start).dump() | changes), "float32")
     return folder
 
 
