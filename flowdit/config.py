@@ -65,10 +65,10 @@ class TrainConfig:
         init_from: checkpoint or run folder whose EMA weights initialise the model; in stage 2 also that of a class model.
         init_time: flow time at which a text model has the same output as the class model that it starts from; in [0,
             1].
-        init_shared_map: class model's modulation map that initialises the shared one: `block0`, or the `mean` of all
-            blocks.
+        init_shared_map: how the shared modulation map is made from the class model's: `block0` (that of its first
+            block) or `mean` (of all blocks).
         init_class: how the class is removed from the class model: `dropped` (no class vector) or `null_class`.
-        profile: first and last step of a profiler trace, as `[100,105]`; null: none.
+        profile: first and last step of a profiler trace in the run folder, as `[100,105]`; null: none.
         sampler: the sampler of previews, and the defaults of `flowdit.sample`.
     """
 
@@ -135,7 +135,7 @@ class Config:
 
     Attributes:
         seed: seed of initialisation, order of the data, noise and times; in [0, 2**32).
-        conditioning: kind of conditioning: `labels`, `text` or `none`; null: the first kind of `model.name`.
+        conditioning: `labels` or `none` in stage 1, `text` in stage 2; null: `labels` or `text`, by `model.name`.
         train: the run.
         data: the training data and its loader.
         model: the network.

@@ -40,7 +40,7 @@ ADAPTIVE_SOLVERS = ("heun", "dopri5", "tsit5")
 
 @dataclasses.dataclass
 class SamplerConfig:
-    """Settings of the sampler.
+    """Settings of the sampler: of the previews of a run, and the defaults of `flowdit.sample` for its checkpoints.
 
     Attributes:
         solver: ODE solver: `euler`, `heun`, `midpoint`, `dopri5` or `tsit5`.

@@ -28,7 +28,7 @@ class ModelConfig:
         depth: number of blocks.
         hidden_dim: width of the residual stream, divisible by 4 and by `num_heads`.
         num_heads: attention heads.
-        patch_size: side of a patch in latent pixels.
+        patch_size: side of a patch in latent pixels; 2, 4 or 8 in DiT.
         mlp_ratio: hidden width of the MLP over `hidden_dim`; SwiGLU has two thirds of it, rounded down to a multiple of 8.
         qk_norm: RMSNorm of queries and keys.
         norm: the norm before attention, MLP and final layer: `layer` or `rms`, without learned parameters.
@@ -117,7 +117,8 @@ class PixArtConfig(ModelConfig):
     """The text-conditional transformer of PixArt-alpha (Chen et al. 2023), `models/pixart.py`.
 
     Attributes:
-        micro_conditioning: add height, width and aspect ratio of the image to the time embedding (SDXL; PixArt at 1024).
+        micro_conditioning: add height, width and aspect ratio of the image to the time embedding (SDXL; PixArt at 1024):
+            the record's `image_size`, else that of `dataset.json`.
         null_tokens: vectors in the null caption: 1, used at every token, or one per token (120 in PixArt-alpha's files).
     """
 
