@@ -63,7 +63,8 @@ def test_data_without_captions_or_classes(tiny_data, tmp_path):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     change_manifest(data, has_captions=False)
     line = refused(lambda: train_text_here(data, tmp_path / "run"), data)
-    assert line == f"error: data.path: {data} has no captions, which conditioning=text needs"
+    needs = f"error: data.path: {data} has no captions, which conditioning=text needs"
+    assert line == f"{needs}: prepare the images with captions=... into another folder"
     change_manifest(data, has_captions=True, class_names=[])
     line = refused(lambda: train_here(data, tmp_path / "run"), data)
     assert line.startswith(f"error: data.path: {data} has no classes, which conditioning=labels needs; ")

@@ -73,7 +73,10 @@ class Text(Conditioning):
     @classmethod
     def for_training(cls, config: Config, manifest: Manifest, mesh: Mesh) -> Text:
         if not manifest.has_captions:
-            raise ValueError(f"data.path: {config.data.path} has no captions, which conditioning=text needs")
+            raise ValueError(
+                f"data.path: {config.data.path} has no captions, which conditioning=text needs: "
+                "prepare the images with captions=... into another folder"
+            )
         with under("text."):
             encoder = load_text_encoder(config.text, mesh)
         rows = config.train.batch_size // config.train.gradient_accum

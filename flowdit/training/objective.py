@@ -46,7 +46,8 @@ def latent_affine(mean: Any, scale: Any, manifest: Manifest) -> tuple[tuple[floa
     if not 0.5 <= deviation <= 2:
         raise ValueError(
             f"train.latent_scale: normalised latents must have a standard deviation in [0.5, 2], got {deviation:.3g} "
-            f"(raw standard deviation {deviation / abs(scale[0]):.3g}, scale {scale[0]:.5g})"
+            f"(raw standard deviation {deviation / abs(scale[0]):.3g}, scale {scale[0]:.5g}): "
+            "use train.latent_mean=data train.latent_scale=data"
         )
     return mean, scale
 
