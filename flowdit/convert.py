@@ -22,7 +22,7 @@ def _convert(composed: DictConfig) -> None:
     config: ConvertConfig = resolve(composed, ConvertConfig)
     portable = convert(config)
     million = sum(array.size for array in portable.arrays.values()) / 1e6
-    logger.info("%s: %.1f M parameters, %s, %s", config.target, million, config.to, config.dtype)
+    logger.info("written: %s (%s, %.1f M parameters, %s)", config.target, config.target_format, million, config.dtype)
 
 
 def register_schema() -> None:

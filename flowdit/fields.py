@@ -53,6 +53,26 @@ def called(names: Mapping[str, str]) -> Iterator[None]:
         raise FieldError(names.get(error.field, error.field), error.problem) from error
 
 
+@contextlib.contextmanager
+def about(field: str) -> Iterator[None]:
+    """Name `field` in errors within that name no field: those of the file or folder that is its value."""
+    try:
+        yield
+    except FieldError:
+        raise
+    except ValueError as error:
+        raise FieldError(field, str(error)) from error
+
+
+@contextlib.contextmanager
+def content_of(file: Any) -> Iterator[None]:
+    """Name `file` in errors within, which are of its content; the fields that they name are the file's, not settings."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {shortened(str(error), 300)}") from error
+
+
 def shown(value: Any) -> str:
     """The `repr` of a value, possibly from an untrusted file, shortened for an error message."""
     return shortened(repr(value), 80)
@@ -63,10 +83,10 @@ def shortened(text: str, length: int = 120) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def listed(names: Sequence[str], limit: int = 5) -> str:
+def listed(names: Sequence[str], limit: int = 5, length: int = 120) -> str:
     """The first names of a list for an error message, as a damaged file may have millions of them.
 
-    "a, b, c, d, e ... and 484 more"; long names are cut, and names with line breaks or control characters are quoted.
+    "a, b, c, d, e ... and 484 more"; names are cut to `length`, and names with line breaks or control characters are quoted.
     """
-    first = ", ".join(shortened(name if name.isprintable() else repr(name)) for name in names[:limit])
+    first = ", ".join(shortened(name if name.isprintable() else repr(name), length) for name in names[:limit])
     return f"{first} ... and {len(names) - limit} more" if len(names) > limit else first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from omegaconf import DictConfig
 
 from flowdit.command import run_command, user_errors
 from flowdit.config import SampleConfig, register_schemas, resolve
+from flowdit.fields import about
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
@@ -44,10 +44,8 @@ def _sample(composed: DictConfig) -> None:
     check_folder(config)
     arguments: dict[str, Any] = {"labels": config.labels, "prompts": read_prompts(config)}
     arguments["negative_prompt"] = config.negative_prompt
-    try:
+    with about("checkpoint"):
         sampler = load(config.checkpoint, vae=config.vae, text_encoder=config.text_encoder)
-    except ValueError as problem:
-        raise ValueError(re.sub("^source: ", "checkpoint: ", str(problem))) from problem
     solver = sampler.sampler_config(config.sampler_fields())
     requests = sampler.requests(config.num_images, arguments)
     count, step = len(requests), sampler.trained.step

@@ -46,7 +46,7 @@ SETTINGS = [
     ("optim.schedule=linear", "optim.schedule: must be one of constant, cosine, got 'linear'"),
     ("optim.warmup_steps=6", "optim.warmup_steps: must be in [0, train.num_steps=6), got 6"),
     ("model.name=pixart", "model.name: must be ccdit with conditioning=labels, got pixart"),
-    ("train.init_from=x", "train.init_from: x: not a checkpoint folder"),
+    ("train.init_from=x", "train.init_from: x: must be a checkpoint (<run>/<step>), there is no such folder"),
     ("train.sample_prompts=[x]", "train.sample_prompts: must be null with conditioning=labels"),
     ("wandb.mode=of", "wandb.mode: must be one of online, offline, disabled, got 'of'"),
     ("data.num_threads=0", "data.num_threads: must be at least 1, got 0"),
@@ -292,8 +292,11 @@ def test_sampling_without_a_checkpoint():
     ("name", "expected"),
     [
         ("nowhere", "there is no file or folder {path}"),
-        ("metrics.jsonl", "{path} must be .safetensors or one of "),
-        ("6/state", "{path} holds neither a checkpoint (meta) nor a diffusers folder (config.json)"),
+        ("metrics.jsonl", "{path} must be a folder or end in .safetensors, "),
+        (
+            "6/state",
+            "{path}: must be a checkpoint (<run>/<step>), a run folder, or a folder of diffusers (with config.json), it holds ",
+        ),
     ],
     ids=["nothing", "a file", "another folder"],
 )
@@ -305,4 +308,4 @@ def test_sampling_from_something_else_than_a_checkpoint(run, name, expected):
 def test_sampling_from_a_damaged_checkpoint(run):
     file = damage_weights(run / "6")
     line = refused(lambda: sample_here(run / "6"), run)
-    assert line == f"error: {file}: content differs from its checksum"
+    assert line == f"error: checkpoint: {file}: content differs from its checksum"

@@ -33,7 +33,10 @@ def text_run(tiny_data, tmp_path_factory) -> Path:
         ("train.init_time=2", "train.init_time: must be in [0, 1], got 2.0"),
         ("train.init_shared_map=last", "train.init_shared_map: must be one of block0, mean, got 'last'"),
         ("train.init_class=zero", "train.init_class: must be one of dropped, null_class, got 'zero'"),
-        ("train.init_from=nowhere", "train.init_from: nowhere: not a checkpoint folder"),
+        (
+            "train.init_from=nowhere",
+            "train.init_from: nowhere: must be a checkpoint (<run>/<step>), there is no such folder",
+        ),
         ("data.text_cache=nowhere", "nowhere"),
     ],
 )

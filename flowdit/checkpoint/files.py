@@ -13,6 +13,7 @@ from pathlib import Path
 from etils import epath
 from pydantic import RootModel
 
+from flowdit.fields import listed
 from flowdit.hashing import file_sha256
 from flowdit.json_input import InputError, parse_file
 
@@ -36,7 +37,17 @@ def list_steps(folder: epath.Path) -> list[int]:
     """Finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and re.fullmatch("0|[1-9][0-9]*", p.name))
+    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir())
+
+
+def what_is_in(folder: epath.Path) -> str:
+    """What a folder that is no checkpoint holds, for an error message: above all the run folders in it."""
+    if not folder.is_dir():
+        return "it is a file" if folder.exists() else "there is no such folder"
+    inner = sorted(folder.iterdir())
+    if runs := [f"{path} (newest step {steps[-1]})" for path in inner if (steps := list_steps(path))]:
+        return f"it holds the run folders {listed(runs)}"
+    return f"it holds {listed([path.name for path in inner])}" if inner else "it is empty"
 
 
 def set_aside(step_folder: epath.Path) -> None:

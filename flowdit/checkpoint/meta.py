@@ -15,7 +15,7 @@ from pydantic import Field, PlainValidator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
-from flowdit.checkpoint.files import CheckpointError, verify_files
+from flowdit.checkpoint.files import CheckpointError, verify_files, what_is_in
 from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config, from_stored
 from flowdit.data.manifest import Manifest
@@ -131,7 +131,7 @@ def read_meta(step_folder: epath.PathLike) -> RunMeta:
     """
     step_folder = epath.Path(step_folder)
     if not (step_folder / "meta").is_dir():
-        raise CheckpointError(f"{step_folder}: not a checkpoint folder (expected checkpoints/<step>)")
+        raise CheckpointError(f"{step_folder}: must be a checkpoint (<run>/<step>), {what_is_in(step_folder)}")
     verify_files(step_folder)
     return verified_meta(step_folder)
 

@@ -26,6 +26,7 @@ from flowdit.checkpoint.files import (
 from flowdit.checkpoint.meta import RunMeta, read_json_item, verified_meta
 from flowdit.checkpoint.names import from_named, is_auxiliary, named_arrays, split_state
 from flowdit.errors import first_line
+from flowdit.fields import listed
 from flowdit.processes import from_first, wait_for_all
 from flowdit.sharding import parameter_shardings
 
@@ -132,12 +133,20 @@ def _newest_intact(folder: epath.Path) -> tuple[int, list[str]]:
         for name, reason in damaged.items():
             logger.warning("checkpoint %s is damaged and skipped: %s", folder / name, reason)
         return step, list(damaged)
-    raise CheckpointError(f"{folder}: no checkpoint can be read: " + "; ".join(damaged.values()))
+    raise CheckpointError(f"{folder}: no checkpoint can be read: {listed(list(damaged.values()), limit=3, length=300)}")
 
 
-def newest_intact(folder: epath.Path) -> epath.Path:
-    """The newest intact checkpoint of a run folder. Raises `CheckpointError` if there is none."""
-    return folder / str(_newest_intact(folder)[0])
+def newest_intact(folder: epath.PathLike) -> epath.Path:
+    """The newest intact checkpoint of a run folder, which is logged; other folders are returned unchanged.
+
+    Raises `CheckpointError` for a run folder without an intact checkpoint.
+    """
+    folder = epath.Path(folder)
+    if (folder / "meta").is_dir() or not list_steps(folder):
+        return folder
+    found = folder / str(_newest_intact(folder)[0])
+    logger.info("%s: the newest intact checkpoint of the run", found)
+    return found
 
 
 def restore_weights(

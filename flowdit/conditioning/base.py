@@ -18,7 +18,7 @@ from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
 from flowdit.data.schema import Field
 from flowdit.diffusion.objective import Batch, Example
-from flowdit.fields import under
+from flowdit.fields import FieldError, under
 from flowdit.models.attention import AttentionShape
 from flowdit.models.config import ModelConfig
 
@@ -90,7 +90,7 @@ class Conditioning(abc.ABC):
 
     def with_encoder(self, name: str) -> Conditioning:
         """The same with another text encoder, by folder or hub id. Raises `ValueError` if there is no text encoder."""
-        raise ValueError(f"text_encoder: must not be given, as this model has no text encoder, got {name!r}")
+        raise FieldError("text_encoder", f"must not be given, as this model has no text encoder, got {name!r}")
 
     # --- the network ---
 

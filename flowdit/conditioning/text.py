@@ -21,7 +21,7 @@ from flowdit.data.loader import DataConfig, Source
 from flowdit.data.manifest import Manifest
 from flowdit.data.schema import CAPTION_FIELDS, Field, SizeField
 from flowdit.data.text_cache import open_cache
-from flowdit.fields import called, under
+from flowdit.fields import FieldError, called, under
 from flowdit.models.attention import AttentionShape
 from flowdit.models.config import ModelConfig, PixArtConfig
 from flowdit.models.pixart import PixArt, TextCondition, build_pixart
@@ -283,19 +283,16 @@ def micro_condition(config: ModelConfig, manifest: Manifest) -> tuple[int, int] 
 def load_matching_encoder(config: TextConfig, info: EncoderMeta) -> TextEncoder:
     """Load the text encoder of `config`. Raises `ValueError` if it is not the one described by `info`."""
     if not config.encoder:
-        raise ValueError(f"text_encoder: must be given, the checkpoint has none (features of width {info.width})")
+        raise FieldError("text_encoder", f"must be given, the checkpoint has none (features of width {info.width})")
     with called({"encoder": "text_encoder"}):
         encoder = load_text_encoder(config)
     if encoder.width != info.width:
-        raise ValueError(
-            f"text_encoder: must make features of width {info.width}, {encoder.name!r} makes {encoder.width}"
-        )
+        rule = f"must make features of width {info.width}, {encoder.name!r} makes {encoder.width}"
+        raise FieldError("text_encoder", rule)
     known = info.fingerprint  # empty for an imported model
     if known and encoder.fingerprint != known:
-        raise ValueError(
-            f"text_encoder: must be the one of the training run ({info.name}, fingerprint {known}), "
-            f"{encoder.name!r} has {encoder.fingerprint}"
-        )
+        rule = f"must be the one of the training run ({info.name}, fingerprint {known})"
+        raise FieldError("text_encoder", f"{rule}, {encoder.name!r} has {encoder.fingerprint}")
     return encoder
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.flow import denormalise_latents
+from flowdit.fields import FieldError, about
 from flowdit.models.vae import AutoencoderKL, load_vae
 from flowdit.sharding import batch_sharding, batch_shards, replicated
 
@@ -100,18 +101,16 @@ def load_matching_vae(name: str, manifest: Manifest) -> AutoencoderKL:
     """
     known, channels = manifest.vae, manifest.latent_shape[0]
     if not name:
-        raise ValueError(
-            f"vae: must be given, the checkpoint has none (an AutoencoderKL folder or hub id with {channels} channels)"
-        )
-    vae = load_vae(name)
+        rule = f"must be given, the checkpoint has none (an AutoencoderKL folder or hub id with {channels} channels)"
+        raise FieldError("vae", rule)
+    with about("vae"):
+        vae = load_vae(name)
     wanted = (channels, known.stride, known.shift, known.scale)
     found = (vae.config.latent_channels, vae.config.stride, vae.config.shift_factor, vae.config.scaling_factor)
     if found != wanted:
         needed, made = ("{} channels, stride {}, shift {} and scale {}".format(*layout) for layout in (wanted, found))
-        raise ValueError(f"vae: must make latents of {needed}, {name!r} makes {made}")
+        raise FieldError("vae", f"must make latents of {needed}, {name!r} makes {made}")
     if known.fingerprint and vae.fingerprint != known.fingerprint:
-        raise ValueError(
-            f"vae: must be the one that made the latents (fingerprint {known.fingerprint}), "
-            f"{name!r} has {vae.fingerprint}"
-        )
+        rule = f"must be the one that made the latents (fingerprint {known.fingerprint})"
+        raise FieldError("vae", f"{rule}, {name!r} has {vae.fingerprint}")
     return vae

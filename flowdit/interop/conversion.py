@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flowdit.checkpoint.files import list_steps
+from flowdit.checkpoint.files import what_is_in
 from flowdit.checkpoint.restore import newest_intact
 from flowdit.config import as_list
-from flowdit.fields import require_choice
+from flowdit.fields import about, require, require_choice
 from flowdit.inference.images import load_matching_vae, save_grid
 from flowdit.inference.sampler import Sampler
 from flowdit.inference.trained import describe_trained
-from flowdit.interop.diffusers_in import META_FILE, read_diffusers
+from flowdit.interop.diffusers_in import META_FILE, WEIGHTS_STEM, read_diffusers
 from flowdit.interop.diffusers_out import check_representable, export_diffusers
 from flowdit.interop.hub import find_source, push
 from flowdit.interop.metadata import ForeignConfig
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("checkpoint", "diffusers", "safetensors")
 WEIGHTS = tuple(ENTRIES)
+SINGLE = ".safetensors"
 
 
 @dataclasses.dataclass
@@ -49,8 +50,9 @@ class ConvertConfig(ForeignConfig):
 
     Attributes:
         source: a flowdit checkpoint or safetensors file, a diffusers folder, a file of DiT, SiT or PixArt, or a hub id.
-        target: the folder, or with `to=safetensors` the file, to be written; it must not exist.
-        to: `checkpoint` (flowdit's own, weights and metadata), `diffusers` (folder) or `safetensors` (one file).
+        target: the folder, or the file ending in `.safetensors`, to be written; it must not exist.
+        to: `checkpoint` (flowdit's own folder, weights and metadata), `diffusers` (folder) or `safetensors` (one file);
+            null: by the suffix of `target`, `safetensors` or else `checkpoint`.
         weights: `ema`, or `model` for the raw weights.
         dtype: dtype of the weights written: `float32`, `bfloat16` or `float16`.
         own_class: export flowdit's transformer class to diffusers, for features that the stock class does not have.
@@ -63,7 +65,7 @@ class ConvertConfig(ForeignConfig):
 
     source: str = "???"
     target: str = "???"
-    to: str = "checkpoint"
+    to: str | None = None
     weights: str = "ema"
     dtype: str = "float32"
     own_class: bool = False
@@ -78,60 +80,72 @@ class ConvertConfig(ForeignConfig):
         if self.picture is not None:
             self.image, self.picture = self.picture, None
 
+    @property
+    def target_format(self) -> str:
+        """What is written: `to`, or by default what the suffix of `target` says."""
+        return self.to or ("safetensors" if Path(self.target).suffix == SINGLE else "checkpoint")
+
     def check(self) -> None:
         """Raise `ValueError` naming the first field that breaks a rule."""
         super().check()
-        for field, choices in (("to", TARGETS), ("weights", WEIGHTS), ("dtype", DTYPES)):
-            require_choice(field, getattr(self, field), choices)
-        if epath.Path(self.target).exists():
-            raise ValueError(f"target: must not exist, got {self.target}")
-        if self.to == "safetensors" and Path(self.target).suffix != ".safetensors":
-            raise ValueError(f"target: must end in .safetensors with to=safetensors, got {self.target}")
-        if self.to == "diffusers" and self.image not in ("draw", "none") and not Path(self.image).is_file():
+        for field, value, choices in (
+            ("to", self.target_format, TARGETS),
+            ("weights", self.weights, WEIGHTS),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            require_choice(field, value, choices)
+        is_single = self.target_format == "safetensors"
+        rule = f"must {'' if is_single else 'not '}end in {SINGLE} with to={self.to}"
+        require("target", self.target, is_single == (Path(self.target).suffix == SINGLE), rule)
+        require("target", self.target, not epath.Path(self.target).exists(), "must not exist")
+        if self.target_format == "diffusers" and self.image not in ("draw", "none") and not Path(self.image).is_file():
             raise ValueError(f"image: must be draw, none or an image file, got {self.image!r}")
 
 
 def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = None) -> Portable:
-    """Read a model in any supported format.
+    """Read a model in any supported format; of a run folder the newest intact checkpoint.
 
-    Raises `ValueError` with one line if the source cannot be read, or a hint contradicts it.
+    Raises `ValueError` with one line: `FieldError` for a hint that is invalid or contradicts the source, another one
+    that names the file or folder if that cannot be read.
     """
     hints = hints or ForeignConfig()
     ForeignConfig.check(hints)
     require_choice("weights", weights, WEIGHTS)
-    source = find_source(name)
+    source = newest_intact(find_source(name))
     if (source / "meta").is_dir():
         return read_checkpoint(source, weights)
-    if list_steps(source):
-        return read_checkpoint(newest_intact(source), weights)
     path = Path(source)  # safetensors and torch read local files
     if path.is_file():
-        single = read_single(path) if path.suffix == ".safetensors" else None
-        if single is None and path.suffix not in (".safetensors", *SUFFIXES):
-            raise ValueError(f"source: {path} must be .safetensors or one of {', '.join(SUFFIXES)}")
+        single = read_single(path) if path.suffix == SINGLE else None
+        if single is None and path.suffix not in (SINGLE, *SUFFIXES):
+            raise ValueError(f"{path} must be a folder or end in {SINGLE}, {', '.join(SUFFIXES)}")
         return single or read_original(path, weights, hints)
     if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
         return read_diffusers(path, weights, hints)
-    singles = sorted(path.glob("*.safetensors"))
+    if any(path.glob(f"**/{WEIGHTS_STEM}*")):
+        raise ValueError(f"{path / 'config.json'} is missing: diffusers writes it next to the weights")
+    singles = sorted(path.glob(f"*{SINGLE}"))
     if len(singles) == 1:
         return read_source(str(singles[0]), weights, hints)
-    raise ValueError(f"source: {path} holds neither a checkpoint (meta) nor a diffusers folder (config.json)")
+    needed = "must be a checkpoint (<run>/<step>), a run folder, or a folder of diffusers (with config.json)"
+    raise ValueError(f"{path}: {needed}, {what_is_in(source)}")
 
 
 def convert(config: ConvertConfig) -> Portable:
     """Read, check, write under a temporary name, rename, and upload if requested. Returns the converted model."""
     config.check()
-    portable = read_source(config.source, config.weights, config)
+    with about("source"):
+        portable = read_source(config.source, config.weights, config)
     described = describe_trained(portable.meta)
-    if config.to == "diffusers":
+    if config.target_format == "diffusers":
         check_representable(described, config.own_class)
     if config.vae is not None:
         load_matching_vae(config.vae, described.manifest)
     target = epath.Path(config.target)
     with _finished(target) as partial:
-        if config.to == "checkpoint":
+        if config.target_format == "checkpoint":
             write_checkpoint(portable, partial, config.dtype)
-        elif config.to == "diffusers":
+        elif config.target_format == "diffusers":
             _write_diffusers(portable, Path(partial), config)  # safetensors writes local files
         else:
             write_single(portable, Path(partial), config.dtype)

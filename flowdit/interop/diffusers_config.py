@@ -53,7 +53,7 @@ class Settings(NamedTuple):
             raise self.error(name, repr(expected[0]))
 
     def error(self, name: str, rule: str) -> ValueError:
-        return ValueError(f"source: {self.file}: {name} must be {rule}, got {shown(self.values.get(name))}")
+        return ValueError(f"{self.file}: {name} must be {rule}, got {shown(self.values.get(name))}")
 
 
 def find_class(file: Path, raw: Mapping[str, Any]) -> tuple[Architecture, DiffusersClass]:
@@ -62,7 +62,7 @@ def find_class(file: Path, raw: Mapping[str, Any]) -> tuple[Architecture, Diffus
     if name == SHARED_NAME and isinstance(norm, str):
         name = BY_NORM.get(norm, name)
     if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(f"source: {file.parent} must be one of {', '.join(CLASSES)}, got {shown(name)}")
+        raise ValueError(f"{file.parent} must be one of {', '.join(CLASSES)}, got {shown(name)}")
     return CLASSES[name]
 
 
@@ -126,11 +126,11 @@ def _check_sizes(settings: Settings, architecture: Architecture, tensors: Arrays
     for field, given, size, ours, axis in _sizes(settings, architecture, model):
         name = layouts.numbered(layout, layout.theirs(ours), 0)
         if name not in tensors:
-            raise ValueError(f"source: {folder} must hold the tensor {name}")
+            raise ValueError(f"{folder} must hold the tensor {name}")
         shape = tensors[name].shape
         if len(shape) <= axis or shape[axis] != size:
             rule = f"{field} must fit the tensor {name} of shape {list(shape)}, got {shown(given)}"
-            raise ValueError(f"source: {settings.file}: {rule}")
+            raise ValueError(f"{settings.file}: {rule}")
 
 
 def _sizes(settings: Settings, architecture: Architecture, model: ModelConfig) -> Iterator[_Claim]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flowdit.checkpoint.meta import RunMeta
-from flowdit.fields import shown
+from flowdit.fields import FieldError, shown
 from flowdit.inference.trained import Trained
 from flowdit.interop import layouts
 from flowdit.interop.diffusers_config import Settings, find_class, read_config
@@ -95,7 +95,7 @@ def _own_meta(folder: Path) -> RunMeta | None:
     if isinstance(meta := index.get(META_KEY), dict):
         return parse_meta(meta, str(folder))
     if PIPELINE in (name := index.get("_class_name"), *(name if isinstance(name, list) else ())):
-        raise ValueError(f"source: {folder} must hold {META_FILE}, like the folder that its pipeline was loaded from")
+        raise ValueError(f"{folder} must hold {META_FILE}, like the folder that its pipeline was loaded from")
     return None
 
 
@@ -135,7 +135,7 @@ def _check_agreement(folder: Path, described: Trained, model: ModelConfig, laten
     for name, (stored, expected) in pairs.items():
         if stored != expected:
             rule = f"{name} must be {expected} in flowdit's metadata, as in config.json"
-            raise ValueError(f"source: {folder}: {rule}, got {shown(stored)}")
+            raise ValueError(f"{folder}: {rule}, got {shown(stored)}")
 
 
 def _null_caption(file: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -144,7 +144,7 @@ def _null_caption(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         return np.asarray(values, np.float32).reshape(shape)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"source: {file}: null_caption must hold the numbers of an array {list(shape)}") from None
+        raise ValueError(f"{file}: null_caption must hold the numbers of an array {list(shape)}") from None
 
 
 def _scheduled_prediction(folder: Path, tensors: Arrays, layout: Layout, model: ModelConfig, channels: int) -> str:
@@ -155,7 +155,7 @@ def _scheduled_prediction(folder: Path, tensors: Arrays, layout: Layout, model: 
     rows = tensors[layout.theirs("final_linear.bias")].size
     if rows == 2 * channels * model.patch_size**2:
         return "noise"
-    raise ValueError(f"prediction: must be given, as {folder} has no scheduler (velocity or noise)")
+    raise FieldError("prediction", f"must be given, as {folder} has no scheduler (velocity or noise)")
 
 
 def _of_schedule(file: Path, raw: dict[str, Any]) -> str:

@@ -86,7 +86,7 @@ def check_dtypes(source: str, tensors: Arrays) -> None:
         kinds.setdefault(str(tensor.dtype), []).append(name)
     if len(kinds) > 1 or not set(kinds) <= {"float32", "float16", "bfloat16", "float64"}:
         each = (f"{len(names)} {kind} ({listed(sorted(names), 1)})" for kind, names in sorted(kinds.items()))
-        raise ValueError(f"source: {source} must hold tensors of one float dtype, got {'; '.join(each)}")
+        raise ValueError(f"{source} must hold tensors of one float dtype, got {'; '.join(each)}")
 
 
 def check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> None:
@@ -95,6 +95,6 @@ def check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> 
         for i in range(1, depth):
             if not np.array_equal(tensors[copy := layouts.numbered(layout, name, i)], tensors[name]):
                 raise ValueError(
-                    f"source: {source}: {copy} must equal {name}: all blocks must share one embedder "
+                    f"{source}: {copy} must equal {name}: all blocks must share one embedder "
                     "during training in torch (docs/interchange.md)"
                 )

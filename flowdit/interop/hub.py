@@ -24,7 +24,7 @@ def find_source(name: str) -> epath.Path:
         return path
     is_local = path.parent != epath.Path() and path.parent.is_dir()
     if is_local or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"source: there is no file or folder {name}")
+        raise ValueError(f"there is no file or folder {name}")
     try:
         folder = _download(name, PATTERNS)
         # Repositories often hold their weights in both formats: `.bin` is only fetched if there is no safetensors.
@@ -32,7 +32,7 @@ def find_source(name: str) -> epath.Path:
     except Exception as problem:  # the client raises the errors of its HTTP library
         reason = first_line(problem)
         raise ValueError(
-            f"source: must be a file, a folder or a reachable Hugging Face hub id, not {name!r} "
+            f"must be a file, a folder or a reachable Hugging Face hub id, not {name!r} "
             f"({type(problem).__name__}: {reason})"
         ) from None
 

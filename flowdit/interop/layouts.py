@@ -264,5 +264,5 @@ def count_blocks(layout: Layout, names: Iterable[str], source: str) -> int:
     numbers = numbers_after(layout.block_prefix, names)
     absent = [i for i in range(max(len(numbers), 1)) if str(i) not in numbers]
     if absent:
-        raise ValueError(f"source: {source} must hold tensors of {layout.block_prefix}{absent[0]}, none found")
+        raise ValueError(f"{source} must hold tensors of {layout.block_prefix}{absent[0]}, none found")
     return len(numbers)

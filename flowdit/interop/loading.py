@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from flowdit.fields import FieldError
 from flowdit.inference.sampler import Sampler
 from flowdit.interop.conversion import read_source
 from flowdit.interop.metadata import ForeignConfig
@@ -26,7 +27,7 @@ def load(
     Assumptions, and parts of the files that are not read, are logged.
 
     Args:
-        name: a checkpoint folder, a run folder (its newest intact checkpoint), an exported diffusers folder, a
+        name: a checkpoint folder, a run folder (its newest intact step, which is logged), an exported diffusers folder, a
             safetensors file, a file of another project, or a hub id.
         weights: "ema" or "model", of a checkpoint that has both.
         mesh: devices that share each batch; by default all of this process.
@@ -38,7 +39,7 @@ def load(
     """
     known = [field.name for field in dataclasses.fields(ForeignConfig)]
     if unknown := [hint for hint in hints if hint not in known]:
-        raise ValueError(f"{unknown[0]}: no such setting, must be one of {', '.join(known)}")
+        raise FieldError(unknown[0], f"no such setting, must be one of {', '.join(known)}")
     portable = read_source(name, weights, ForeignConfig(**hints))
     mesh = mesh or make_local_mesh()
     trained = to_trained(portable, replicated(mesh))

@@ -14,7 +14,7 @@ from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest, VaeInfo
 from flowdit.diffusion.sampling import PREDICTIONS
-from flowdit.fields import require, require_choice
+from flowdit.fields import FieldError, about, require, require_choice
 from flowdit.json_input import parse
 from flowdit.models.config import PixArtConfig
 from flowdit.models.vae import load_vae
@@ -132,14 +132,15 @@ def _manifest(latent_shape: tuple[int, int, int], vae: VaeInfo, class_names: tup
 def _vae_info(name: str | None, channels: int) -> VaeInfo:
     if name is None:
         if channels != 4:
-            raise ValueError(f"vae: must be given for latents of {channels} channels, whose scale is unknown")
+            raise FieldError("vae", f"must be given for latents of {channels} channels, whose scale is unknown")
         logger.warning(
             "no VAE is given: latents are assumed to be those of Stable Diffusion 1.x (scale %s)", SD_VAE.scale
         )
         return SD_VAE
-    vae = load_vae(name)
-    if vae.config.latent_channels != channels:
-        raise ValueError(f"vae: must make latents of {channels} channels, {name} makes {vae.config.latent_channels}")
+    with about("vae"):
+        vae = load_vae(name)
+    if (made := vae.config.latent_channels) != channels:
+        raise FieldError("vae", f"must make latents of {channels} channels, {name} makes {made}")
     return parse(
         VaeInfo,
         {
@@ -158,7 +159,8 @@ def _class_names(file: str | None, count: int) -> tuple[str, ...]:
     try:
         names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"classes: {file} cannot be read: {problem}") from None
+        raise FieldError("classes", f"{file} cannot be read: {problem}") from None
     if len(set(names)) != count or len(names) != count:
-        raise ValueError(f"classes: must name the {count} classes of the model, all different, {file} has {len(names)}")
+        rule = f"must name the {count} classes of the model, all different, {file} has {len(names)}"
+        raise FieldError("classes", rule)
     return tuple(names)

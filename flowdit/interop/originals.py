@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flowdit.fields import listed, shown
+from flowdit.fields import FieldError, listed, shown
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.foreign import Found, assemble
@@ -54,10 +54,10 @@ def _with_format(file: Path, hints: ForeignConfig, arguments: dict[str, Any]) ->
     name = str(arguments.get("model"))
     found = next((form for form in ("dit", "sit") if name.lower().startswith(f"{form}-")), None)
     if found and hints.format not in (None, found):
-        raise ValueError(f"format: must be {found} for {file}, which was trained as {name}, got {hints.format}")
+        raise FieldError("format", f"must be {found} for {file}, which was trained as {name}, got {hints.format}")
     for argument, needed in (("path_type", "Linear"), ("prediction", "velocity")):
         if found == "sit" and (value := arguments.get(argument, needed)) != needed:
-            raise ValueError(f"source: {file} must be a SiT trained with {argument}={needed}, got {shown(value)}")
+            raise ValueError(f"{file} must be a SiT trained with {argument}={needed}, got {shown(value)}")
     return dataclasses.replace(hints, format=hints.format or found)
 
 
@@ -67,13 +67,12 @@ def _original_layout(file: Path, tensors: Arrays, given: str | None) -> Layout:
         is_diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
         advice = "; a diffusers model is read as a folder, with its config.json" if is_diffusers else ""
         some = listed(sorted(tensors), 3)
-        raise ValueError(f"source: {file} must be a checkpoint of DiT, SiT or PixArt, it holds {some}{advice}")
+        raise ValueError(f"{file} must be a checkpoint of DiT, SiT or PixArt, it holds {some}{advice}")
     if layout is ORIGINAL_DIT and given not in ("dit", "sit"):
-        raise ValueError(
-            f"format: must be dit or sit for {file}, whose tensors have the same names in both, got {given}"
-        )
+        rule = f"must be dit or sit for {file}, whose tensors have the same names in both, got {given}"
+        raise FieldError("format", rule)
     if layout is ORIGINAL_PIXART and given not in (None, "pixart"):
-        raise ValueError(f"format: must be pixart for {file}, got {given}")
+        raise FieldError("format", f"must be pixart for {file}, got {given}")
     return layout
 
 
@@ -82,17 +81,16 @@ def _original_shape(
 ) -> tuple[ModelConfig, tuple[int, int, int]]:
     patches = tensors.get("x_embedder.proj.weight", np.zeros(0))
     if patches.ndim != 4 or 0 in patches.shape:
-        raise ValueError(f"source: {file}: x_embedder.proj.weight must have 4 axes, got shape {list(patches.shape)}")
+        raise ValueError(f"{file}: x_embedder.proj.weight must have 4 axes, got shape {list(patches.shape)}")
     dim, channels, patch_size, _ = patches.shape
     heads = hints.num_heads or HEADS.get(dim)
     if heads is None or dim % heads:
-        raise ValueError(
-            f"num_heads: must be given and divide the width {dim}, which is not in the papers, got {heads}"
-        )
+        rule = f"must be given and divide the width {dim}, which is not in the papers, got {heads}"
+        raise FieldError("num_heads", rule)
     positions = _positions(file, tensors, dim)
     size = hints.latent_size or (None if positions is None else math.isqrt(len(positions)) * patch_size)
     if size is None:
-        raise ValueError("latent_size: must be given, as the file holds no position table")
+        raise FieldError("latent_size", "must be given, as the file holds no position table")
     model = MODELS[layout.model](
         name=layout.model,
         depth=layouts.count_blocks(layout, tensors, str(file)),
@@ -118,7 +116,7 @@ def _positions(file: Path, tensors: Arrays, dim: int) -> np.ndarray | None:
     if positions is None:
         return None
     if positions.shape[-1:] != (dim,) or positions.ndim not in (2, 3) or positions.shape[:-2] not in ((), (1,)):
-        raise ValueError(f"source: {file}: pos_embed must have shape [1, tokens, {dim}], got {list(positions.shape)}")
+        raise ValueError(f"{file}: pos_embed must have shape [1, tokens, {dim}], got {list(positions.shape)}")
     return positions.reshape(-1, dim)
 
 
@@ -132,7 +130,7 @@ def _position_scale(
     for scale in scales:
         if np.allclose(positions, Positions("sincos", scale).table(dim, grid, grid), atol=1e-2):
             return scale
-    raise ValueError(f"source: {file}: pos_embed must be the fixed sin-cos table of its grid")
+    raise ValueError(f"{file}: pos_embed must be the fixed sin-cos table of its grid")
 
 
 def fold_sit(arrays: Arrays) -> Arrays:

@@ -21,7 +21,7 @@ from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
 from flowdit.checkpoint.writer import save_weights
-from flowdit.fields import shortened
+from flowdit.fields import content_of
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
 from flowdit.models.pretrained import check_finite, read_tensors
@@ -43,7 +43,7 @@ def read_checkpoint(folder: epath.PathLike, weights: str) -> Portable:
     """Verify and read a flowdit checkpoint, with or without training state: its "ema" or "model" weights in float32."""
     meta = read_meta(folder)
     arrays = host_arrays(restore_weights(folder, describe(meta, str(folder)).model, weights=weights))
-    check_finite(arrays, f"source: {folder}")
+    check_finite(arrays, str(folder))
     return Portable(arrays, meta)
 
 
@@ -58,7 +58,7 @@ def read_single(file: Path) -> Portable | None:
             text = (stored.metadata() or {}).get(METADATA_KEY)
         stored = json.loads(text or "null")
     except (OSError, ValueError, safetensors.SafetensorError, RecursionError) as problem:
-        raise ValueError(f"source: {file} is not a readable safetensors file ({problem})") from problem
+        raise ValueError(f"{file} is not a readable safetensors file ({problem})") from problem
     if text is None:
         return None
     meta = parse_meta(stored, str(file))
@@ -69,16 +69,14 @@ def checked(portable: Portable, source: str) -> Portable:
     """Return `portable` if metadata and arrays agree. Raises `ValueError` listing the arrays that do not."""
     described = describe(portable.meta, source)
     check_shapes(array_shapes(described), {n: a.shape for n, a in portable.arrays.items()}, source)
-    check_finite(portable.arrays, f"source: {source}")
+    check_finite(portable.arrays, source)
     return portable
 
 
 def parse_meta(stored: Any, source: str) -> RunMeta:
     """Checkpoint metadata as they came out of JSON. Raises `ValueError` in one line that names the source."""
-    try:
+    with content_of(source), content_of("metadata"):
         return RunMeta.parse(stored)
-    except ValueError as problem:
-        raise ValueError(f"source: {source}: metadata: {shortened(str(problem), 300)}") from problem
 
 
 def describe(meta: RunMeta, source: str) -> Trained:
@@ -86,11 +84,12 @@ def describe(meta: RunMeta, source: str) -> Trained:
 
     Raises `ValueError` with one line for metadata that are not a flowdit checkpoint's, or are too large to sample.
     """
-    try:
-        described = describe_trained(meta)
+    with content_of(source):
+        try:
+            described = describe_trained(meta)
+        except (OverflowError, TypeError) as problem:  # sizes that no array can have
+            raise ValueError(str(problem)) from problem
         _check_limits(described)
-    except (ValueError, OverflowError, TypeError) as problem:
-        raise ValueError(f"source: {source}: {shortened(str(problem), 300)}") from problem
     return described
 
 
@@ -111,7 +110,7 @@ def array_shapes(described: Trained) -> dict[str, tuple[int, ...]]:
 def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
     """Raise `ValueError` with the number and first names of tensors that are missing, unexpected or misshapen."""
     told, given = ({name: shape_text(shape) for name, shape in shapes.items()} for shapes in (wanted, found))
-    check_arrays(told, given, f"source: {source}")
+    check_arrays(told, given, source)
 
 
 def cast(arrays: Arrays, dtype: str) -> Arrays:

@@ -43,7 +43,7 @@ def read_torch_file(file: Path, weights: str) -> TorchFile:
     try:
         import torch
     except ImportError:
-        raise ValueError(f"source: {file} needs torch: pip install 'flowdit[interop]'") from None
+        raise ValueError(f"{file} needs torch: pip install 'flowdit[interop]'") from None
     try:
         is_zip = _is_zip(file)
         if is_zip:
@@ -51,17 +51,15 @@ def read_torch_file(file: Path, weights: str) -> TorchFile:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as problem:  # pickle, zip and torch raise different types
-        raise ValueError(f"source: {file} must hold tensors only: {_reason(problem)}") from None
+        raise ValueError(f"{file} must hold tensors only: {_reason(problem)}") from None
     tensors = _choose(file, content, weights)
     wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if wrong:
-        raise ValueError(
-            f"source: {file} must hold tensors by name, {shown(wrong[0])} is {type(tensors[wrong[0]]).__name__}"
-        )
+        raise ValueError(f"{file} must hold tensors by name, {shown(wrong[0])} is {type(tensors[wrong[0]]).__name__}")
     _check_memory(file, tensors, torch.strided)
     arguments = content.get("args") if tensors is not content else None
     arrays = {_plain_name(str(name)): _to_numpy(file, name, tensor, torch.int16) for name, tensor in tensors.items()}
-    check_finite(arrays, f"source: {file}")
+    check_finite(arrays, str(file))
     return TorchFile(arrays, vars(arguments) if isinstance(arguments, argparse.Namespace) else {})
 
 
@@ -80,15 +78,15 @@ def _check_memory(file: Path, tensors: dict[str, Any], strided: Any) -> None:
     stored, claimed = {}, 0
     for name, tensor in tensors.items():
         if tensor.layout != strided or tensor.device.type != "cpu":
-            raise ValueError(f"source: {file} must hold dense CPU tensors, {shown(name)} is not one")
+            raise ValueError(f"{file} must hold dense CPU tensors, {shown(name)} is not one")
         storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
         if size > storage.nbytes():
-            raise ValueError(f"source: {file}: {shown(name)} must not be longer than its storage")
+            raise ValueError(f"{file}: {shown(name)} must not be longer than its storage")
         stored[storage.data_ptr()] = storage.nbytes()
         is_shared_embedder = ".norm1.emb." in str(name) and tensor.is_contiguous()
         claimed += 0 if is_shared_embedder else size
     if claimed > sum(stored.values()):
-        raise ValueError(f"source: {file} must hold each tensor once, several of them share memory")
+        raise ValueError(f"{file} must hold each tensor once, several of them share memory")
 
 
 def _is_zip(file: Path) -> bool:
@@ -105,7 +103,7 @@ def _reason(problem: Exception) -> str:
 
 def _choose(file: Path, content: Any, weights: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError(f"source: {file} must hold tensors by name, it holds {type(content).__name__}")
+        raise ValueError(f"{file} must hold tensors by name, it holds {type(content).__name__}")
     found = {
         kind: next((n for n in names if isinstance(content.get(n), dict)), None) for kind, names in ENTRIES.items()
     }
@@ -129,4 +127,4 @@ def _to_numpy(file: Path, name: str, tensor: Any, int16: Any) -> np.ndarray:
     try:
         return tensor.numpy()
     except (TypeError, RuntimeError):
-        raise ValueError(f"source: {file}: {shown(name)} must have a numpy dtype, got {tensor.dtype}") from None
+        raise ValueError(f"{file}: {shown(name)} must have a numpy dtype, got {tensor.dtype}") from None

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
-from flowdit.checkpoint.files import CheckpointError, list_steps
 from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import named_arrays
 from flowdit.checkpoint.restore import newest_intact, restore_weights
@@ -21,6 +17,7 @@ from flowdit.conditioning import Conditioning
 from flowdit.config import Config, TrainConfig
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.flow import VALIDATION_TIMES
+from flowdit.fields import about, content_of
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.models.reparameterise import check_compatible, drift, reparameterise, without_sizes
 from flowdit.sharding import dotted_name
@@ -52,10 +49,11 @@ def load_start(
     incompatible fields.
     """
     assert config.train.init_from is not None
-    folder = epath.Path(config.train.init_from)
-    with _naming_the_field():
-        folder = newest_intact(folder) if list_steps(folder) else folder
-        theirs = describe_trained(read_meta(folder))
+    with about("train.init_from"):
+        folder = newest_intact(config.train.init_from)
+        stored = read_meta(folder)
+        with content_of(folder):
+            theirs = describe_trained(stored)
     their_model, model = theirs.config.model, config.model
     if their_model.name not in conditioning.starts_from:
         allowed = " or ".join(conditioning.starts_from)
@@ -65,21 +63,13 @@ def load_start(
     check_compatible(their_model, model, theirs.manifest.latent_shape, manifest.latent_shape)
     is_other = their_model.name != model.name
     fresh = {} if is_other else conditioning.fresh_parts(theirs.conditioning, their_model, model)
-    with _naming_the_field():
+    with about("train.init_from"):
         weights = restore_weights(folder, theirs.model, mesh)
     remarks = [f"{part} is freshly initialised: {reason}" for part, reason in fresh.items()]
     remarks += conditioning.differences(theirs.conditioning) + differences(theirs, meta)
     for remark in remarks:
         logger.info("train.init_from: %s: %s", folder, remark)
     return Start(weights, tuple(fresh), is_other)
-
-
-@contextlib.contextmanager
-def _naming_the_field() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as problem:
-        raise CheckpointError(f"train.init_from: {problem}") from problem
 
 
 def differences(theirs: Trained, meta: RunMeta) -> list[str]:

@@ -135,7 +135,7 @@ def test_target_that_exists(stock, tmp_path):
     target.mkdir()
     (target / "mine").write_text("kept")
     line = error_line(call(convert, f"source={stock / 'dit'}", f"target={target}"))
-    assert line == f"error: target: must not exist, got {target}"
+    assert line == f"error: target: must not exist, got '{target}'"
     assert (target / "mine").read_text() == "kept"
 
 

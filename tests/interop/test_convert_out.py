@@ -61,7 +61,7 @@ def test_stock_classes_load_without_a_warning_and_agree(meta, tmp_path, diffuser
         "image=none",
     )
     assert finished.status == 0, finished.err
-    assert re.search(r"out: 0\.\d M parameters, diffusers, float32$", finished.out.strip())
+    assert re.search(r"written: .*out \(diffusers, 0\.\d M parameters, float32\)$", finished.out.strip())
     stock = diffusers.DiTTransformer2DModel if model["name"] == "ccdit" else diffusers.PixArtTransformer2DModel
     transformer, info = stock.from_pretrained(
         tmp_path / "out" / "transformer", output_loading_info=True, low_cpu_mem_usage=False

@@ -123,7 +123,7 @@ def test_fields_of_another_type_or_architecture(stock, tmp_path, name, field, va
     folder = copied(stock, name, tmp_path)
     with_json(folder / "config.json", **{field: value})
     line = unreadable(folder)
-    assert line.startswith(f"source: {folder / 'config.json'}: {field} must be {rule}, got {repr(value)[:60]}")
+    assert line.startswith(f"{folder / 'config.json'}: {field} must be {rule}, got {repr(value)[:60]}")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_sizes_that_the_tensors_do_not_have(stock, tmp_path, name, field, value,
     folder = copied(stock, name, tmp_path)
     with_json(folder / "config.json", **{field: value})
     line = unreadable(folder)
-    assert line.startswith(f"source: {folder / 'config.json'}: {field} must fit the tensor {tensor}")
+    assert line.startswith(f"{folder / 'config.json'}: {field} must fit the tensor {tensor}")
     assert line.endswith(f", got {value}")
 
 
@@ -223,4 +223,4 @@ def test_metadata_that_disagree_with_the_config(meta, tmp_path, field, value, me
     stored = json.loads((folder / "flowdit.json").read_text())
     stored["config"]["model"][field] = value
     (folder / "flowdit.json").write_text(json.dumps(stored))
-    assert unreadable(folder).startswith(f"source: {folder}: {message}")
+    assert unreadable(folder).startswith(f"{folder}: {message}")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from damage import damage_weights
 from hydra import compose, initialize_config_module
 from runs import CLASS_NAMES, metrics, train_here
 
@@ -131,6 +132,16 @@ def test_a_start_is_laid_out_on_a_mesh(tiny_data, class_start, tmp_path):
     assert_copied(run, class_start)
     weight = run.state.model.blocks.attention.qkv.weight
     assert weight.addressable_shards[0].data.size == weight.size // 4
+
+
+def test_a_run_folder_is_its_newest_intact_step(tiny_data, whole_run, tmp_path, messages):
+    old = shutil.copytree(whole_run, tmp_path / "runs" / "old")
+    damage_weights(old / "6")
+    begin(tiny_data, tmp_path / "run", CLASS, f"train.init_from={old}")
+    assert f"checkpoint {old / '6'} is damaged and skipped: " in "".join(messages())
+    assert f"{old / '4'}: the newest intact checkpoint of the run" in messages()
+    with pytest.raises(ValueError, match=rf"^train\.init_from: .*it holds the run folders {old} \(newest step 6\)$"):
+        begin(tiny_data, tmp_path / "other", CLASS, f"train.init_from={old.parent}")
 
 
 def test_training_continues_from_the_start(tiny_data, whole_run, tmp_path):
