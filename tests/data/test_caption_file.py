@@ -60,10 +60,31 @@ def test_a_bad_line_is_named(path, tmp_path, line, message):
 
 def test_images_without_captions_and_captions_without_images_are_counted(path, tmp_path):
     write(path, *({"file": f"{i}.png", "short_caption": "a"} for i in range(4)))
-    with pytest.raises(ValueError, match=r"captions.jsonl has no caption for 2 images of .*, the first is 'x.png'"):
+    rule = r"captions.jsonl has no caption for 2 of the 6 images of .*, the first is 'x.png'; the file has 4 captions"
+    with pytest.raises(ValueError, match=rule):
         read_captions(path, tmp_path, [*(f"{i}.png" for i in range(4)), "x.png", "y.png"])
-    with pytest.raises(ValueError, match=r"has 3 captions without an image in .*, the first in line 2: '1.png'"):
+    rule = r"has 3 captions without an image in .*, the first in line 2: '1.png'; the folder has '0.png'"
+    with pytest.raises(ValueError, match=rule):
         read_captions(path, tmp_path, ["0.png"])
+
+
+def test_a_wrong_prefix_is_seen_in_the_message(path, tmp_path):
+    write(path, *({"file": f"images/{name}.png", "short_caption": "a"} for name in "ab"))
+    rule = r"no caption for 2 of the 2 images of .*, the first is 'a.png'; the file has 'images/a.png'$"
+    with pytest.raises(ValueError, match=rule):
+        read_captions(path, tmp_path, ["a.png", "b.png"])
+
+
+def test_a_byte_order_mark_and_null_long_captions_are_accepted(path, tmp_path):
+    line = json.dumps({"file": "a.png", "short_caption": "a", "long_caption": None})
+    path.write_text(line, encoding="utf-8-sig")
+    assert read_captions(path, tmp_path, ["a.png"]) == [("a", "")]
+
+
+def test_captions_that_are_all_empty_are_refused(path, tmp_path):
+    write(path, *({"file": f"{name}.png", "short_caption": " ", "long_caption": ""} for name in "ab"))
+    with pytest.raises(ValueError, match=r"captions.jsonl must have captions that are not empty, all 2 are empty$"):
+        read_captions(path, tmp_path, ["a.png", "b.png"])
 
 
 def test_a_file_that_cannot_be_read_is_named(path, tmp_path):
