@@ -44,7 +44,7 @@ class RunMeta(ConditioningMeta):
 
     Attributes:
         step: number of training steps.
-        manifest_id: `manifest.id` when the run was started.
+        manifest_id: `manifest.id` by the version that started the run; runs are compared by `manifest` itself.
         latent_mean, latent_scale: one value per channel; the network sees `(latent - mean) * scale`.
         run_id: the run in Weights & Biases.
         versions: of Python and packages.

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from flowdit.data import openmoji
 from flowdit.data.caption_file import read_captions
 from flowdit.data.captions import caption_key
+from flowdit.data.source_listing import Listing
 from flowdit.fields import require
 from flowdit.hashing import file_sha256, sha256
 
@@ -26,7 +27,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 class ImageSet:
     """A set of images that are opened one at a time; `key` identifies their content.
 
-    They have labels, (short, long) captions, both, or neither.
+    They have labels, (short, long) captions, both, or neither. `listing` has the files of a folder, in this order.
     """
 
     name: str
@@ -38,6 +39,11 @@ class ImageSet:
     key: str
     license: str = ""
     attribution: str = ""
+    listing: Listing | None = None
+
+    def name_of(self, index: int) -> str:
+        """The file of image `index` within its folder."""
+        return f"image {index}" if self.listing is None else self.listing.names[index]
 
     def condition(self, index: int) -> dict[str, Any]:
         """Label and captions of image `index`, as fields of a record."""
@@ -99,14 +105,18 @@ def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) 
     direct = has_images and (captions is not None or not any(_is_class(path) for path in entries))
     class_names, files, labels = ((), list(_image_files(folder)), None) if direct else _class_files(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
+    listing = Listing.of(files, names)
     return ImageSet(
         name=folder.resolve().name,
         class_names=class_names,
         labels=labels,
         captions=None if captions is None else read_captions(captions, folder, names),
-        held_out=np.array([zlib.crc32(name.encode()) < held_out_fraction * 2**32 for name in names]),
+        held_out=np.array(
+            [zlib.crc32(name.encode(errors="surrogateescape")) < held_out_fraction * 2**32 for name in names]
+        ),
         open=lambda i: _open(files[i]),
-        key=_listing_hash(files, names),
+        key=listing.key,
+        listing=listing,
     )
 
 
@@ -131,15 +141,6 @@ def _image_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
             yield path
-
-
-def _listing_hash(files: list[Path], names: list[str]) -> str:
-    return sha256(_listed(file, name) for file, name in zip(files, names, strict=True))
-
-
-def _listed(file: Path, name: str) -> bytes:
-    stat = file.stat()
-    return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
 
 
 def _open(file: Path) -> Image.Image:

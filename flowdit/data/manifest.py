@@ -21,6 +21,8 @@ HASH_LIMIT_BYTES = 256 * 2**20
 """Up to this size (about a second of hashing) `verify` compares hashes, above it only sizes."""
 MAX_SIDE = 4096
 """Maximum of channels, height and width of latents: sampling allocates arrays of these sizes."""
+TERMS = ("license", "attribution")
+"""Fields that may be corrected: they are not part of the identity of the data."""
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Split = Literal["train", "validation"]
 T = TypeVar("T")
@@ -104,12 +106,27 @@ class Manifest:
 
     @property
     def id(self) -> str:
-        """SHA-256 (hex) over the whole manifest, including the hashes of the shards."""
+        """The identity of the data, version 2: SHA-256 (hex) over all fields but licence and attribution.
+
+        The hashes of the shards are among them.
+        """
+        return self.ids[0]
+
+    @property
+    def ids(self) -> tuple[str, str]:
+        """`id`, and the identity of version 1, over all fields, as in the text caches of earlier versions."""
         fields = dataclasses.asdict(self)
         if not self.has_captions:  # ids from before this field do not change
             del fields["has_captions"]
-        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return sha256(canonical)
+        content = {name: value for name, value in fields.items() if name not in TERMS}
+        return _digest(content | {"identity": 2}), _digest(fields)
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """The fields in which the data of `other` differ, without licence and attribution."""
+        fields = (dataclasses.asdict(self), dataclasses.asdict(other))
+        names = [name for name in fields[0] if name not in TERMS and fields[0][name] != fields[1][name]]
+        changed = len(set(self.shards) - set(other.shards))
+        return [f"shards ({changed} of {len(self.shards)})" if name == "shards" else name for name in names]
 
     @property
     def num_classes(self) -> int:
@@ -136,6 +153,10 @@ class Manifest:
     def write(self, folder: epath.PathLike) -> None:
         """Write `dataset.json` atomically."""
         write_json(epath.Path(folder) / FILE_NAME, dataclasses.asdict(self))
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return sha256(json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False))
 
 
 def read_manifest(kind: type[T], path: epath.Path) -> T:

@@ -20,16 +20,16 @@ from flowdit.data import manifest as manifests
 from flowdit.data.encode_images import encoded_records, latent_encoder
 from flowdit.data.images import ImageSet, load_images
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
+from flowdit.data.plan import claim_folder
 from flowdit.data.progress import ProgressBar, progress_bar
 from flowdit.data.shards import (
     channel_statistics,
-    claim_folder,
     finished_sidecar,
     read_sidecar,
     remove_sidecar,
     write_shard,
 )
-from flowdit.data.text_features import write_cache
+from flowdit.data.text_features import renew_identity, write_cache
 from flowdit.fields import require, require_choice, under
 from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
@@ -58,8 +58,9 @@ class PrepareConfig:
         posterior_std: also store the posterior's standard deviation, so that training samples a new latent each time.
         hflip: add a mirrored copy of each training image.
         dtype: dtype of the latents on disk, `float16` or `float32`.
-        license: licence of the images, for the manifest; empty: the source's own.
-        attribution: attribution of the images, for the manifest; empty: the source's own.
+        license: licence of the images, for the manifest; empty: the source's own. To correct it later, repeat the
+            command with another one.
+        attribution: attribution of the images, for the manifest; empty: the source's own. Corrected in the same way.
         text_encoder: encoder for a cache of caption features, like `text.encoder` in training; empty: none.
         text_dtype: dtype of these features, `bfloat16` or `float32`.
         text_max_length: maximum number of tokens; longer captions are cut.
@@ -129,11 +130,15 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 def _prepare_text(config: PrepareConfig, out: epath.Path, manifest: Manifest, encoder: TextEncoder) -> None:
-    folder = epath.Path(config.text_cache or out / "text_features")
+    folder = _cache_folder(config, out)
     try:
         write_cache(folder, out, manifest, encoder)
     except OSError as error:
         raise ValueError(f"text_cache: cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _cache_folder(config: PrepareConfig, out: epath.Path) -> epath.Path:
+    return epath.Path(config.text_cache or out / "text_features")
 
 
 def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
@@ -145,11 +150,13 @@ def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
 def _prepare_latents(
     jobs: list[Job], out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
 ) -> Manifest:
-    claim_folder("out", out, _plan(config, image_set, vae), manifests.FILE_NAME)
+    terms = _claim(out, config, image_set, vae)
     if (out / manifests.FILE_NAME).exists():
-        return _finished(out)
+        return _finished(out, config)
+    if image_set.listing is not None:
+        image_set.listing.write(out, image_set.key)
     _write_shards(jobs, out, config, image_set, vae)
-    return _finish(jobs, out, config, image_set, vae)
+    return _finish(jobs, out, config, image_set, vae, terms)
 
 
 def _jobs(config: PrepareConfig, image_set: ImageSet) -> Iterator[Job]:
@@ -169,21 +176,49 @@ def _split_jobs(split: Split, items: np.ndarray, records_per_shard: int | None) 
         yield Job(f"{split}-{i:05d}-of-{count:05d}.array_record", split, np.array_split(items, count)[i])
 
 
+def _claim(out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> dict[str, str]:
+    """Claim the folder; licence and attribution: those given, or else of an earlier run into it, or of the source."""
+
+    def explain(name: str, stored: Any) -> str | None:
+        if name == "captions":
+            kinds = {stored is None: "without captions", image_set.captions is None: "with captions"}
+            return f"was prepared {kinds.get(True, 'with other captions')}"
+        if name != "pictures":
+            return None
+        listing = image_set.listing
+        changes = None if listing is None else listing.changes(out, stored)
+        return f"was prepared from other images{f': {changes}' if changes else ''}"
+
+    given = {name: getattr(config, name) or None for name in manifests.TERMS}
+    plan = claim_folder("out", out, _plan(config, image_set, vae), manifests.FILE_NAME, notes=given, explain=explain)
+    return {name: plan.get(name) or getattr(image_set, name) for name in manifests.TERMS}
+
+
 def _plan(config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> dict[str, Any]:
     """Everything that the data set depends on, which must be equal for two runs into one folder."""
-    text = {"text_encoder", "text_dtype", "text_max_length", "text_cache"}
-    settings = {n: v for n, v in dataclasses.asdict(config).items() if n not in {"source", "captions", "out", *text}}
+    others = {"source", "captions", "out", "text_encoder", "text_dtype", "text_max_length", "text_cache"}
+    others |= {*manifests.TERMS}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
     # "pictures" instead of "images", so that folders started by earlier versions can be finished.
     identity = {"pictures": image_set.key, "captions": image_set.captions_key(), "vae_fingerprint": vae.fingerprint}
     return settings | identity
 
 
-def _finished(out: epath.Path) -> Manifest:
+def _finished(out: epath.Path, config: PrepareConfig) -> Manifest:
+    """The manifest of the finished data set, with the licence and attribution of `config` if it has any."""
     manifest = Manifest.read(out)
     manifests.verify(out, manifest)
     _remove_sidecars(manifest, out)
-    logger.info("%s is already prepared from these images with these settings: nothing to do", out)
-    return manifest
+    terms = {name: getattr(config, name) or getattr(manifest, name) for name in manifests.TERMS}
+    corrected = dataclasses.replace(manifest, **terms)
+    logger.info("%s is already prepared from these images with these settings: nothing to encode", out)
+    if corrected != manifest:
+        renew_identity(_cache_folder(config, out), manifest)
+        corrected.write(out)
+        for name, value in terms.items():
+            if value != (old := getattr(manifest, name)):
+                logger.info("%s: %s %r is now %r", out / manifests.FILE_NAME, name, old, value)
+    return corrected
 
 
 def _write_shards(
@@ -213,7 +248,12 @@ def _counted(records: Iterator[dict[str, Any]], progress: ProgressBar) -> Iterat
 
 
 def _finish(
-    jobs: list[Job], out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
+    jobs: list[Job],
+    out: epath.Path,
+    config: PrepareConfig,
+    image_set: ImageSet,
+    vae: AutoencoderKL,
+    terms: dict[str, str],
 ) -> Manifest:
     sidecars = [finished_sidecar(out / job.file) for job in jobs]
     mean, std = channel_statistics(s for s, job in zip(sidecars, jobs, strict=True) if job.split == "train")
@@ -237,8 +277,8 @@ def _finish(
         shards=tuple(
             Shard(job.file, job.split, s.records, s.bytes, s.sha256) for job, s in zip(jobs, sidecars, strict=True)
         ),
-        license=config.license or image_set.license,
-        attribution=config.attribution or image_set.attribution,
+        license=terms["license"],
+        attribution=terms["attribution"],
     )
     manifest.write(out)
     _remove_sidecars(manifest, out)

@@ -1,7 +1,6 @@
 """Writing one ArrayRecord shard atomically.
 
-A shard is written under a temporary name and renamed; then a sidecar file marks it as complete and describes it. The
-folder holds a plan from the start, so that runs with other settings cannot mix their shards.
+A shard is written under a temporary name and renamed; then a sidecar file marks it as complete and describes it.
 """
 
 import dataclasses
@@ -14,15 +13,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Float64
-from pydantic import RootModel
 from pydantic.dataclasses import dataclass
 
 from flowdit.data.manifest import write_json
 from flowdit.data.records import encode
 from flowdit.hashing import file_sha256
 from flowdit.json_input import STRICT, Count, InputError, parse_file
-
-PLAN_NAME = "prepare.json"
 
 Sums = dict[str, Any]
 """Numbers or arrays of numbers by name."""
@@ -36,10 +32,6 @@ class Sidecar:
     bytes: Count
     sha256: str
     sums: Sums
-
-
-class Plan(RootModel[dict[str, Any]]):
-    """What two runs into one folder must have in common, by name."""
 
 
 def latent_sums(record: Mapping[str, Any]) -> Sums:
@@ -120,28 +112,6 @@ def remove_sidecar(path: epath.PathLike) -> None:
 def _sidecar_path(path: epath.PathLike) -> epath.Path:
     path = epath.Path(path)
     return path.with_name(path.name + ".json")
-
-
-def claim_folder(field: str, folder: epath.Path, plan: Mapping[str, Any], manifest_name: str) -> None:
-    """Create or reuse `folder`, set by the configuration field `field`: all runs into it must have the same `plan`.
-
-    Raises `ValueError` with the difference if it has another plan, or shards without a plan.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PLAN_NAME
-    if not path.exists():
-        if (folder / manifest_name).exists() or any(path.suffix == ".array_record" for path in folder.iterdir()):
-            raise ValueError(f"{field}: {folder} holds shards without {PLAN_NAME}: give another folder")
-        return write_json(path, plan)
-    try:
-        theirs = parse_file(Plan, path).root
-    except InputError:
-        raise ValueError(f"{field}: {path} is damaged: remove the folder or give another one") from None
-    for name, ours in plan.items():
-        if theirs.get(name) != ours:
-            raise ValueError(
-                f"{field}: {folder} was started with {name}={theirs.get(name)!r}, this run has {ours!r}: give another folder"
-            )
 
 
 def channel_statistics(sidecars: Iterable[Sidecar]) -> tuple[Float64[np.ndarray, " channels"], ...]:

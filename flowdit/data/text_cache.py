@@ -39,8 +39,8 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class CacheManifest:
-    """The contents of `text_features.json`. `data` is the id of the data set's manifest; empty captions are not
-    counted.
+    """The contents of `text_features.json`. `data` is the id of the data set's manifest, of either version;
+    empty captions are not counted.
 
     Shards correspond to those of the data set, with a record for each caption of a record.
     """
@@ -69,7 +69,7 @@ class CacheManifest:
             ("dtype", self.dtype == encoder.dtype, self.dtype, encoder.dtype),
             ("max_length", self.max_length == encoder.max_length, self.max_length, encoder.max_length),
             ("width", self.width == encoder.width, self.width, encoder.width),
-            ("id of the data set", self.data == manifest.id, self.data, manifest.id),
+            ("id of the data set", self.data in manifest.ids, self.data, manifest.id),
         ):
             if not same:
                 raise ValueError(f"{folder / FILE_NAME}: {name}: must be {expected} as in this run, got {got}")

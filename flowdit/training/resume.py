@@ -87,10 +87,11 @@ def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
 
     Raises `ValueError` if a change makes an exact resume impossible.
     """
-    if stored.manifest_id != current.manifest_id:
+    # Not the stored identities, which may be of an earlier version.
+    if different := stored.manifest.differences(current.manifest):
         raise ValueError(
-            f"data.path: the data set must be the one of the checkpoint (manifest {stored.manifest_id[:12]}), "
-            f"got {current.manifest_id[:12]}: the data changed since the checkpoint was written"
+            f"data.path: the data set must be the one of the checkpoint, got another {', '.join(different)}: "
+            "the data changed since the checkpoint was written"
         )
     before, now = stored.config, current.config
     if (kind := kind_of(before)) != (ours := kind_of(now)):

@@ -29,17 +29,30 @@ def test_read_returns_what_was_written(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda d: d.update(license="MIT"),
         lambda d: d["vae"].update(scale=0.5),
         lambda d: d["channel_std"].__setitem__(3, 1.5),
         lambda d: d["shards"][1].update(sha256="0"),
         lambda d: d["class_names"].reverse(),
     ],
 )
-def test_id_changes_with_every_part(folder, change):
+def test_id_changes_with_every_part_of_the_data(folder, change):
     before = Manifest.read(folder).id
     edit(folder, change)
     assert Manifest.read(folder).id != before
+
+
+def test_licence_and_attribution_are_not_part_of_the_id(folder):
+    before = Manifest.read(folder)
+    edit(folder, lambda d: d.update(license="MIT", attribution="by us"))
+    after = Manifest.read(folder)
+    assert after.id == before.id and before.differences(after) == []
+    assert after.ids[1] != before.ids[1]
+
+
+def test_differences_name_the_fields_of_the_data(folder):
+    before = Manifest.read(folder)
+    edit(folder, lambda d: (d["vae"].update(scale=0.5), d["shards"][1].update(sha256="0")))
+    assert Manifest.read(folder).differences(before) == ["vae", "shards (1 of 3)"]
 
 
 def test_id_does_not_depend_on_the_layout_of_the_file(folder):
@@ -49,13 +62,14 @@ def test_id_does_not_depend_on_the_layout_of_the_file(folder):
     assert Manifest.read(folder).id == before
 
 
-def test_a_file_from_before_captions_is_read_and_keeps_its_id(folder):
+def test_a_file_from_before_captions_is_read_and_keeps_its_ids(folder):
     before = Manifest.read(folder)
     edit(folder, lambda d: d.pop("has_captions"))
-    assert Manifest.read(folder) == before and not before.has_captions
+    after = Manifest.read(folder)
+    assert after == before and after.ids == before.ids and not before.has_captions
     data = json.loads((folder / "dataset.json").read_text())
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    assert before.id == hashlib.sha256(canonical.encode()).hexdigest()
+    assert before.ids[1] == hashlib.sha256(canonical.encode()).hexdigest()
     edit(folder, lambda d: d.update(has_captions=True))
     assert Manifest.read(folder).id != before.id
 

@@ -100,7 +100,9 @@ def test_other_settings_in_the_same_folder_are_refused_and_lose_nothing(config, 
 def test_other_images_in_the_same_folder_are_refused(config, source):
     prepare(config)
     Image.new("RGB", (16, 16)).save(source / "red" / "new.png")
-    with pytest.raises(ValueError, match="out: .* was started with pictures="):
+    with pytest.raises(
+        ValueError, match=r"out: .* was prepared from other images: 1 added \(red/new.png\): give another folder$"
+    ):
         prepare(config)
 
 

@@ -54,10 +54,10 @@ def test_other_captions_in_the_same_folder_are_refused(config, source, tmp_path)
     moved = str(Path(captions).rename(tmp_path / "moved.jsonl"))
     prepare(dataclasses.replace(config, captions=moved))
     write_captions(source, tmp_path / "moved.jsonl", **{"red/00.png": "another"})
-    with pytest.raises(
-        ValueError, match="out: .* was started with captions='[0-9a-f]{64}', this run has '[0-9a-f]{64}'"
-    ):
+    with pytest.raises(ValueError, match="out: .* was prepared with other captions: give another folder$"):
         prepare(dataclasses.replace(config, captions=moved))
+    with pytest.raises(ValueError, match="out: .* was prepared with captions: give another folder$"):
+        prepare(config)
 
 
 def test_captions_of_other_images_leave_no_files(config, source, tmp_path):

@@ -177,7 +177,7 @@ def edit(path, change):
 
 
 def test_a_cache_of_another_data_set_is_refused(captions, cache):
-    edit(captions / "dataset.json", lambda d: d.update(license="MIT"))
+    edit(captions / "dataset.json", lambda d: d.update(class_names=list("abcdx")))
     with pytest.raises(ValueError, match="text_features.json: id of the data set: must be .* as in this run, got "):
         reopened(captions)
 

@@ -1,0 +1,144 @@
+"""The identity of a data set: what may be corrected later, data of earlier versions, and changed sources."""
+
+import dataclasses
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from latent_records import word_encoder
+from PIL import Image
+from test_prepare_again import Interrupted
+from test_prepare_texts import write_captions
+
+import flowdit.data.prepare as prepare_module
+from flowdit.data.manifest import Manifest
+from flowdit.data.prepare import prepare
+from flowdit.data.text_cache import open_cache
+from flowdit.data.text_features import write_cache
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def contents(folder, *, without=()):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in without}
+
+
+def interrupt(config, monkeypatch):
+    """Run `prepare` until it has written two shards."""
+    write_shard, written = prepare_module.write_shard, []
+
+    def write(path, records):
+        if len(written) == 2:
+            raise Interrupted
+        written.append(write_shard(path, records))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_shard", write)
+        with pytest.raises(Interrupted):
+            prepare(config)
+
+
+def test_a_licence_is_corrected_by_repeating_the_command(config, messages):
+    before = prepare(dataclasses.replace(config, license="CC-BY 5.0", attribution="by us"))
+    files = contents(config.out, without=("dataset.json", "prepare.json"))
+    after = prepare(dataclasses.replace(config, license="CC BY 4.0"))
+    assert (after.license, after.attribution, after.id) == ("CC BY 4.0", "by us", before.id)
+    assert messages()[-1] == f"{config.out}/dataset.json: license 'CC-BY 5.0' is now 'CC BY 4.0'"
+    assert Manifest.read(config.out) == after
+    assert contents(config.out, without=("dataset.json", "prepare.json")) == files
+    assert prepare(config) == after  # without the licence the stored one is kept
+
+
+def test_a_run_that_is_continued_keeps_the_licence_or_takes_the_new_one(config, monkeypatch):
+    interrupt(dataclasses.replace(config, license="MIT", attribution="by us"), monkeypatch)
+    interrupt(dataclasses.replace(config, license="CC0"), monkeypatch)
+    manifest = prepare(config)
+    assert (manifest.license, manifest.attribution) == ("CC0", "by us")
+
+
+def test_a_text_cache_is_added_without_repeating_the_licence(config, source, tmp_path):
+    captioned = dataclasses.replace(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
+    manifest = prepare(dataclasses.replace(captioned, license="MIT"))
+    assert prepare(dataclasses.replace(captioned, text_encoder="wordllama")) == manifest
+    assert (Path(config.out) / "text_features" / "text_features.json").exists()
+
+
+def test_a_cache_of_version_1_is_read_and_survives_a_new_licence(config, source, tmp_path):
+    captioned = dataclasses.replace(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
+    manifest = prepare(captioned)
+    cache = Path(config.out) / "text_features"
+    encoder = word_encoder()
+    write_cache(cache, config.out, manifest, encoder)
+    for name in ("text_features.json", "prepare.json"):
+        edit(cache / name, lambda d: d.update(data=manifest.ids[1]))
+    open_cache(cache, manifest, "train", encoder, 0.5)
+    write_cache(cache, config.out, manifest, encoder)
+    corrected = prepare(dataclasses.replace(captioned, license="MIT"))
+    assert corrected.license == "MIT"
+    open_cache(cache, corrected, "train", encoder, 0.5)
+    write_cache(cache, config.out, corrected, encoder)
+
+
+def of_an_earlier_version(config):
+    """`prepare.json` holds licence and attribution, and there is no listing of the source."""
+    edit(Path(config.out) / "prepare.json", lambda d: d.update(license="MIT", attribution=""))
+    (Path(config.out) / "source_files.jsonl.gz").unlink()
+
+
+def test_a_run_begun_by_an_earlier_version_is_finished(config, monkeypatch):
+    whole = prepare(dataclasses.replace(config, out=config.out + "-whole"))
+    interrupt(config, monkeypatch)
+    of_an_earlier_version(config)
+    manifest = prepare(config)
+    assert manifest.id == whole.id and manifest.license == "MIT"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_changed_files_of_the_source_are_named(config, source, monkeypatch, finished):
+    if finished:
+        prepare(config)
+    else:
+        interrupt(config, monkeypatch)
+    for i in range(5):
+        Image.new("RGB", (16, 16)).save(source / "red" / f"new {i}.png")
+    (source / "blue" / "03.png").unlink()
+    os.utime(source / "blue" / "05.png", ns=(0, 0))
+    with pytest.raises(ValueError, match="out: .* was prepared from other images") as error:
+        prepare(config)
+    assert str(error.value).endswith(
+        "other images: 5 added (red/new 0.png, red/new 1.png, red/new 2.png, ...), "
+        "1 removed (blue/03.png), 1 modified (blue/05.png): give another folder"
+    )
+
+
+def test_without_a_whole_listing_a_changed_source_is_still_refused(config, source):
+    prepare(config)
+    path = Path(config.out) / "source_files.jsonl.gz"
+    whole = path.read_bytes()
+    key = gzip.decompress(whole).split(b"\n")[0] + b"\n"
+    lines = [b'["a", 1, "2"]\n', b'["a", [[1]], 2]\n', b'["' + b"a" * 2**20 + b'", 1, 2]\n', b"[" * 2**16]
+    damaged = [b"no gzip", whole[:-20], *map(gzip.compress, (b"{", b'["another"]\n', *(key + line for line in lines)))]
+    (source / "blue" / "03.png").unlink()
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="out: .* was prepared from other images: give another folder$"):
+            prepare(config)
+    path.unlink()
+    with pytest.raises(ValueError, match="out: .* was prepared from other images: give another folder$"):
+        prepare(config)
+
+
+def test_a_folder_without_shards_takes_other_settings(config):
+    out = Path(config.out)
+    prepare(config)
+    for path in out.iterdir():
+        if path.name not in ("prepare.json", "source_files.jsonl.gz"):
+            path.unlink()
+    manifest = prepare(dataclasses.replace(config, dtype="float32"))
+    assert manifest.latent_dtype == json.loads((out / "prepare.json").read_text())["dtype"] == "float32"
