@@ -134,7 +134,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_shard(config):
         check=False,
     )
     assert run.stderr.strip().split("\n")[-1].startswith(f"ValueError: out: cannot write to {config.out}: ")
-    assert os.listdir(config.out) == ["prepare.json"]
+    assert sorted(os.listdir(config.out)) == ["prepare.json", "source_files.jsonl.gz"]
 
 
 def test_transparent_and_rotated_images_are_read_as_displayed(config, source):
