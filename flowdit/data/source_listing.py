@@ -63,7 +63,10 @@ class Listing:
         if _stored_key(path) != key:
             return None
         now = dict(zip(self.names, self.stats, strict=True))
-        seen, removed, modified = set(), _Names(), _Names()
+        seen = set()
+        added = _Names()
+        removed = _Names()
+        modified = _Names()
         try:
             for name, *stat in _entries(path):
                 if name not in now:
@@ -74,7 +77,6 @@ class Listing:
                         modified.add(name)
         except DAMAGE:
             return None
-        added = _Names()
         for name in self.names:
             if name not in seen:
                 added.add(name)
