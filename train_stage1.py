@@ -1,6 +1,6 @@
 """Stage 1, class-conditional: `python train_stage1.py [overrides]`."""
 
-from flowdit.train import stage1
+from flowdit.cli import run
 
 if __name__ == "__main__":
-    stage1()
+    run("train-stage1")

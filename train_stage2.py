@@ -1,6 +1,6 @@
 """Stage 2, text-conditional: `python train_stage2.py [overrides]`."""
 
-from flowdit.train import stage2
+from flowdit.cli import run
 
 if __name__ == "__main__":
-    stage2()
+    run("train-stage2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -18,30 +19,95 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from flowdit import json_input
+from flowdit.cli import signal_name
+from flowdit.command_help import help_text
 from flowdit.errors import first_line
+from flowdit.overrides import for_hydra
+from flowdit.settings import Setting, settings_of
 
 # The end of Hydra messages, with advice that does not apply here: internal paths, types, and appending with +.
 _HYDRA_NOISE = re.compile(r"\n\s*(Config search path|See http|To append|reference_type|object_type).*", re.DOTALL)
 
 
-def run_command(command: Callable[[], None]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command for users: what its `--help` shows, and the settings that it takes.
+
+    Attributes:
+        name: as in `flowdit <name>`.
+        script: the other way to run it, such as `python train_stage1.py`.
+        config_name: its YAML file in `flowdit/configs`.
+        schema: the dataclass of its settings.
+        summary: what it does, in a sentence.
+        examples: arguments of useful calls.
+        hidden: beginnings of keys that have no effect in it and are left out of `--help`.
+        if_stopped: what to do after a signal.
+    """
+
+    name: str
+    script: str
+    config_name: str
+    schema: type
+    summary: str
+    examples: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
+    if_stopped: str = ""
+
+    def settings(self) -> dict[str, Setting]:
+        return settings_of(self.schema)
+
+    def help(self) -> str:
+        shown = [setting for key, setting in self.settings().items() if not key.startswith(self.hidden or ("-",))]
+        return help_text(self.name, self.script, self.summary, self.examples, shown, self.config_name)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def run_command(job: Callable[[], None], command: Command) -> None:
     """Run a Hydra entry point with one-line errors, also for the configuration. After an error the process exits."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise Hydra's errors, to shorten them here
     if not _wants_traceback():
         silence_libraries()
     try:
-        with messages_on_stdout(), user_errors():
-            command()
+        with messages_on_stdout(), user_errors(), signals_as_exceptions():
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(command.help())
+                return
+            sys.argv[1:] = for_hydra(sys.argv[1:], command.settings())
+            job()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        print(": ".join(filter(None, [f"stopped by {signal_name(number)}", command.if_stopped])), file=sys.stderr)
+        status = 128 + number
     except BaseException:
         traceback.print_exc()
         status = 1
     else:
         return
     end_process(status)
+
+
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """Raise `Stopped` on SIGTERM and Ctrl-C, so that temporary files are removed; a training run handles them itself."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Console(logging.Handler):

@@ -5,24 +5,20 @@ Every component owns its part (`ModelConfig`, `OptimConfig`, ...) and gets only 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from flowdit.data.loader import DataConfig
 from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, RESERVED_NAMES, AuxiliaryLoss
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.errors import first_line
-from flowdit.fields import FieldError, require, require_choice, shortened, under
-from flowdit.models.config import MODELS, DiTConfig, ModelConfig, stored_model
+from flowdit.fields import FREE_TEXT, FieldError, require, require_choice, shown, under
+from flowdit.models.config import MODELS, DiTConfig, ModelConfig
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
 from flowdit.optim import OptimConfig
@@ -85,7 +81,7 @@ class TrainConfig:
     validation_records: int = 1_024
     sample_every: int = 5_000
     sample_labels: list[Any] | None = None
-    sample_prompts: list[str] | None = None
+    sample_prompts: list[str] | None = dataclasses.field(default=None, metadata=FREE_TEXT)
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     compute_dtype: str = "bfloat16"
@@ -196,6 +192,7 @@ class SampleConfig:
     Attributes:
         checkpoint: a checkpoint, a run folder (its newest intact checkpoint), or another `source` of `flowdit.convert`.
         labels: class numbers or names, one or a list, for a class model.
+        prompt: one prompt for a text model, read as it is written.
         prompts: prompts, one or a list, for a text model.
         prompts_file: text file with one prompt per line, instead of `prompts`.
         negative_prompt: text that guidance moves away from; empty: the model's null caption.
@@ -208,9 +205,9 @@ class SampleConfig:
         vae: folder or hub id of the VAE of the latents; null: the one used by `prepare`.
         text_encoder: folder or hub id of the text encoder; null: the one of the training run.
         save_latents: also write the normalised latents, to `latents.npy`.
-        solver: as `train.sampler.solver`.
-        steps: as `train.sampler.steps`.
-        guidance: as `train.sampler.guidance`.
+        solver: solver of the ODE, as `train.sampler.solver`: `euler`, `heun`, `midpoint`, `dopri5` or `tsit5`.
+        steps: number of steps of the solver, as `train.sampler.steps`.
+        guidance: as `train.sampler.guidance`, or a list: the images are drawn with each, one row of the grid per value.
         guidance_low: as `train.sampler.guidance_low`.
         guidance_high: as `train.sampler.guidance_high`.
         time_shift: as `train.sampler.time_shift`.
@@ -219,9 +216,10 @@ class SampleConfig:
 
     checkpoint: str = "???"
     labels: Any = None
-    prompts: Any = None
+    prompt: str | None = dataclasses.field(default=None, metadata=FREE_TEXT)
+    prompts: Any = dataclasses.field(default=None, metadata=FREE_TEXT)
     prompts_file: str | None = None
-    negative_prompt: str = ""
+    negative_prompt: str = dataclasses.field(default="", metadata=FREE_TEXT)
     num_images: int = 1
     columns: int = 8
     batch_size: int = 64
@@ -233,23 +231,33 @@ class SampleConfig:
     save_latents: bool = False
     solver: str | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: Any = None
     guidance_low: float | None = None
     guidance_high: float | None = None
     time_shift: float | None = None
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        self.labels, prompts = as_list(self.labels), as_list(self.prompts)
+        self.labels = as_list(self.labels)
+        prompts = as_list(self.prompts)
         self.prompts = prompts and [str(prompt) for prompt in prompts]  # `prompts=[2024]` is read as a number
 
-    def sampler_fields(self) -> dict[str, Any]:
-        """The fields of `SamplerConfig`, None if not set."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplerConfig)}
+    def samplers(self) -> list[dict[str, Any]]:
+        """The fields of `SamplerConfig`, None if not set, for each value of `guidance`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplerConfig)}
+        return [fields | {"guidance": value} for value in as_list(self.guidance) or [None]]
 
     def check(self) -> None:
-        """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks the others."""
+        """Raise `FieldError` naming the first field that breaks a rule; `inference.sampler` checks the others."""
         require("columns", self.columns, self.columns >= 1, "must be at least 1")
+        given = [name for name in ("prompt", "prompts", "prompts_file") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise FieldError(
+                given[1], f"must not be given together with {given[0]}, got {shown(getattr(self, given[1]))}"
+            )
+        numbers = as_list(self.guidance) or []
+        is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
+        require("guidance", self.guidance, is_number and self.guidance != [], "must be a number or a list of numbers")
 
 
 def as_list(value: Any) -> list[Any] | None:
@@ -272,7 +280,15 @@ def register_schemas() -> None:
 
 def resolve(composed: DictConfig, schema: type) -> Any:
     """Convert the composed configuration to `schema`. Raises `ValueError` for unknown or missing fields."""
-    # `+new.key=1` passes Hydra's check and would be silently dropped.
+    refuse_unknown(composed, schema)
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise FieldError(missing[0], f"must be given, as in {missing[0]}=...")
+    return OmegaConf.to_object(composed)
+
+
+def refuse_unknown(composed: DictConfig, schema: type) -> None:
+    """Raise `FieldError` for a key without a field: `+new.key=1` passes Hydra's check and would be silently dropped."""
     default = schema()
     if isinstance(default, Config):
         model_class = OmegaConf.get_type(composed, "model")
@@ -281,47 +297,6 @@ def resolve(composed: DictConfig, schema: type) -> Any:
     unknown = _unknown_keys(OmegaConf.to_container(composed), default)
     if unknown:
         raise FieldError(unknown[0], "no such field in the configuration (overrides with + are not supported)")
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise FieldError(missing[0], f"must be given, as in {missing[0]}=...")
-    return OmegaConf.to_object(composed)
-
-
-def from_stored(values: Any) -> Config:
-    """The configuration in a checkpoint; fields added after it was written have their defaults.
-
-    The settings of auxiliary losses are kept unparsed: they are only compared, and the losses may no longer exist.
-    """
-    values = {name: _literal(value) for name, value in dict(values).items()}
-    auxiliary = values.pop("auxiliary", {})
-    model = values.pop("model", {})
-    with _naming_the_key(""):
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    assert isinstance(config, Config)
-    with _naming_the_key("model."):
-        model_class, fields = stored_model(dict(model))
-        config.model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(model_class), fields))  # type: ignore[assignment]
-    config.auxiliary = auxiliary if isinstance(auxiliary, dict) else {}
-    return config
-
-
-def _literal(value: Any) -> Any:
-    """`value` with every `${` escaped: a checkpoint is untrusted, and an interpolation could read the environment."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
-    if isinstance(value, dict):
-        return {name: _literal(part) for name, part in value.items()}
-    return [_literal(part) for part in value] if isinstance(value, list) else value
-
-
-@contextlib.contextmanager
-def _naming_the_key(prefix: str) -> Iterator[None]:
-    """Raise `FieldError` for a stored value that OmegaConf refuses; the key is on another line of its errors."""
-    try:
-        yield
-    except OmegaConfBaseException as problem:
-        key = shortened(f"{prefix}{problem.full_key or ''}".strip("."))
-        raise FieldError(key or "fields", shortened(first_line(problem))) from problem
 
 
 def _unknown_keys(values: Any, default: Any, prefix: str = "") -> list[str]:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from flowdit.cli import watch_for_signals
+
+if __name__ == "__main__":
+    watch_for_signals("convert")
+
 import logging
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from flowdit.command import run_command, user_errors
+from flowdit.command import Command, run_command, user_errors
 from flowdit.config import resolve
 from flowdit.interop import ConvertConfig, convert
 
 # By its name, as this module is `__main__` when it is run.
 logger = logging.getLogger("flowdit.convert")
+
+COMMAND = Command(
+    name="convert",
+    script="python -m flowdit.convert",
+    config_name="convert",
+    schema=ConvertConfig,
+    summary="Convert a model between flowdit checkpoints, diffusers folders, safetensors and files of other projects.",
+    examples=(
+        "source=checkpoints target=mine.safetensors",
+        "source=checkpoints target=exported/mine to=diffusers own_class=true",
+        "source=DiT-XL-2-256x256.pt target=imported/dit vae=stabilityai/sd-vae-ft-mse",
+    ),
+)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="convert")
@@ -32,7 +50,7 @@ def register_schema() -> None:
 
 def main() -> None:
     register_schema()
-    run_command(_convert)
+    run_command(_convert, COMMAND)
 
 
 if __name__ == "__main__":

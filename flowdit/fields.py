@@ -10,6 +10,9 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+FREE_TEXT = {"free_text": True}
+"""Metadata of a dataclass field that holds text for people: on the command line no character of it is syntax."""
+
 
 class FieldError(ValueError):
     """An invalid value of a field."""

@@ -5,12 +5,32 @@ With `text_encoder=...` also a cache of the captions' features.
 
 from __future__ import annotations
 
+from flowdit.cli import watch_for_signals
+
+if __name__ == "__main__":
+    watch_for_signals("prepare")
+
 import hydra
 from omegaconf import DictConfig
 
-from flowdit.command import run_command, user_errors
+from flowdit.command import Command, run_command, user_errors
 from flowdit.config import register_schemas, resolve
 from flowdit.data.prepare import PrepareConfig, prepare
+
+COMMAND = Command(
+    name="prepare",
+    script="python -m flowdit.prepare",
+    config_name="prepare",
+    schema=PrepareConfig,
+    summary="Turn images into a data set: encode them with a VAE, and write shards of latents and dataset.json to `out`.",
+    examples=(
+        "",
+        "source=images out=data/mine",
+        "source=images captions=captions.jsonl out=data/mine image_size=256 "
+        "vae=stabilityai/stable-diffusion-3-medium-diffusers",
+    ),
+    if_stopped="the finished shards are kept, the same command continues",
+)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
@@ -21,7 +41,7 @@ def _prepare(composed: DictConfig) -> None:
 
 def main() -> None:
     register_schemas()
-    run_command(_prepare)
+    run_command(_prepare, COMMAND)
 
 
 if __name__ == "__main__":

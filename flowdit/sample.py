@@ -1,6 +1,11 @@
-"""`python -m flowdit.sample checkpoint=checkpoints/<step> [labels=[...] | prompts=[...] ...]`: sample PNGs."""
+"""`python -m flowdit.sample checkpoint=checkpoints [labels=[...] | prompt=... | prompts=[...] ...]`: sample PNGs."""
 
 from __future__ import annotations
+
+from flowdit.cli import watch_for_signals
+
+if __name__ == "__main__":
+    watch_for_signals("sample")
 
 import logging
 from pathlib import Path
@@ -9,9 +14,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from flowdit.command import run_command, user_errors
+from flowdit.command import Command, run_command, user_errors
 from flowdit.config import SampleConfig, register_schemas, resolve
-from flowdit.fields import about
+from flowdit.fields import about, listed, require
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
@@ -19,19 +24,32 @@ from flowdit.interop.loading import load
 # By its name, as this module is `__main__` when it is run.
 logger = logging.getLogger("flowdit.sample")
 
+COMMAND = Command(
+    name="sample",
+    script="python -m flowdit.sample",
+    config_name="sample",
+    schema=SampleConfig,
+    summary="Sample images from a trained model: PNGs, a grid and samples.json in the folder `out`.",
+    examples=(
+        "checkpoint=checkpoints num_images=4",
+        "checkpoint=checkpoints/4000 labels=[heart,country-flag] guidance=[1,3,6]",
+        'checkpoint=checkpoints prompt="a red apple, flat style"',
+    ),
+)
+
 
 def read_prompts(config: SampleConfig) -> list[str] | None:
-    """The given prompts, or those in the file, one per line. Raises `ValueError` for both, or an empty file."""
+    """The given prompts, or those in the file, one per line. Raises `ValueError` for a file without prompts."""
+    if config.prompt is not None:
+        return [config.prompt]
     if config.prompts_file is None:
         return config.prompts
-    if config.prompts is not None:
-        raise ValueError(f"prompts_file: must not be given together with prompts, got {config.prompts_file}")
     try:
-        lines = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(config.prompts_file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"prompts_file: {config.prompts_file} cannot be read: {problem}") from None
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise ValueError("prompts_file: must hold at least one prompt")
+    prompts = [line.strip() for line in lines if line.strip()]
+    require("prompts_file", config.prompts_file, bool(prompts), "must hold at least one prompt")
     return prompts
 
 
@@ -42,21 +60,25 @@ def _sample(composed: DictConfig) -> None:
     config.check()
     check_settings(config.num_images, config.seed, config.batch_size)
     check_folder(config)
-    arguments: dict[str, Any] = {"labels": config.labels, "prompts": read_prompts(config)}
+    prompts = read_prompts(config)
+    arguments: dict[str, Any] = {"labels": config.labels, "prompts": prompts}
     arguments["negative_prompt"] = config.negative_prompt
     with about("checkpoint"):
         sampler = load(config.checkpoint, vae=config.vae, text_encoder=config.text_encoder)
-    solver = sampler.sampler_config(config.sampler_fields())
+    solvers = [sampler.sampler_config(fields) for fields in config.samplers()]
     requests = sampler.requests(config.num_images, arguments)
-    count, step = len(requests), sampler.trained.step
-    settings = f"{solver.solver}, {solver.steps} steps, guidance {solver.guidance}"
-    logger.info("step %d: %d images, %s", step, count, settings)
-    logger.info("samples: %s", write_samples(sampler, requests, solver, config))
+    if prompts:
+        count = f"{len(prompts)} prompts" if len(prompts) > 1 else "1 prompt"
+        logger.info("%s: %s", count, listed([repr(prompt) for prompt in prompts]))
+    guidance = ", ".join(f"{solver.guidance:g}" for solver in solvers)
+    settings = f"{solvers[0].solver}, {solvers[0].steps} steps, guidance {guidance}"
+    logger.info("step %d: %d images, %s", sampler.trained.step, len(requests) * len(solvers), settings)
+    logger.info("samples: %s", write_samples(sampler, requests, solvers, config))
 
 
 def main() -> None:
     register_schemas()
-    run_command(_sample)
+    run_command(_sample, COMMAND)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import logging
 import netrc
 import os
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -168,15 +169,23 @@ def start_wandb(config: WandbConfig, folder: epath.Path, run_config: dict[str, A
         mode = "offline"
     # W&B raises many types of errors; none of them may stop a training run.
     try:
-        return wandb.init(mode=mode, resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
+        run = wandb.init(mode=mode, resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
+        return _named_offline(run) if mode == "offline" else run
     except Exception as problem:
         logger.warning("wandb: %s start failed (%s): logging offline", mode, first_line(problem))
     try:
         wandb.teardown()
-        return wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
+        return _named_offline(wandb.init(mode="offline", settings=settings, **arguments))  # type: ignore[arg-type]
     except Exception as problem:
         logger.warning("wandb: offline start failed (%s): continuing with metrics.jsonl only", first_line(problem))
         return None
+
+
+def _named_offline(run: Any) -> Any:
+    """Log where an offline run is kept, and how to upload it."""
+    folder = epath.Path(run.dir).parent
+    logger.info("wandb: offline run in %s, upload it with: wandb sync %s", folder, shlex.quote(str(folder)))
+    return run
 
 
 def _has_login() -> bool:
@@ -271,11 +280,8 @@ class Progress:
         The ETA is the time of the remaining steps, at the mean rate since the first step of this process, without
         pauses.
         """
-        counts = {
-            "skipped": "train/skipped_steps",
-            "truncated captions": "data/truncated_captions",
-            "bad records": "data/bad_records",
-        }
+        counts = {"skipped": "train/skipped_steps", "bad records": "data/bad_records"}
+        truncated = values.get("data/truncated_captions", 0)
         rates: list[str] = []
         outlook = f"first step in {values.get('train/first_step_seconds', 0):.0f} s, with compilation"
         if self._timed_steps:
@@ -290,6 +296,7 @@ class Progress:
                 f"lr {values['train/learning_rate']:.2e}",
                 outlook,
                 *(f"{word} {values[name]}" for word, name in counts.items() if values.get(name)),
+                *([f"truncated captions {truncated} of {values['data/captions']}"] if truncated else []),
             ]
         )
 

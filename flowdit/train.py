@@ -8,15 +8,54 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
 
+import shlex
+import sys
+
 import hydra
 import jax
+from etils import epath
 from omegaconf import DictConfig
 
 from flowdit import conditioning
-from flowdit.command import run_command, tell_processes_apart, user_errors
-from flowdit.config import Config, register_schemas, resolve
+from flowdit.checkpoint.files import CheckpointError, list_steps
+from flowdit.checkpoint.meta import RunMeta, newest_meta, verified_meta
+from flowdit.checkpoint.restore import find_newest
+from flowdit.command import Command, run_command, tell_processes_apart, user_errors
+from flowdit.composition import continued, naming_the_preset, typed_overrides
+from flowdit.config import Config, refuse_unknown, register_schemas, resolve
 from flowdit.processes import join_processes
 from flowdit.training.loop import train
+
+STAGE1 = Command(
+    name="train-stage1",
+    script="python train_stage1.py",
+    config_name="config",
+    schema=Config,
+    summary="Train a class-conditional DiT, or an unconditional one with conditioning=none.",
+    examples=(
+        "experiment=small data.path=data/mine",
+        "data.path=data/mine model/size=b train.batch_size=256 train.gradient_accum=2",
+        "train.is_restore=true train.checkpoint_dir=checkpoints",
+    ),
+    hidden=("text.", "train.init_time", "train.init_shared_map", "train.init_class", "train.sample_prompts")
+    + ("data.text_cache", "data.long_caption_prob", "model.micro_conditioning", "model.null_tokens"),
+)
+STAGE2 = Command(
+    name="train-stage2",
+    script="python train_stage2.py",
+    config_name="config_stage2",
+    schema=Config,
+    summary="Train a text-conditional transformer of PixArt-alpha's architecture.",
+    examples=(
+        "experiment=small_text data.path=data/mine",
+        "data.path=data/mine train.batch_size=256 train.gradient_accum=8 wandb.enabled=false",
+        "data.path=data/mine train.init_from=checkpoints train.checkpoint_dir=checkpoints_text",
+        "train.is_restore=true train.checkpoint_dir=checkpoints_text",
+    ),
+    hidden=("train.sample_labels",),
+)
+COMMANDS = {"ccdit": STAGE1, "pixart": STAGE2}
+"""The training commands by the network that they train."""
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
@@ -31,25 +70,53 @@ def _stage2(composed: DictConfig) -> None:
     _train(composed, "pixart")
 
 
-def _train(composed: DictConfig, model: str) -> None:
+def _train(composed: DictConfig, network: str) -> None:
+    refuse_unknown(composed, Config)
+    folder, is_restore = epath.Path(composed.train.checkpoint_dir), bool(composed.train.is_restore)
+    with naming_the_preset(composed):
+        # The newest metadata say how to join the other processes, which then agree on the step to restore.
+        config = _configured(composed, network, newest_meta(folder) if is_restore else None)
+        join_processes(config.mesh)
+        tell_processes_apart(jax.process_index(), jax.process_count())
+        found = find_newest(folder) if is_restore and list_steps(folder) else None
+        if found is not None:
+            config = _configured(composed, network, verified_meta(folder / str(found.step)))
+        train(config, found, _resume_command(network, folder))
+
+
+def _configured(composed: DictConfig, network: str, stored: RunMeta | None) -> Config:
+    """The checked settings of a new run, or of the `stored` one with what is typed on the command line."""
+    if stored is not None:
+        folder = composed.train.checkpoint_dir
+        if (theirs := stored.config.model.name) != network:
+            command = _resume_command(theirs, folder)
+            raise CheckpointError(
+                f"train.checkpoint_dir: {folder} holds a run of the other stage, resume it with {command}"
+            )
+        composed = continued(stored.config, folder, typed_overrides())
     config: Config = resolve(composed, Config)
-    kinds = [kind for kind, conditioned in conditioning.KINDS.items() if conditioned.model == model]
+    kinds = [kind for kind, conditioned in conditioning.KINDS.items() if conditioned.model == network]
     if (kind := conditioning.kind_of(config)) not in kinds:
         raise ValueError(f"conditioning: must be {' or '.join(kinds)} with this command, got {kind}")
     conditioning.check(config)
     config.check()
-    join_processes(config.mesh)
-    tell_processes_apart(jax.process_index(), jax.process_count())
-    train(config)
+    return config
+
+
+def _resume_command(network: str, folder: epath.PathLike) -> str:
+    """The command line that resumes the run in `folder`: its configuration is in its checkpoints."""
+    command = COMMANDS[network]
+    program = command.script if sys.argv[0].endswith(".py") else f"flowdit {command.name}"
+    return f"{program} train.is_restore=true {shlex.quote(f'train.checkpoint_dir={folder}')}"
 
 
 def stage1() -> None:
     """Train the class-conditional or the unconditional model."""
     register_schemas()
-    run_command(_stage1)
+    run_command(_stage1, STAGE1)
 
 
 def stage2() -> None:
     """Train the text-conditional model."""
     register_schemas()
-    run_command(_stage2)
+    run_command(_stage2, STAGE2)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
-import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from flowdit.config import Config, SampleConfig
 from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
 from flowdit.interop import ConvertConfig
+from flowdit.settings import default, described_fields, in_yaml, own_subclasses, type_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 GROUPS = Path(flowdit.configs.__file__).parent
@@ -76,12 +75,6 @@ def nested_classes(schema: type) -> dict[str, type]:
     return {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
 
 
-def own_subclasses(schema: type) -> list[type]:
-    """All subclasses that belong to the package."""
-    direct = [kind for kind in schema.__subclasses__() if kind.__module__.startswith("flowdit.")]
-    return [kind for child in direct for kind in (child, *own_subclasses(child))]
-
-
 def added_fields(base: type, subclass: type) -> list[dataclasses.Field]:
     """The fields of `subclass` that `base` does not have, or that have another default."""
     defaults = {field.name: default(field) for field in dataclasses.fields(base)}
@@ -90,10 +83,7 @@ def added_fields(base: type, subclass: type) -> list[dataclasses.Field]:
 
 def table(schema: type, prefix: str, fields: list[dataclasses.Field]) -> str:
     """The fields as rows of a table. Raises `ValueError` for a field without a description, or an unknown one."""
-    hints, described = typing.get_type_hints(schema), descriptions(schema)
-    names = {field.name for field in dataclasses.fields(schema)}
-    if wrong := names ^ described.keys():
-        raise ValueError(f"{schema.__name__}: fields and their descriptions differ in {', '.join(sorted(wrong))}")
+    hints, described = typing.get_type_hints(schema), {field.name: text for field, text in described_fields(schema)}
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field in fields:
         cells = (f"`{prefix}{field.name}`", type_name(hints[field.name]), default(field), described[field.name])
@@ -104,47 +94,6 @@ def table(schema: type, prefix: str, fields: list[dataclasses.Field]) -> str:
 def introduction(schema: type) -> str:
     """The docstring up to its section of attributes."""
     return inspect.cleandoc(schema.__doc__ or "").partition("\nAttributes:\n")[0].strip()
-
-
-def descriptions(schema: type) -> dict[str, str]:
-    """The description of every field, from the docstrings of the class and its bases."""
-    found: dict[str, str] = {}
-    for kind in reversed(schema.__mro__):
-        section = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("\nAttributes:\n")[2]
-        for entry in re.split(r"\n(?=    \w)", "\n" + section.split("\n\n")[0])[1:]:
-            name, _, text = entry.strip().partition(": ")
-            found[name] = text[:1].upper() + " ".join(text.split())[1:]
-    return found
-
-
-def type_name(hint: Any) -> str:
-    """The name of a type for users."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join(type_name(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) in (list, dict):
-        inner = typing.get_args(hint)[-1]
-        kind = "list" if typing.get_origin(hint) is list else "section"
-        return kind if inner is Any else f"{kind} of {type_name(inner)}"
-    return {type(None): "null", Any: "any"}.get(hint) or hint.__name__
-
-
-def default(field: dataclasses.Field) -> str:
-    """The default in YAML."""
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if value == "???":
-        return "must be given"
-    if value == "" or value == {}:
-        return "empty"
-    return f"`{in_yaml(value)}`"
-
-
-def in_yaml(value: Any) -> str:
-    """A value in command-line syntax."""
-    if isinstance(value, list):
-        return f"[{','.join(in_yaml(item) for item in value)}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
 
 
 def group_tables() -> Iterator[str]:

@@ -52,7 +52,8 @@ def test_training_leaves_checkpoints_figures_and_images(trained):
 def test_offline_run_is_kept_in_the_run_folder(trained):
     run, finished = trained
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
-    assert "wandb" not in finished.out
+    folder = next((run / "wandb").glob("offline-run-*"))
+    assert f"wandb: offline run in {folder}, upload it with: wandb sync {folder}" in finished.out
 
 
 def test_sampling_only_needs_the_checkpoint_folder(trained, tmp_path):
@@ -160,7 +161,8 @@ def test_online_run_without_a_login_warns_and_continues_offline(tiny_data, tmp_p
     finished = train_here(tiny_data, tmp_path / "run", "wandb.enabled=true", "wandb.mode=online")
     assert (finished.status, finished.err) == (0, "")
     notices = [line for line in finished.out.splitlines() if "wandb" in line]
-    assert notices == ["wandb: no login found (run `wandb login`): logging offline"]
+    assert notices[0] == "wandb: no login found (run `wandb login`): logging offline"
+    assert len(notices) == 2 and "upload it with: wandb sync" in notices[1]
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
 
 

@@ -17,11 +17,21 @@ from flowdit import sample
 
 SETTINGS = [
     # Refused by Hydra: key, reason and value of its long message.
-    ("train.num_stepz=1", "'train.num_stepz'", "'num_stepz' not in 'TrainConfig'"),
-    ("train.num_steps=1e3", "train.num_steps=1e3", "'1000.0' of type 'float' could not be converted to Integer"),
+    ("train.num_steps=1.5", "train.num_steps=1.5", "'1.5' of type 'float' could not be converted to Integer"),
     ("train.num_steps=abc", "train.num_steps=abc", "'abc' of type 'str' could not be converted to Integer"),
     ("train.num_steps=null", "train.num_steps=null", "is not Optional"),
-    ("train.num_steps", "Error parsing override 'train.num_steps'", "missing EQUAL"),
+    # Refused before Hydra reads it.
+    (
+        "train.num_stepz=1",
+        "train.num_stepz: no such setting; did you mean train.num_steps? (train has num_steps, batch_",
+    ),
+    ("learning_rate=1", "learning_rate: no such setting; did you mean optim.learning_rate? (there are seed, "),
+    ("trian.batch_size=1", "trian.batch_size: no such setting; did you mean train.batch_size?"),
+    ("train.num_steps", "train.num_steps: settings are given as key=value"),
+    ("--train.num_steps=4", "--train.num_steps=4: no such option; settings are given as key=value"),
+    ("train.batch_size=8,16", "train.batch_size: must be one value, got 8,16"),
+    ("train.sample_labels=cat,dog", "must be one value, got cat,dog; a list is written in brackets, [cat,dog]"),
+    ("train.sample_prompts=[a (b]", "quote a text with a comma, colon, bracket or quote", "got '[a (b]'"),
     ("train.sample_labels=[a", "train.sample_labels=[a", "no viable alternative"),
     ("train.num_steps=${nothing}", "train.num_steps", "Interpolation key 'nothing' not found"),
     ("optim.betas=[0.9,x]", "optim.betas=[0.9,x]", "'x' of type 'str'"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -65,13 +66,15 @@ def write_checksums(step_folder: epath.PathLike) -> None:
     (step_folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
-def verify_files(step_folder: epath.PathLike) -> None:
+def verify_files(step_folder: epath.PathLike, items: Sequence[str] = ITEMS) -> None:
     """Raise `DamagedCheckpoint` naming the first file that is missing, was not recorded, or differs from its checksum.
 
-    An existing file that cannot be read raises `CheckpointError`, as the cause may be the disk and not the checkpoint.
+    Only the files of `items` are read. An existing file that cannot be read raises `CheckpointError`, as the cause may be the disk and not the checkpoint.
     """
     step_folder = epath.Path(step_folder)
-    recorded, files = _read_checksums(step_folder / CHECKSUMS), _files(step_folder)
+    recorded, files = _read_checksums(step_folder / CHECKSUMS), _files(step_folder, items)
+    others = set(ITEMS) - set(items)
+    recorded = {name: checksum for name, checksum in recorded.items() if name.split("/")[0] not in others}
     for name in sorted(recorded.keys() - files.keys()):
         raise DamagedCheckpoint(f"{step_folder / name}: file is missing")
     for name in sorted(files.keys() - recorded.keys()):
@@ -94,11 +97,11 @@ def _read_checksums(file: epath.Path) -> dict[str, str]:
         raise (CheckpointError if is_disk else DamagedCheckpoint)(str(problem)) from problem
 
 
-def _files(step_folder: epath.Path) -> dict[str, Path]:
-    """The files of all items by relative name.
+def _files(step_folder: epath.Path, items: Sequence[str] = ITEMS) -> dict[str, Path]:
+    """The files of the items by relative name.
 
     Orbax's own file is written again after the checksums, and other tools may add folders (.git), so both are excluded.
     """
     local = Path(step_folder)  # epath finds no files in sub-folders, and takes a pipe for a file
-    paths = [p for item in ITEMS for p in sorted((local / item).rglob("*")) if p.is_file()]
+    paths = [p for item in items for p in sorted((local / item).rglob("*")) if p.is_file()]
     return {p.relative_to(local).as_posix(): p for p in paths}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -15,13 +16,14 @@ from pydantic import Field, PlainValidator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
-from flowdit.checkpoint.files import CheckpointError, verify_files, what_is_in
+from flowdit.checkpoint.files import CheckpointError, list_steps, verify_files, what_is_in
 from flowdit.conditioning.meta import ConditioningMeta
-from flowdit.config import Config, from_stored
+from flowdit.config import Config
 from flowdit.data.manifest import Manifest
 from flowdit.errors import first_line
 from flowdit.fields import FieldError, require, shortened
 from flowdit.json_input import STRICT_PART, InputError, Listed, parse
+from flowdit.stored_config import from_stored
 
 FORMAT = 1
 
@@ -134,6 +136,15 @@ def read_meta(step_folder: epath.PathLike) -> RunMeta:
         raise CheckpointError(f"{step_folder}: must be a checkpoint (<run>/<step>), {what_is_in(step_folder)}")
     verify_files(step_folder)
     return verified_meta(step_folder)
+
+
+def newest_meta(folder: epath.Path) -> RunMeta | None:
+    """Metadata of the newest step in a run folder whose own metadata are intact; the other items are not read."""
+    for step in reversed(list_steps(folder)):
+        with contextlib.suppress(CheckpointError):
+            verify_files(folder / str(step), ("meta",))
+            return verified_meta(folder / str(step))
+    return None
 
 
 def verified_meta(step_folder: epath.Path) -> RunMeta:

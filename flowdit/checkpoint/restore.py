@@ -93,33 +93,50 @@ def _restore_step(step_folder: epath.Path, template: State, fresh: Fresh) -> Res
     return Restored(from_named(template, arrays), dataset, meta)
 
 
-def restore_newest(
-    folder: epath.PathLike, template: State, check_meta: Callable[[RunMeta], None], fresh: Fresh
-) -> Restored[State]:
-    """Restore the newest intact checkpoint; damaged newer ones are logged and renamed to `<step>.damaged`.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The newest intact step of a run folder, and the names of newer, damaged ones."""
 
-    The first process finds it and broadcasts the step before any process restores. `template` holds `ShapeDtypeStruct`s
-    with shardings. `check_meta` raises `ValueError` for an intact checkpoint of another run, which ends the search, as
-    does a checkpoint of another format. `fresh` makes the arrays of auxiliary losses that are not in the checkpoint, by
-    name. Raises `CheckpointError` if no step can be read.
+    step: int
+    damaged: list[str]
+
+
+def find_newest(folder: epath.Path) -> Found:
+    """Find the newest intact checkpoint; damaged newer ones are logged.
+
+    The first process reads all files and broadcasts the answer. Raises `CheckpointError` if no step can be read.
+    """
+    return Found(*from_first(lambda: _newest_intact(folder)))
+
+
+def restore_newest(
+    folder: epath.PathLike,
+    template: State,
+    check_meta: Callable[[RunMeta], None],
+    fresh: Fresh,
+    found: Found | None = None,
+) -> Restored[State]:
+    """Restore the newest intact checkpoint, `found` or else searched; damaged newer ones are renamed `<step>.damaged`.
+
+    `template` holds `ShapeDtypeStruct`s with shardings. `check_meta` raises `ValueError` for a checkpoint of another run.
+    `fresh` makes the arrays of auxiliary losses that are not in the checkpoint, by name. Raises `CheckpointError` if no
+    step can be read, or it is of another format.
     """
     folder = epath.Path(folder)
-    step, damaged = from_first(lambda: _find_newest(folder, check_meta))
-    restored = _restore_step(folder / str(step), template, fresh)
+    found = found or find_newest(folder)
+    step_folder = folder / str(found.step)
+    from_first(lambda: _check_step(step_folder, found.step, check_meta))
+    restored = _restore_step(step_folder, template, fresh)
     wait_for_all("restored")
-    from_first(lambda: [set_aside(folder / name) for name in damaged])
+    from_first(lambda: [set_aside(folder / name) for name in found.damaged])
     return restored
 
 
-def _find_newest(folder: epath.Path, check_meta: Callable[[RunMeta], None]) -> tuple[int, list[str]]:
-    """The newest intact step, and the names of newer, damaged ones."""
-    step, damaged = _newest_intact(folder)
-    step_folder = folder / str(step)
+def _check_step(step_folder: epath.Path, step: int, check_meta: Callable[[RunMeta], None]) -> None:
     meta = verified_meta(step_folder)
     if meta.step != step:
         raise CheckpointError(f"{step_folder}: must be named after its step, {meta.step}")
     check_meta(meta)
-    return step, damaged
 
 
 def _newest_intact(folder: epath.Path) -> tuple[int, list[str]]:

@@ -240,9 +240,10 @@ class Text(Conditioning):
         )
 
     def figures(self) -> dict[str, int]:
-        """Captions of the training split that were longer than `text.max_length`."""
+        """Captions of the training split that were read, and those of them longer than `text.max_length`."""
         assert self.training is not None
-        return {"data/truncated_captions": self.training.readers["train"].truncated}
+        counts = self.training.readers["train"].counts
+        return {"data/captions": counts.captions, "data/truncated_captions": counts.truncated}
 
     # --- starting and resuming ---
 

@@ -22,10 +22,7 @@ CAPTIONS = ("short_caption", "long_caption")
 class TextReader(Protocol):
     """Converts captions to the text arrays of a batch. Thread-safe."""
 
-    @property
-    def truncated(self) -> int:
-        """Number of captions read so far that were cut."""
-        ...
+    counts: "CaptionCounts"
 
     def read(
         self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
@@ -43,30 +40,30 @@ class TokenizedCaptions:
     def __init__(self, tokenize: Callable[[Sequence[str]], Tokens], long_caption_prob: float):
         self._tokenize = tokenize
         self._long_caption_prob = long_caption_prob
-        self._truncated = Counter()
-
-    @property
-    def truncated(self) -> int:
-        return self._truncated.value
+        self.counts = CaptionCounts()
 
     def read(
         self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
     ) -> dict[str, np.ndarray]:
         use_long = choose_long(records, draws, self._long_caption_prob)
         tokens = self._tokenize(chosen_captions(records, use_long))
-        self._truncated.add(int(tokens.truncated.sum()))
+        self.counts.add(tokens.truncated)
         return {"text_ids": tokens.ids, "text_mask": tokens.mask}
 
 
-class Counter:
-    """A thread-safe sum."""
+class CaptionCounts:
+    """The number of captions read so far, and of those that were cut. Thread-safe."""
 
     def __init__(self) -> None:
-        self.value, self._lock = 0, threading.Lock()
+        self.captions = 0
+        self.truncated = 0
+        self._lock = threading.Lock()
 
-    def add(self, count: int) -> None:
+    def add(self, truncated: Bool[np.ndarray, " n"]) -> None:
+        """Count a batch of captions, some of which were cut."""
         with self._lock:
-            self.value += count
+            self.captions += len(truncated)
+            self.truncated += int(truncated.sum())
 
 
 def choose_long(

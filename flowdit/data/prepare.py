@@ -30,7 +30,7 @@ from flowdit.data.shards import (
     write_shard,
 )
 from flowdit.data.text_features import renew_identity, write_cache
-from flowdit.fields import require, require_choice, under
+from flowdit.fields import FREE_TEXT, require, require_choice, under
 from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
 from flowdit.models.vae import AutoencoderKL, load_vae
@@ -78,8 +78,8 @@ class PrepareConfig:
     posterior_std: bool = False
     hflip: bool = False
     dtype: str = "float16"
-    license: str = ""
-    attribution: str = ""
+    license: str = dataclasses.field(default="", metadata=FREE_TEXT)
+    attribution: str = dataclasses.field(default="", metadata=FREE_TEXT)
     text_encoder: str = ""
     text_dtype: str = "bfloat16"
     text_max_length: int = 120

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float64
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from flowdit.data.captions import CAPTIONS, Counter, caption_key, choose_long, chosen_captions
+from flowdit.data.captions import CAPTIONS, CaptionCounts, caption_key, choose_long, chosen_captions
 from flowdit.data.manifest import (
     HASH_LIMIT_BYTES,
     Manifest,
@@ -151,11 +151,7 @@ class CachedCaptions:
     def __init__(self, cache: FeatureCache, long_caption_prob: float):
         self._cache = cache
         self._long_caption_prob = long_caption_prob
-        self._truncated = Counter()
-
-    @property
-    def truncated(self) -> int:
-        return self._truncated.value
+        self.counts = CaptionCounts()
 
     def read(
         self, indices: Sequence[int], records: Sequence[Mapping[str, Any]], draws: Float64[np.ndarray, " n"]
@@ -163,7 +159,7 @@ class CachedCaptions:
         use_long = choose_long(records, draws, self._long_caption_prob)
         numbers = len(CAPTIONS) * np.asarray(indices) + use_long
         text = self._cache.read(numbers.tolist(), chosen_captions(records, use_long))
-        self._truncated.add(int(text.truncated.sum()))
+        self.counts.add(text.truncated)
         return {"text_features": text.features, "text_mask": text.mask}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from flowdit.conditioning import Requests
 from flowdit.config import SampleConfig
 from flowdit.data.images import SUFFIXES
+from flowdit.data.progress import progress_bar
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.inference.images import save_grid
 from flowdit.inference.sampler import Drawn, Sampler
@@ -27,37 +28,62 @@ GRID_IMAGES = 256
 """Maximum number of images in the grid; the folder may hold more."""
 
 
-def write_samples(sampler: Sampler, requests: Requests, solver: SamplerConfig, config: SampleConfig) -> Path:
-    """Draw the `requests`, write `grid.png`, single PNGs and `samples.json` to `config.out`; return the grid's path.
+def write_samples(sampler: Sampler, requests: Requests, solvers: Sequence[SamplerConfig], config: SampleConfig) -> Path:
+    """Draw the `requests` with each of the `solvers`, write `grid.png`, single PNGs and `samples.json` to `config.out`.
 
-    Images are written batch by batch, so memory does not grow with their number. Raises `ValueError` on write errors.
+    Returns the grid's path. The images of one solver have the noise of the others and, with several, are one row of the
+    grid. Images are written batch by batch, so memory does not grow with their number. Raises `ValueError` on write
+    errors.
     """
     out = Path(config.out)
     with _naming_the_folder(out):
         out.mkdir(parents=True, exist_ok=True)
-    batches = sampler.batches(requests, solver, config.seed, config.batch_size)
-    first = next(batches)  # an error here leaves the files of an earlier run unchanged
-    replaced = check_folder(config)
-    settings = dataclasses.asdict(config) | dataclasses.asdict(solver) | {"captions": requests.captions}
-    record = {"settings": settings, "step": sampler.trained.step, "weights": "ema"}
-    with _naming_the_folder(out):
-        for path in replaced:
-            path.unlink()
-        # The list of files is written first, so that files of an interrupted run can be identified, too.
-        (out / UNFINISHED).write_text(json.dumps(record, indent=1) + "\n")
-    names = _image_names(requests.captions)
-    shown = []
-    evaluations = 0
-    for drawn in itertools.chain([first], batches):
+    captions = _captions(requests, solvers)
+    _ = sampler.decode  # loads the VAE, whose errors must come before the progress bar
+    batches = _batches(sampler, requests, solvers, config)
+    with progress_bar("sampling", "images", len(captions), len(captions)) as progress:
+        first = next(batches)  # an error here leaves the files of an earlier run unchanged
+        replaced = check_folder(config)
+        settings = dataclasses.asdict(config) | dataclasses.asdict(solvers[0]) | {"captions": captions}
+        settings["guidance"] = [solver.guidance for solver in solvers] if len(solvers) > 1 else solvers[0].guidance
+        record = {"settings": settings, "step": sampler.trained.step, "weights": "ema"}
         with _naming_the_folder(out):
-            _write_batch(out, names, drawn, config.save_latents)
-        shown += [image.copy() for image in drawn.images[: GRID_IMAGES - len(shown)]]
-        evaluations = max(evaluations, int(drawn.evaluations.max()))
+            for path in replaced:
+                path.unlink()
+            # The list of files is written first, so that files of an interrupted run can be identified, too.
+            (out / UNFINISHED).write_text(json.dumps(record, indent=1) + "\n")
+        names = _image_names(captions)
+        shown = []
+        evaluations = 0
+        for drawn in itertools.chain([first], batches):
+            with _naming_the_folder(out):
+                _write_batch(out, names, drawn, config.save_latents)
+            shown += [image.copy() for image in drawn.images[: GRID_IMAGES - len(shown)]]
+            evaluations = max(evaluations, int(drawn.evaluations.max()))
+            progress.update(len(drawn.images))
+    columns = len(requests) if len(solvers) > 1 else config.columns
     with _naming_the_folder(out):
-        save_grid(out / "grid.png", np.stack(shown), requests.captions[: len(shown)], config.columns)
+        save_grid(out / "grid.png", np.stack(shown), captions[: len(shown)], columns)
         (out / UNFINISHED).write_text(json.dumps(record | {"evaluations": evaluations}, indent=1) + "\n")
         os.replace(out / UNFINISHED, out / "samples.json")
     return out / "grid.png"
+
+
+def _captions(requests: Requests, solvers: Sequence[SamplerConfig]) -> list[str]:
+    """The text below each image; with several solvers also their guidance."""
+    if len(solvers) == 1:
+        return requests.captions
+    texts = [f"{caption}, " if caption else "" for caption in requests.captions]
+    return [f"{text}guidance {solver.guidance:g}" for solver in solvers for text in texts]
+
+
+def _batches(
+    sampler: Sampler, requests: Requests, solvers: Sequence[SamplerConfig], config: SampleConfig
+) -> Iterator[Drawn]:
+    """The batches of one solver after the other, with the images numbered over all of them."""
+    for row, solver in enumerate(solvers):
+        for drawn in sampler.batches(requests, solver, config.seed, config.batch_size):
+            yield drawn._replace(numbers=[row * len(requests) + number for number in drawn.numbers])
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from etils import epath
 from flowdit.checkpoint.files import what_is_in
 from flowdit.checkpoint.restore import newest_intact
 from flowdit.config import as_list
-from flowdit.fields import about, require, require_choice
+from flowdit.fields import FREE_TEXT, about, require, require_choice
 from flowdit.inference.images import load_matching_vae, save_grid
 from flowdit.inference.sampler import Sampler
 from flowdit.inference.trained import describe_trained
@@ -71,7 +71,7 @@ class ConvertConfig(ForeignConfig):
     own_class: bool = False
     image: str = "draw"
     picture: str | None = None
-    prompts: Any = None
+    prompts: Any = dataclasses.field(default=None, metadata=FREE_TEXT)
     push_to_hub: str | None = None
     private: bool = True
 

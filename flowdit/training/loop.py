@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import jax
 
+from flowdit.checkpoint.files import list_steps
+from flowdit.checkpoint.restore import Found
 from flowdit.checkpoint.writer import CheckpointWriter
 from flowdit.config import Config
 from flowdit.data.loader import DataSet
@@ -26,14 +28,14 @@ class TrainingDiverged(ValueError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-def train(config: Config) -> None:
-    """Train up to `train.num_steps`, from the start or from the newest intact checkpoint.
+def train(config: Config, found: Found | None = None, resume_command: str = "") -> None:
+    """Train up to `train.num_steps`, from the start or from the newest intact checkpoint, `found` or else searched.
 
     SIGTERM, and Ctrl-C in a single process, save and return; an error saves first, if possible. Raises `ValueError`
     with one line for errors that the user can fix, `TrainingDiverged` after `train.max_skipped_in_row` skipped steps,
-    `CheckpointError` if checkpoints cannot be written.
+    `CheckpointError` if checkpoints cannot be written. A run that ends early logs `resume_command`, if given.
     """
-    run, settings = start_run(config), config.train
+    run, settings = start_run(config, found), config.train
     state, start = run.state, int(run.state.step)
     step, stopping = start, False
     primary = jax.process_index() == 0
@@ -44,7 +46,8 @@ def train(config: Config) -> None:
         tracker.log(start, run.figures)
 
     writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta)
-    with stop_signal() as signalled, tracker, writer, closing(run.evaluations, tracker):
+    saved = saying_how_to_resume(writer, settings.num_steps, resume_command)
+    with stop_signal() as signalled, tracker, saved, writer, closing(run.evaluations, tracker):
         batches = prefetch_to_device(run.mesh, run.stream, run.conditioning.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
             if step == start + 1:
@@ -72,6 +75,17 @@ def train(config: Config) -> None:
                         tracker.report(step, evaluation(step, state))
         ended = "done" if step >= settings.num_steps else "stopped by signal"
         logger.info("%s; checkpoint: %s", ended, writer.last_good())
+
+
+@contextlib.contextmanager
+def saying_how_to_resume(writer: CheckpointWriter, num_steps: int, command: str) -> Iterator[None]:
+    """At the end, also after an error, log the command that continues the run, if it is not complete."""
+    try:
+        yield
+    finally:
+        steps = list_steps(writer.folder)
+        if command and steps and steps[-1] < num_steps:
+            logger.info("resume with: %s", command)
 
 
 def is_due(step: int, every: int) -> bool:

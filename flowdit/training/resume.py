@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from flowdit.checkpoint.files import CheckpointError, list_steps
 from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.names import named_arrays
-from flowdit.checkpoint.restore import restore_newest
+from flowdit.checkpoint.restore import Found, restore_newest
 from flowdit.conditioning import Conditioning, kind_of
 from flowdit.config import Config
 from flowdit.data.loader import TrainStream
@@ -60,8 +60,9 @@ def resume(
     stream: TrainStream,
     conditioning: Conditioning,
     meta: RunMeta,
+    found: Found | None,
 ) -> tuple[TrainState, RunMeta]:
-    """Restore the newest intact checkpoint, and move the stream to the batch after it. Logs changed settings.
+    """Restore the newest intact checkpoint, `found` or else searched, and move the stream to the batch after it. Logs changed settings.
 
     Returns its state, and `meta` with the id of the resumed run.
     Parameters of auxiliary losses that are not in the checkpoint are taken from `build_state`.
@@ -76,7 +77,7 @@ def resume(
         build = lambda: {name: array for name, array in named_arrays(build_state()).items() if name in names}
         return init_sharded(mesh, build)
 
-    restored = restore_newest(folder, template, check, fresh)
+    restored = restore_newest(folder, template, check, fresh, found)
     stream.set_state(restored.dataset)
     logger.info("resumed from %s", folder / str(int(restored.state.step)))
     return restored.state, dataclasses.replace(meta, run_id=restored.meta.run_id)

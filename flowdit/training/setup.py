@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from flowdit import conditioning as kinds
 from flowdit.checkpoint.files import list_steps
 from flowdit.checkpoint.meta import RunMeta, run_meta
-from flowdit.checkpoint.restore import abstract_state
+from flowdit.checkpoint.restore import Found, abstract_state
 from flowdit.checkpoint.writer import check_free_space
 from flowdit.conditioning import Batch, Conditioning
 from flowdit.config import Config
@@ -57,8 +57,8 @@ class Run(NamedTuple):
     figures: dict[str, float]
 
 
-def start_run(config: Config) -> Run:
-    """Check all settings, then build or restore the state. Raises `ValueError` with one line for user errors."""
+def start_run(config: Config, found: Found | None = None) -> Run:
+    """Check all settings, then build or restore the state, from `found` if given. Raises one-line `ValueError`s."""
     train, folder = config.train, epath.Path(config.train.checkpoint_dir)
     manifest = open_manifest(config.data)
     mesh = make_mesh(config.mesh)
@@ -96,6 +96,7 @@ def start_run(config: Config) -> Run:
             stream=stream,
             conditioning=conditioning,
             meta=meta,
+            found=found,
         )
     else:
         state = init_sharded(mesh, build_state, start)

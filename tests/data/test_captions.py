@@ -38,7 +38,7 @@ def test_truncated_captions_are_counted_over_all_threads():
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(200)))
-    assert text.truncated == 400
+    assert (text.counts.captions, text.counts.truncated) == (600, 400)
 
 
 def test_the_key_of_captions_tells_where_one_ends():

@@ -82,7 +82,7 @@ def test_both_ways_count_the_same_truncated_captions(captions, cache):
     draws = np.linspace(0, 0.9, 20)
     for text in (online, cached):
         open_captioned(captions, text).read_batch(list(range(20)), draws)
-    assert online.truncated == cached.truncated > 0
+    assert online.counts.truncated == cached.counts.truncated > 0
 
 
 def test_records_without_any_caption_have_an_empty_mask(tmp_path):
