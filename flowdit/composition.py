@@ -137,4 +137,5 @@ def _advice(composed: DictConfig, message: str) -> str | None:
     if value == default:
         return None
     default = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
-    return f"the value is from experiment={preset}, {key[0]}={in_yaml(default)} undoes it"
+    shown = "..." if key[0] in OmegaConf.missing_keys(without) else in_yaml(default)
+    return f"the value is from experiment={preset}, {key[0]}={shown} undoes it"

@@ -245,7 +245,8 @@ class SampleConfig:
     def samplers(self) -> list[dict[str, Any]]:
         """The fields of `SamplerConfig`, None if not set, for each value of `guidance`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplerConfig)}
-        return [fields | {"guidance": value} for value in as_list(self.guidance) or [None]]
+        values = [None if value is None else float(value) for value in as_list(self.guidance) or [None]]
+        return [fields | {"guidance": value} for value in values]
 
     def check(self) -> None:
         """Raise `FieldError` naming the first field that breaks a rule; `inference.sampler` checks the others."""

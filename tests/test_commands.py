@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from models.text_folders import write_t5gemma
 from PIL import Image
-from runs import REPOSITORY, Finished, call, finish, metrics, start, steps_of, train_here
+from runs import REPOSITORY, Finished, call, finish, metrics, start, steps_of, train_here, wait_for_line
 
-from flowdit import sample
+from flowdit import cli, sample
 
 PRINT_ALLOCATOR = """
 import os, flowdit.train
@@ -60,7 +62,8 @@ def test_sampling_only_needs_the_checkpoint_folder(trained, tmp_path):
     checkpoint = shutil.copytree(trained[0] / "6", tmp_path / "alone")
     settings = (f"checkpoint={checkpoint}", "labels=[cat,3]", "num_images=2", "solver=heun", "steps=2", "seed=5")
     finished = finish(start("-m", "flowdit.sample", *settings, "save_latents=true", "out=images"))
-    assert (finished.status, finished.err) == (0, "")
+    assert finished.status == 0
+    assert "sampling: 100%" in finished.err and "4/4" in finished.err.splitlines()[-1]
     out = tmp_path / "images"
     assert sorted(path.name for path in out.glob("*.png")) == [
         *("0000_cat.png", "0001_cat.png", "0002_sun.png", "0003_sun.png", "grid.png")
@@ -117,7 +120,9 @@ def test_stage_2_shows_its_progress(text_trained):
         assert expected in finished.out
     with Image.open(run / "samples" / "00000006.png") as grid:
         assert np.ptp(np.asarray(grid)) > 0
-    assert metrics(run, "data/truncated_captions")[6] > 0  # "a red apple, food, fruit" letter by letter
+    # Letter by letter, "a red apple, food, fruit" is cut.
+    truncated, captions = (metrics(run, f"data/{name}")[6] for name in ("truncated_captions", "captions"))
+    assert 0 < truncated < captions and f"truncated captions {truncated} of {captions}" in finished.out
 
 
 def test_sampling_prompts(text_trained, tmp_path):
@@ -126,7 +131,8 @@ def test_sampling_prompts(text_trained, tmp_path):
     checkpoint, moved = shutil.copytree(run / "6", tmp_path / "alone"), shutil.copytree(encoder, tmp_path / "moved")
     settings = (f"checkpoint={checkpoint}", f"text_encoder={moved}", "prompts_file=prompts.txt", "num_images=2")
     finished = finish(start("-m", "flowdit.sample", *settings, "steps=1", "out=images"))
-    assert (finished.status, finished.err) == (0, "")
+    assert finished.status == 0
+    assert "2 prompts: 'red apple', 'flag of Germany'" in finished.out
     names = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
     apples, flags = (f"000{i}_red_apple.png" for i in (0, 1)), (f"000{i}_flag_of_Germany.png" for i in (2, 3))
     assert names == [*apples, *flags, "grid.png"]
@@ -208,3 +214,64 @@ def test_traceback_on_request():
     assert "Traceback (most recent call last)" in finished.err
     assert "nowhere: no such folder" in finished.err.splitlines()[-1]
     assert os.sep + "training" + os.sep + "setup.py" in finished.err
+
+
+@pytest.fixture
+def hanging_import(tmp_path) -> Path:
+    """A folder with a `hydra` whose import says so and does not end."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "hydra.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    return tmp_path / "slow"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ((str(REPOSITORY / "train_stage1.py"),), "train-stage1"),
+        (("-m", "flowdit.prepare"), "prepare"),
+        (("-c", "from flowdit.cli import main; main()", "sample"), "sample"),
+    ],
+    ids=["script", "module", "console command"],
+)
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_during_the_imports_ends_in_a_line(hanging_import, command, name, number, word):
+    python_path = os.pathsep.join([str(hanging_import), str(REPOSITORY)])
+    process = start(*command, PYTHONPATH=python_path)
+    wait_for_line(process, "importing")
+    process.send_signal(number)
+    finished = finish(process)
+    assert finished.status == 128 + number
+    assert finished.err == f"{word} received while starting: {name} has ended, nothing was written\n"
+
+
+def console(*arguments: str) -> Finished:
+    return call(cli.main, *arguments)
+
+
+def test_the_console_command_lists_its_commands():
+    finished = console("--help")
+    assert finished.status == 0
+    assert [line.split()[0] for line in finished.out.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
+    assert console("trian").err.startswith("error: flowdit: must be followed by one of train-stage1, ")
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_has_the_settings_of_the_command(name):
+    finished = console(name, "--help")
+    assert (finished.status, finished.err) == (0, "")
+    keys = [
+        line.split()[0].partition("=")[0] for line in finished.out.splitlines() if re.match(r"  [a-z_.]+(=|  \()", line)
+    ]
+    keys = [key for key in keys if key != "experiment"]  # the presets
+    assert len(keys) == len(set(keys))
+    own = {
+        "train-stage1": ("data.path", "train.num_steps", "model.depth", "mesh.fsdp"),
+        "train-stage2": ("text.encoder", "data.text_cache", "train.init_time", "model.null_tokens"),
+        "prepare": ("source", "captions", "vae"),
+        "sample": ("checkpoint", "prompt", "guidance"),
+        "convert": ("source", "target", "to"),
+    }
+    assert set(own[name]) <= set(keys)
+    assert ("text.encoder" in keys) == (name == "train-stage2")
+    assert "hydra/" not in finished.out
+    assert ("  train.num_steps=150000" in finished.out) == (name == "train-stage2")  # the default of this command

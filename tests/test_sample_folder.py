@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damage import contents, refused
+from PIL import Image
 from runs import call, error_line
 
 from flowdit import sample
@@ -50,13 +51,38 @@ def test_a_second_run_overwrites_the_first_on_request(whole_run):
     assert names() == ["0000_heart.png", "grid.png", "mine/0000_cat.png", "notes.txt", "samples.json"]
 
 
+def test_a_list_of_guidance_values_draws_a_row_for_each(whole_run):
+    assert sample_here(whole_run / "6", "labels=[cat,dog]", "guidance=[1,2.5,6]", "save_latents=true").status == 0
+    pairs = [(name, value) for value in ("1", "2_5", "6") for name in ("cat", "dog")]
+    assert names()[:6] == [f"{i:04d}_{name}__guidance_{value}.png" for i, (name, value) in enumerate(pairs)]
+    assert np.load("out/latents.npy").shape == (6, 16, 8, 8)
+    assert json.loads(Path("out/samples.json").read_text())["settings"]["guidance"] == [1.0, 2.5, 6.0]
+    with Image.open("out/grid.png") as grid:
+        assert grid.width < 3 * 132 and grid.height > 3 * 132  # two columns, three rows
+    assert sample_here(whole_run / "6", "labels=[sun]", "overwrite=true").status == 0
+    assert names() == ["0000_sun.png", "grid.png", "samples.json"]
+
+
+@pytest.mark.parametrize("value", ["[]", "[1,high]", "true", "{a: 1}"])
+def test_bad_guidance(whole_run, value):
+    line = error_line(sample_here(whole_run / "6", f"guidance={value}"))
+    assert line.startswith("error: guidance: must be a number or a list of numbers, got ")
+
+
+@pytest.mark.parametrize("second", ["prompts=[b]", "prompts_file=prompts.txt"])
+def test_prompts_are_given_in_one_way(second):
+    line = error_line(sample_here(Path("nowhere"), "prompt=a", second))
+    assert line.startswith(f"error: {second.partition('=')[0]}: must not be given together with prompt, got ")
+
+
 def test_files_of_an_interrupted_run_are_known(whole_run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(sample_folder, "save_grid", interrupted)
-        assert sample_here(whole_run / "6", "labels=[cat]").status == 128 + signal.SIGINT
+        finished = sample_here(whole_run / "6", "labels=[cat]")
+    assert finished.status == 128 + signal.SIGINT and finished.err.splitlines()[-1] == "stopped by Ctrl-C"
     assert names() == ["0000_cat.png", "samples.json.unfinished"]
     assert "out holds the 2 files of an earlier run" in error_line(sample_here(Path("nowhere")))
     assert sample_here(whole_run / "6", "labels=[sun]", "overwrite=true").status == 0

@@ -25,6 +25,7 @@ from flowdit.data.loader import DataConfig, DataSet, Source, TrainStream, open_s
 from flowdit.data.manifest import Manifest
 from flowdit.data.schema import LATENTS, record_schema
 from flowdit.diffusion.objective import Objective
+from flowdit.fields import about
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.optim import Optimizer, make_optimizer
 from flowdit.processes import from_first
@@ -158,8 +159,9 @@ def make_stream(config: Config, source: Source) -> TrainStream:
 
 def open_manifest(config: DataConfig) -> Manifest:
     """Read the data set's manifest and verify its shards. Raises `ValueError` naming file and rule."""
-    manifest = Manifest.read(config.path)
-    data_manifest.verify(config.path, manifest, hashes=config.verify_hashes, limit=config.hash_limit)
+    with about("data.path"):
+        manifest = Manifest.read(config.path)
+        data_manifest.verify(config.path, manifest, hashes=config.verify_hashes, limit=config.hash_limit)
     return manifest
 
 
