@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from flowdit.command import Command, run_command, user_errors
 from flowdit.config import SampleConfig, register_schemas, resolve
-from flowdit.fields import about, listed, require
+from flowdit.fields import about, called, listed, require
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
@@ -66,7 +66,8 @@ def _sample(composed: DictConfig) -> None:
     with about("checkpoint"):
         sampler = load(config.checkpoint, vae=config.vae, text_encoder=config.text_encoder)
     solvers = [sampler.sampler_config(fields) for fields in config.samplers()]
-    requests = sampler.requests(config.num_images, arguments)
+    with called({"prompts": "prompt"} if config.prompt is not None else {}):
+        requests = sampler.requests(config.num_images, arguments)
     if prompts:
         count = f"{len(prompts)} prompts" if len(prompts) > 1 else "1 prompt"
         logger.info("%s: %s", count, listed([repr(prompt) for prompt in prompts]))

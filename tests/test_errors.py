@@ -157,7 +157,7 @@ def test_bad_data_folder(tiny_data, tmp_path, bad):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     bad.damage(data)
     line = refused(lambda: train_here(data, tmp_path / "run"), data)
-    assert line.startswith(("error: train.latent_scale: ", f"error: {data}"))
+    assert line.startswith(("error: train.latent_scale: ", f"error: {data}", f"error: data.path: {data}"))
     assert [part for part in bad.expected if part not in line] == [], line
     assert not (tmp_path / "run").exists()
 

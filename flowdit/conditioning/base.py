@@ -186,7 +186,7 @@ def check_request_args(conditioning: Conditioning, arguments: Mapping[str, Any])
         is_asked = value is not None and not (isinstance(value, str) and not value)
         if is_asked and name not in conditioning.request_args:
             takes = " and ".join(conditioning.request_args) or "no condition"
-            raise ValueError(f"{name}: not supported by this model, which takes {takes}")
+            raise FieldError(name, f"not supported by this model, which takes {takes}")
 
 
 def repeated(items: Sequence[Any], count: int) -> list[Any]:

@@ -309,7 +309,8 @@ def test_damaged_metadata_are_detected_before_parsing(run, main, word):
     file.write_text(text.replace(word, chr(ord(word[0]) ^ 1) + word[1:], 1))
     arguments = [f"checkpoint={run / '6'}"] if main is sample.main else [f"source={run / '6'}", "target=out"]
     line = refused(lambda: call(main, *arguments), run)
-    assert line == f"error: {file}: content differs from its checksum"
+    field = arguments[0].partition("=")[0]
+    assert line == f"error: {field}: {file}: content differs from its checksum"
 
 
 def test_logged_learning_rate_is_the_one_used(tiny_data, tmp_path, monkeypatch):

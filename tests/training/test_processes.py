@@ -22,9 +22,9 @@ from flowdit.checkpoint.restore import restore_newest
 
 cluster, folder, tasks = json.loads(sys.argv[1])
 
-def start_and_keep_layout(config):
+def start_and_keep_layout(config, found):
     global layout
-    run = setup.start_run(config)
+    run = setup.start_run(config, found)
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
     return run
 
@@ -112,7 +112,7 @@ def test_console_and_log_are_the_first_process_s(pair):
 def test_checkpoint_of_two_processes_is_restored_in_one(tiny_data, pair, tmp_path):
     run = shutil.copytree(pair[0] / "1", tmp_path / "run")
     verify_files(run / "6")
-    finished = train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=7")
+    finished = train_here(tiny_data, run, "train.is_restore=true", "train.num_steps=7", "mesh.fsdp=1")
     assert (finished.status, finished.err) == (0, "")
     assert "changed since the checkpoint: mesh.fsdp: 4 -> 1" in finished.out
     assert "mesh.coordinator" not in finished.out
