@@ -1,8 +1,11 @@
-"""Peak FLOP/s of accelerators, by JAX's device names."""
+"""Peak FLOP/s of accelerators, by JAX's device names, and what estimates need to know of the devices."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
+
+import jax
 
 TERA = 1e12
 
@@ -59,3 +62,36 @@ def peak_flops(device: Any, dtype: str) -> float | None:
     bfloat16, float32 = PEAKS.get(device.device_kind, (None, None))
     peak = {"bfloat16": bfloat16, "float32": float32}.get(dtype)
     return None if peak is None else peak * TERA
+
+
+UTILISATION = 0.2
+"""Share of an accelerator's peak that training of small models is assumed to reach."""
+UNKNOWN_PEAK = 50 * TERA
+UNKNOWN_MEMORY = 16e9
+"""Assumed for an accelerator that does not say, in FLOP/s and bytes."""
+CPU_CORE_FLOPS = 20e9
+"""FLOP/s of a core in training of small models; measured on two cores of a Xeon with AVX-512."""
+MOST_CORES = 8
+"""Small models gain little from more cores."""
+
+
+class Machine(NamedTuple):
+    """The devices of this run. `memory` is in bytes, of one device; `flops` is what all devices reach in training."""
+
+    kind: str
+    is_accelerator: bool
+    num_devices: int
+    memory: float
+    flops: float
+
+
+def this_machine() -> Machine:
+    """What JAX runs on."""
+    device, count = jax.devices()[0], jax.device_count()
+    if device.platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Machine(f"{cores} CPU cores", False, count, memory / count, CPU_CORE_FLOPS * min(cores, MOST_CORES))
+    memory = (device.memory_stats() or {}).get("bytes_limit", UNKNOWN_MEMORY)
+    peak = peak_flops(device, "bfloat16") or UNKNOWN_PEAK
+    return Machine(f"{count} x {device.device_kind}", True, count, memory, UTILISATION * peak * count)

@@ -14,6 +14,7 @@ import sys
 import hydra
 import jax
 from etils import epath
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from flowdit import conditioning
@@ -24,6 +25,7 @@ from flowdit.command import Command, run_command, tell_processes_apart, user_err
 from flowdit.composition import continued, naming_the_preset, typed_overrides
 from flowdit.config import Config, refuse_unknown, register_schemas, resolve
 from flowdit.processes import join_processes
+from flowdit.sized import PRESETS, choose_sizes
 from flowdit.training.loop import train
 
 STAGE1 = Command(
@@ -100,6 +102,8 @@ def _configured(composed: DictConfig, network: str, stored: RunMeta | None) -> C
         raise ValueError(f"conditioning: must be {' or '.join(kinds)} with this command, got {kind}")
     conditioning.check(config)
     config.check()
+    if stored is None and HydraConfig.get().runtime.choices.get("experiment") in PRESETS:
+        choose_sizes(config, typed_overrides())
     return config
 
 

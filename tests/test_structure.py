@@ -42,6 +42,7 @@ LAYERS = {
     "training": 9,
     "interop": 10,
     "composition": 11,
+    "sized": 11,
     "train": 11,
     "sample": 11,
     "prepare": 11,

@@ -1,0 +1,65 @@
+"""`experiment=small` and `small_text`: the settings that follow from data and devices are put into the configuration."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from flowdit.config import Config
+from flowdit.data.manifest import Manifest
+from flowdit.fields import require
+from flowdit.hardware import this_machine
+from flowdit.models.text_encoder import WORDLLAMA
+from flowdit.training.estimate import Condition
+from flowdit.training.small import choose
+
+logger = logging.getLogger(__name__)
+
+PRESETS = ("small", "small_text")
+MODEL_SIZE = ("model.depth", "model.hidden_dim", "model.num_heads")
+T5GEMMA_WIDTH = 2304
+
+
+def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
+    """Set what these presets choose in the checked `config`, except for the keys of command-line `overrides`, and log it.
+
+    Raises `ValueError` for data that cannot be read, typed values that do not fit them, and several processes.
+    """
+    for field in ("multi_process", "coordinator"):
+        value = getattr(config.mesh, field)
+        require(f"mesh.{field}", value, not value, "must not be given with this preset, which is for one process")
+    manifest, condition = Manifest.read(config.data.path), Condition()
+    if config.model.name == "pixart":
+        if not manifest.has_captions:
+            advice = "python train_stage1.py experiment=small trains without"
+            raise ValueError(f"data.path: {config.data.path} has no captions, which this preset needs; {advice}")
+        width = 256 if config.text.encoder == WORDLLAMA else T5GEMMA_WIDTH
+        condition = Condition(text_tokens=config.text.max_length, text_width=width)
+    typed = {key: functools.reduce(getattr, key.split("."), config) for key in typed_keys(overrides)}
+    sizes = choose(manifest, this_machine(), config.model.name, condition, typed)
+    for key, value in sizes.values.items():
+        *sections, name = key.split(".")
+        setattr(functools.reduce(getattr, sections, config), name, value)
+    config.check()
+    for line in sizes.lines():
+        logger.info(line)
+
+
+def typed_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys of the run, model and optimizer that command-line overrides set; a size of the model sets three."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [key for override in parsed for key in _keys(override.key_or_group, override.value())]
+
+
+def _keys(key: str, value: Any) -> Iterator[str]:
+    if key == "model/size":
+        yield from MODEL_SIZE
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _keys(f"{key}.{name}", inner)
+    elif key.partition(".")[0] in ("train", "model", "optim", "conditioning"):
+        yield key
