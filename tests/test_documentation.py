@@ -1,11 +1,25 @@
 """The pages agree with the code: settings, links, tests that are named, commands and Python that are shown."""
 
+import ast
 import dataclasses
+import importlib
 import importlib.util
 import re
+import shlex
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+
+from flowdit import conditioning
+from flowdit.config import Config, SampleConfig, register_schemas, resolve
+from flowdit.convert import register_schema
+from flowdit.data.prepare import PrepareConfig
+from flowdit.interop import ConvertConfig
+from flowdit.overrides import for_hydra
+from flowdit.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "document_config.py"
@@ -93,3 +107,63 @@ def test_files_and_tests_that_are_named_exist(page):
         found = [path for path in (ROOT / "tests").rglob("test_*.py") if path.as_posix().endswith(f"/{name}")]
         assert len(found) == 1, name
         assert not test or f"def {test}(" in found[0].read_text(), f"{name}::{test}"
+
+
+@page
+def test_prose_fits_120_characters(page):
+    if page.name != "configuration.md":  # written by a script
+        lines = BLOCK.sub("", page.read_text()).splitlines()
+        assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+COMMANDS = {"train-stage1": "config", "train-stage2": "config_stage2"}
+SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
+SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig}
+# It adds settings to the package, which its commands use.
+SHOWN = [each for each in PAGES if each.name != "extending.md"]
+
+
+def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """The commands of flowdit on a page, in blocks and in lines, as the name of the YAML file and its overrides."""
+    text = page.read_text()
+    blocks = [code.replace("\\\n", " ") for _, language, code in BLOCK.findall(text) if not language]
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+    for line in [*"\n".join(blocks).splitlines(), *inline]:
+        if not (command := re.search(r"(?:python )?train_(stage[12])\.py|python -m flowdit\.(\w+)|^flowdit ([\w-]+)", line)):
+            continue
+        stage, module, name = command.groups()
+        name = f"train-{stage}" if stage else module or name
+        arguments = shlex.split(line[command.end() :], comments=True)
+        yield COMMANDS.get(name, name), [argument for argument in arguments if "=" in argument]
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_compose(page):
+    register_schemas()
+    register_schema()
+    for name, arguments in command_lines(page):
+        overrides = for_hydra(arguments, settings_of(SCHEMAS[name]))
+        with initialize_config_module("flowdit.configs", version_base="1.3"):
+            config = resolve(compose(name, overrides), SCHEMAS[name])
+        config.check()
+        if isinstance(config, Config):
+            conditioning.check(config)
+
+
+@page
+def test_settings_that_are_named_exist(page):
+    known = {key for schema in SCHEMAS.values() for key in settings_of(schema)}
+    for code in re.findall(r"`([^`]+)`", prose(page)):
+        for key in re.findall(r"(?:^|\s)((?:train|data|model|text|optim|mesh|wandb)\.[a-z_.]+)=", code):
+            assert key in known or page.name in ("CHANGELOG.md", "extending.md"), key
+
+
+@page
+def test_python_is_valid_and_its_imports_exist(page):
+    for _, language, code in BLOCK.findall(page.read_text()):
+        for node in ast.walk(ast.parse(textwrap.dedent(code))) if language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowdit"):
+                path = f"{node.module}.py".replace(".", "/", node.module.count("."))
+                if f"`{path}`:" not in page.read_text():  # the page itself adds it
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
