@@ -116,25 +116,30 @@ def test_prose_fits_120_characters(page):
         assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
-COMMANDS = {"train-stage1": "config", "train-stage2": "config_stage2"}
+TRAINING = {"train-stage1": "config", "train-stage2": "config_stage2"}
 SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
 SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig}
-# It adds settings to the package, which its commands use.
-SHOWN = [each for each in PAGES if each.name != "extending.md"]
+REQUIRED = {"sample": ["checkpoint=x"], "convert": ["source=x", "target=y"], "prepare": []}
+# The one adds settings to the package, which its commands use; the other quotes a command that is refused.
+SHOWN = [each for each in PAGES if each.name not in ("extending.md", "decisions.md")]
 
 
 def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """The commands of flowdit on a page, in blocks and in lines, as the name of the YAML file and its overrides."""
-    text = page.read_text()
-    blocks = [code.replace("\\\n", " ") for _, language, code in BLOCK.findall(text) if not language]
+    """The commands of flowdit on a page, as the name of the YAML file and the settings.
+
+    Those within a line of text, and those that resume a run, may leave out the settings that a command needs.
+    """
+    blocks = [code.replace("\\\n", " ") for _, language, code in BLOCK.findall(page.read_text()) if not language]
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
     for line in [*"\n".join(blocks).splitlines(), *inline]:
-        if not (command := re.search(r"(?:python )?train_(stage[12])\.py|python -m flowdit\.(\w+)|^flowdit ([\w-]+)", line)):
+        command = re.search(r"\btrain_(stage[12])\.py|python -m flowdit\.(\w+)|^flowdit ([\w-]+)", line)
+        if command is None:
             continue
         stage, module, name = command.groups()
         name = f"train-{stage}" if stage else module or name
-        arguments = shlex.split(line[command.end() :], comments=True)
-        yield COMMANDS.get(name, name), [argument for argument in arguments if "=" in argument]
+        arguments = [a for a in shlex.split(line[command.end() :], comments=True) if "=" in a]
+        may_be_partial = line in inline or "train.is_restore=true" in arguments
+        yield TRAINING.get(name, name), [*(REQUIRED.get(name, ["data.path=x"]) if may_be_partial else []), *arguments]
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -142,9 +147,8 @@ def test_commands_compose(page):
     register_schemas()
     register_schema()
     for name, arguments in command_lines(page):
-        overrides = for_hydra(arguments, settings_of(SCHEMAS[name]))
         with initialize_config_module("flowdit.configs", version_base="1.3"):
-            config = resolve(compose(name, overrides), SCHEMAS[name])
+            config = resolve(compose(name, for_hydra(arguments, settings_of(SCHEMAS[name]))), SCHEMAS[name])
         config.check()
         if isinstance(config, Config):
             conditioning.check(config)
