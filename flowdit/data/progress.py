@@ -1,4 +1,4 @@
-"""The progress bar of what takes long."""
+"""The progress bar of long tasks."""
 
 import logging
 

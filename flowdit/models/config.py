@@ -101,7 +101,7 @@ class ModelConfig:
     def attention_shapes(
         self, latent_shape: tuple[int, int, int], text_tokens: int | None = None
     ) -> list[AttentionShape]:
-        """What `attend` is asked for: self-attention over the patches, and with a text the cross-attention to it."""
+        """The shapes passed to `attend`: self-attention over the patches, and with a text the cross-attention to it."""
         patches = latent_shape[1] * latent_shape[2] // self.patch_size**2
         to_text = [] if text_tokens is None else [AttentionShape(self.head_dim, patches, text_tokens)]
         return [AttentionShape(self.head_dim, patches), *to_text]

@@ -122,7 +122,7 @@ class PixArt(eqx.Module):
         return self.time_embed(t) + self.size_embed(condition.size)
 
     def _caption(self, condition: TextCondition) -> Float[Array, "tokens text_dim"]:
-        """The text features or the null caption. Where that is one vector, the mask is immaterial to it."""
+        """The text features or the null caption. If that is one vector, the mask has no effect."""
         is_null = condition.dropped | ~condition.mask.any()
         # Texts may be padded to less than the null caption's length; their masks end before.
         null = self.null_caption.reshape(-1, self.text_dim)[: condition.features.shape[0]]

@@ -12,7 +12,7 @@ POSITIONS = ("sincos", "rope")
 
 
 class Positions(NamedTuple):
-    """How tokens are told apart by their place in a grid of patches. Nothing is learned, so any grid will do.
+    """The positions of tokens in a grid of patches. Nothing is learned, so the grid may have any size.
 
     A token's coordinate along an axis is its number over `interpolation_scale`. With `base`, a grid of any size spans the
     range of `base` patches: the coordinate is also divided by (patches along the axis / base), as in PixArt-alpha.

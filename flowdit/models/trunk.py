@@ -222,7 +222,7 @@ def _run_part(
 
 
 class TrunkSettings(NamedTuple):
-    """What a network computes with besides its arrays: the same for any size of latents."""
+    """The settings of a network besides its arrays; they do not depend on the size of the latents."""
 
     patch_size: int
     norm: str = "layer"
