@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import re
@@ -120,6 +121,7 @@ TRAINING = {"train-stage1": "config", "train-stage2": "config_stage2"}
 SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
 SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig}
 REQUIRED = {"sample": ["checkpoint=x"], "convert": ["source=x", "target=y"], "prepare": []}
+SETTINGS = {name: settings_of(schema) for name, schema in SCHEMAS.items()}
 # The one adds settings to the package, which its commands use; the other quotes a command that is refused.
 SHOWN = [each for each in PAGES if each.name not in ("extending.md", "decisions.md")]
 
@@ -142,21 +144,28 @@ def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
         yield TRAINING.get(name, name), [*(REQUIRED.get(name, ["data.path=x"]) if may_be_partial else []), *arguments]
 
 
+@functools.cache
+def check_command(name: str, arguments: tuple[str, ...]) -> None:
+    """Compose and check a command; cached, as many commands are on several pages."""
+    config = resolve(compose(name, for_hydra(arguments, SETTINGS[name])), SCHEMAS[name])
+    config.check()
+    if isinstance(config, Config):
+        conditioning.check(config)
+
+
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_compose(page):
     register_schemas()
     register_schema()
-    for name, arguments in command_lines(page):
-        with initialize_config_module("flowdit.configs", version_base="1.3"):
-            config = resolve(compose(name, for_hydra(arguments, settings_of(SCHEMAS[name]))), SCHEMAS[name])
-        config.check()
-        if isinstance(config, Config):
-            conditioning.check(config)
+    with initialize_config_module("flowdit.configs", version_base="1.3"):
+        for name, arguments in command_lines(page):
+            if arguments:
+                check_command(name, tuple(arguments))
 
 
 @page
 def test_settings_that_are_named_exist(page):
-    known = {key for schema in SCHEMAS.values() for key in settings_of(schema)}
+    known = {key for settings in SETTINGS.values() for key in settings}
     for code in re.findall(r"`([^`]+)`", prose(page)):
         for key in re.findall(r"(?:^|\s)((?:train|data|model|text|optim|mesh|wandb)\.[a-z_.]+)=", code):
             assert key in known or page.name in ("CHANGELOG.md", "extending.md"), key
