@@ -8,16 +8,18 @@ Every field is described in an `Attributes:` section of the docstring of its cla
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import flowdit.configs
-from flowdit.config import Config, SampleConfig
+from flowdit.config import Config, SampleConfig, register_schemas
 from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
 from flowdit.interop import ConvertConfig
@@ -34,8 +36,8 @@ COMMANDS = {
 INTRODUCTION = """# Configuration
 
 Every key of every command: type, default, meaning. Written by `python scripts/document_config.py` from the dataclasses
-that hold the settings; do not edit. Defaults are those of the dataclasses; changes by the YAML groups are listed [at
-the end](#yaml-groups). Set a key with `key=value` on the command line; `null` means no value.
+that hold the settings; do not edit. Set a key with `key=value` on the command line; `null` means no value. Presets and
+other YAML groups, which set several keys, are listed [at the end](#yaml-groups).
 
 """
 
@@ -86,9 +88,29 @@ def table(schema: type, prefix: str, fields: list[dataclasses.Field]) -> str:
     hints, described = typing.get_type_hints(schema), {field.name: text for field, text in described_fields(schema)}
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for field in fields:
-        cells = (f"`{prefix}{field.name}`", type_name(hints[field.name]), default(field), described[field.name])
+        stages = [
+            text for text in stage_defaults().get(prefix + field.name, []) if not text.endswith(f" {default(field)}")
+        ]
+        value = "; ".join([default(field), *stages])
+        cells = (f"`{prefix}{field.name}`", type_name(hints[field.name]), value, described[field.name])
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n\n"
+
+
+@functools.cache
+def stage_defaults() -> dict[str, list[str]]:
+    """Defaults of the training commands that are not those of the dataclasses, by key: "stage 2: `150000`"."""
+    register_schemas()
+    found: dict[str, list[str]] = {}
+    plain = dict(leaves(dataclasses.asdict(Config())))
+    for stage, name in ((1, "config"), (2, "config_stage2")):
+        with initialize_config_module("flowdit.configs", version_base="1.3"):
+            composed = OmegaConf.to_container(compose(name))
+        assert isinstance(composed, dict)
+        for key, value in leaves(composed):
+            if value != plain.get(key, value) and value != "???":
+                found.setdefault(key, []).append(f"stage {stage}: `{in_yaml(value)}`")
+    return found
 
 
 def introduction(schema: type) -> str:
