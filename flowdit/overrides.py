@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString, Swee
 from hydra.errors import HydraException
 
 import flowdit.configs
-from flowdit.fields import FieldError, shown
+from flowdit.fields import FieldError, require, shown
 from flowdit.settings import Setting, unknown_setting
 from flowdit.stored_config import literal
 
@@ -42,13 +42,14 @@ def for_hydra(arguments: Sequence[str], settings: Mapping[str, Setting]) -> list
 
 def _override(argument: str, settings: Mapping[str, Setting], sweeps: bool, own_groups: bool) -> str:
     key, equals, value = argument.partition("=")
-    if key[:1] in ("+", "~"):  # Hydra's additions and removals, which are refused after composing
-        return argument
-    if not equals:
+    is_change = key[:1] not in ("+", "~")  # and not one of Hydra's additions and removals, refused after composing
+    if is_change and not equals:
         raise FieldError(argument, "settings are given as key=value (--help lists them)")
+    if is_change and key not in settings and not _is_group(key, settings, own_groups):
+        raise unknown_setting(key, settings)
     if key not in settings:
-        if not _is_group(key, settings, own_groups):
-            raise unknown_setting(key, settings)
+        is_sweep = isinstance(_parsed(argument), Sweep) and not sweeps
+        require(key, value, not is_sweep, "must be one value")
         return argument
     setting = settings[key]
     if setting.is_free_text:

@@ -118,6 +118,7 @@ def test_whole_numbers_may_be_written_with_an_exponent():
             "guidence: no such setting; did you mean guidance? (there are checkpoint, labels, ",
         ),
         (SampleConfig, "guidance=1,3", "guidance: must be one value, got 1,3; a list is written in brackets, [1,3]"),
+        (Config, "experiment=tiny,openmoji", "experiment: must be one value, got 'tiny,openmoji'"),
         (SampleConfig, "num_images=1,3", "num_images: must be one value, got 1,3"),
         (
             SampleConfig,
