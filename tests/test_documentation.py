@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from test_structure import LAYERS
 
 from flowdit import conditioning
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
@@ -76,6 +77,13 @@ def test_a_field_has_a_row_of_key_type_default_and_description(generator):
 def test_fields_and_descriptions_must_be_the_same(generator, schema, field):
     with pytest.raises(ValueError, match=f"^{schema.__name__}: .* {field}$"):
         list(generator.sections(schema))
+
+
+def test_the_table_of_layers_is_that_of_the_imports():
+    named: dict[str, int] = {}
+    for number, modules in re.findall(r"^\| (\d+) \| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.M):
+        named |= {module.partition(".")[0]: int(number) for module in re.findall(r"`(\w[\w.]*)`", modules)}
+    assert named == LAYERS
 
 
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
