@@ -26,7 +26,7 @@ LOGITS_KEPT = 2.2
 """The same per attention logit."""
 OVERHEAD = 1.1
 """Validation, previews, saving and logging, as a factor of the time of the steps."""
-SHORTEST_STEP = 0.01
+SHORTEST_STEP = 0.03
 """Seconds that the host needs for a step, however fast the devices are."""
 
 
