@@ -78,7 +78,10 @@ def content_of(file: Any) -> Iterator[None]:
 
 def shown(value: Any) -> str:
     """The `repr` of a value, possibly from an untrusted file, shortened for an error message."""
-    return shortened(repr(value), 80)
+    try:
+        return shortened(repr(value), 80)
+    except (RecursionError, ValueError):  # nested too deeply, an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
 
 
 def shortened(text: str, length: int = 120) -> str:

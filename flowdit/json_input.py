@@ -56,6 +56,11 @@ def parse_file(kind: type[T], file: epath.PathLike) -> T:
 
 def parse(kind: type[T], content: Any) -> T:
     """Parse JSON data as `kind`. Raises `InputError` for the first broken rule: `key: rule, got value`."""
+    return parse_value(kind, content)
+
+
+def parse_value(kind: Any, content: Any) -> Any:
+    """The same for any annotation, such as a type with limits. Without a key the error begins with the rule."""
     try:
         # Back to text, as strict types do not accept Python lists and dicts for tuples and dataclasses.
         return _adapter(kind).validate_json(json.dumps(content))

@@ -21,7 +21,7 @@ class EncoderMeta:
     fingerprint: str
     dtype: str
     max_length: Count
-    width: Annotated[int, Field(ge=0)]
+    width: Annotated[int, Field(ge=0, lt=2**31)]
 
 
 @dataclass(frozen=True, config=STRICT_PART, kw_only=True)

@@ -110,7 +110,8 @@ def sample(
     are chosen per image, so that images do not depend on the rest of the batch; more than `config.steps` raise an
     error.
     """
-    model, start_time, start = _starting_point(model, noise, prediction)
+    model = velocity_field(model, prediction)
+    start_time, start = _starting_point(noise, prediction)
 
     def solve(start: Array, condition: Any, null: Any) -> Samples:
         return _solve(model, start, start_time, condition, null, config)
@@ -150,11 +151,14 @@ def _solve(
     return Samples(solution.ys[0], jnp.broadcast_to(evaluations, start.shape[:1]))
 
 
-def _starting_point(model: Velocity, noise: Array, prediction: str) -> tuple[Velocity, float, Array]:
+def velocity_field(model: Velocity, prediction: str) -> Velocity:
+    """The velocity field of a network with this output, one of `PREDICTIONS`. Raises `ValueError` for another one."""
     require_choice("prediction", prediction, PREDICTIONS)
-    if prediction == "noise":
-        return velocity_from_noise(model), LAST_TIME, start_at_last_time(noise)
-    return model, 1.0, noise
+    return velocity_from_noise(model) if prediction == "noise" else model
+
+
+def _starting_point(noise: Array, prediction: str) -> tuple[float, Array]:
+    return (LAST_TIME, start_at_last_time(noise)) if prediction == "noise" else (1.0, noise)
 
 
 def _controller(config: SamplerConfig, start_time: float) -> diffrax.AbstractStepSizeController:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,13 @@ from flowdit.fields import FieldError, about
 from flowdit.models.vae import AutoencoderKL, load_vae
 from flowdit.sharding import batch_sharding, batch_shards, replicated
 
-Decode = Callable[[Float[np.ndarray, "n c h w"], int], UInt8[np.ndarray, "n height width 3"]]
+Decode = Callable[..., UInt8[np.ndarray, "n height width 3"]]
 DECODED_AT_ONCE = 16
 """Images per device and decoding call: the VAE needs far more memory than the diffusion network."""
 
 
 def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[float], mesh: Mesh) -> Decode:
-    """Return (normalised latents, batch size to compile for) -> uint8 images, split over the mesh."""
+    """Return (normalised latents, batch size to compile for, by default their number) -> uint8 images, split over the mesh."""
     vae = jax.device_put(vae, replicated(mesh))
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
@@ -34,9 +35,9 @@ def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[floa
         images = jax.vmap(vae.decode)(raw)
         return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
-    def decode(latents, batch_size):
-        shards = batch_shards(mesh)
-        size = min(-(-batch_size // shards), DECODED_AT_ONCE) * shards
+    def decode(latents: Float[Any, "n c h w"], batch_size: int | None = None) -> UInt8[np.ndarray, "n height width 3"]:
+        shards, latents = batch_shards(mesh), np.asarray(latents)
+        size = min(-(-(batch_size or len(latents)) // shards), DECODED_AT_ONCE) * shards
         padded = np.concatenate([latents, np.zeros((-len(latents) % size, *latents.shape[1:]), latents.dtype)])
         rows = [jax.device_put(padded[i : i + size], batch_sharding(mesh)) for i in range(0, len(padded), size)]
         images = np.concatenate([np.asarray(decode_batch(vae, part)) for part in rows])

@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from flowdit.fields import shown
+from pydantic import Field
+
+from flowdit.fields import called, content_of, shown
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES, Architecture, DiffusersClass
 from flowdit.interop.layouts import Arrays, Layout
-from flowdit.interop.portable import MAX_SAMPLED_SIDE
+from flowdit.interop.metadata import MAX_SAMPLED_SIDE
+from flowdit.json_input import parse_value
 from flowdit.models.config import MODELS, ModelConfig
 
 CLASSES = {kind.name: (architecture, kind) for architecture in ARCHITECTURES.values() for kind in architecture.classes}
@@ -23,6 +26,15 @@ CLASSES = {kind.name: (architecture, kind) for architecture in ARCHITECTURES.val
 SHARED_NAME = "Transformer2DModel"
 BY_NORM = {architecture.constants["norm_type"][0]: architecture.stock.name for architecture in ARCHITECTURES.values()}
 MAY_BE_ZERO = ("time_freq_shift",)
+WIDTH = "num_attention_heads x attention_head_dim"
+_THEIR_NAMES = {"depth": "num_layers", "hidden_dim": WIDTH, "num_heads": "num_attention_heads"}
+
+
+_COUNT = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+_COUNT_OR_ZERO = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_POSITIVE = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1e30)]
+_NOT_NEGATIVE = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1e30)]
+_FLAG = Annotated[bool, Field(strict=True)]
 
 
 class Settings(NamedTuple):
@@ -31,29 +43,25 @@ class Settings(NamedTuple):
     file: Path
     values: Mapping[str, Any]
 
-    def whole(self, name: str, least: int = 1) -> int:
-        if type(value := self.values[name]) is not int or value < least:
-            raise self.error(name, f"a whole number above {least - 1}" if least else "a whole number, not negative")
-        return value
+    def count(self, name: str, *, may_be_zero: bool = False) -> int:
+        return self._parsed(name, _COUNT_OR_ZERO if may_be_zero else _COUNT)
 
     def number(self, name: str, *, may_be_zero: bool = False) -> float:
-        value = self.values[name]
-        # NaN compares false, and an int of hundreds of digits does not fit a float.
-        if type(value) not in (int, float) or not 0 <= value < 1e100 or (value == 0 and not may_be_zero):
-            raise self.error(name, "a number, not negative" if may_be_zero else "a number above 0")
-        return float(value)
+        return self._parsed(name, _NOT_NEGATIVE if may_be_zero else _POSITIVE)
 
     def flag(self, name: str) -> bool:
-        if type(value := self.values[name]) is not bool:
-            raise self.error(name, "true or false")
-        return value
+        return self._parsed(name, _FLAG)
 
     def require(self, name: str, *expected: Any) -> None:
         if self.values[name] not in expected:
-            raise self.error(name, repr(expected[0]))
+            raise self.error(name, f"must be {expected[0]!r}")
 
     def error(self, name: str, rule: str) -> ValueError:
-        return ValueError(f"{self.file}: {name} must be {rule}, got {shown(self.values.get(name))}")
+        return ValueError(f"{self.file}: {name}: {rule}, got {shown(self.values.get(name))}")
+
+    def _parsed(self, name: str, kind: Any) -> Any:
+        with content_of(self.file), content_of(name):
+            return parse_value(kind, self.values[name])
 
 
 def find_class(file: Path, raw: Mapping[str, Any]) -> tuple[Architecture, DiffusersClass]:
@@ -62,7 +70,7 @@ def find_class(file: Path, raw: Mapping[str, Any]) -> tuple[Architecture, Diffus
     if name == SHARED_NAME and isinstance(norm, str):
         name = BY_NORM.get(norm, name)
     if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(f"{file.parent} must be one of {', '.join(CLASSES)}, got {shown(name)}")
+        raise ValueError(f"{file}: _class_name: must be one of {', '.join(CLASSES)}, got {shown(name)}")
     return CLASSES[name]
 
 
@@ -77,34 +85,39 @@ def read_config(
     settings = Settings(file, {field: raw.get(field, default) for field, default in kind.honoured.items()})
     for field, values in architecture.constants.items():
         settings.require(field, *values)
-    side = settings.whole("sample_size")
+    side = settings.count("sample_size")
     if side > MAX_SAMPLED_SIDE:
-        raise settings.error("sample_size", f"at most {MAX_SAMPLED_SIDE}")
+        raise settings.error("sample_size", f"must be at most {MAX_SAMPLED_SIDE}")
     nulls = {name: value for name, value in architecture.nulls(side).items() if settings.values[name] is None}
     settings = Settings(file, {**settings.values, **nulls})
     model = _model(settings, architecture, kind)
     # diffusers' positions span those of `sample_size` at any other size.
     model.position_base = side // model.patch_size
+    latent_shape = (settings.count("in_channels"), side, side)
     _check_sizes(settings, architecture, tensors, model)
-    return architecture.layout, model, (settings.whole("in_channels"), side, side)
+    with content_of(file), called(_THEIR_NAMES | dict(kind.fields)):
+        model.check(latent_shape)
+    return architecture.layout, model, latent_shape
 
 
 def _model(settings: Settings, architecture: Architecture, kind: DiffusersClass) -> ModelConfig:
     model_class = MODELS[architecture.layout.model]
 
-    def value(ours: str, name: str) -> Any:
+    def value_of(ours: str, name: str) -> Any:
         is_flag = isinstance(getattr(model_class, ours), bool)
         return settings.flag(name) if is_flag else settings.number(name, may_be_zero=ours in MAY_BE_ZERO)
 
-    heads = settings.whole("num_attention_heads")
+    heads = settings.count("num_attention_heads")
     model = model_class(
         name=architecture.layout.model,
-        depth=settings.whole("num_layers"),
-        hidden_dim=heads * settings.whole("attention_head_dim"),
+        depth=settings.count("num_layers"),
+        hidden_dim=heads * settings.count("attention_head_dim"),
         num_heads=heads,
-        patch_size=settings.whole("patch_size"),
+        patch_size=settings.count("patch_size"),
     )
-    return dataclasses.replace(model, **kind.fixed, **{ours: value(ours, name) for ours, name in kind.fields.items()})
+    return dataclasses.replace(
+        model, **kind.fixed, **{ours: value_of(ours, name) for ours, name in kind.fields.items()}
+    )
 
 
 class _Claim(NamedTuple):
@@ -122,25 +135,25 @@ def _check_sizes(settings: Settings, architecture: Architecture, tensors: Arrays
     folder, layout = settings.file.parent, architecture.layout
     blocks = layouts.count_blocks(layout, tensors, str(folder))
     if model.depth != blocks:
-        raise settings.error("num_layers", f"{blocks}, the number of blocks in its tensors")
+        raise settings.error("num_layers", f"must be {blocks}, the number of blocks in its tensors")
     for field, given, size, ours, axis in _sizes(settings, architecture, model):
         name = layouts.numbered(layout, layout.theirs(ours), 0)
         if name not in tensors:
-            raise ValueError(f"{folder} must hold the tensor {name}")
+            raise ValueError(f"{folder}: must hold the tensor {name}")
         shape = tensors[name].shape
         if len(shape) <= axis or shape[axis] != size:
-            rule = f"{field} must fit the tensor {name} of shape {list(shape)}, got {shown(given)}"
-            raise ValueError(f"{settings.file}: {rule}")
+            rule = f"must fit the tensor {name} of shape {list(shape)}, got {shown(given)}"
+            raise ValueError(f"{settings.file}: {field}: {rule}")
 
 
 def _sizes(settings: Settings, architecture: Architecture, model: ModelConfig) -> Iterator[_Claim]:
-    values, heads = settings.values, "num_attention_heads x attention_head_dim"
-    yield _Claim(heads, model.hidden_dim, model.hidden_dim, "patch_embed.weight")
-    yield _Claim("in_channels", values["in_channels"], settings.whole("in_channels"), "patch_embed.weight", 1)
+    values = settings.values
+    yield _Claim(WIDTH, model.hidden_dim, model.hidden_dim, "patch_embed.weight")
+    yield _Claim("in_channels", values["in_channels"], settings.count("in_channels"), "patch_embed.weight", 1)
     yield _Claim("patch_size", model.patch_size, model.patch_size, "patch_embed.weight", 2)
-    out = settings.whole("in_channels" if values["out_channels"] is None else "out_channels")
+    out = settings.count("in_channels" if values["out_channels"] is None else "out_channels")
     yield _Claim("out_channels", values["out_channels"], out * model.patch_size**2, "final_linear.bias")
     inner = int(model.hidden_dim * model.mlp_ratio)
     yield _Claim("mlp_ratio", model.mlp_ratio, inner, "blocks.mlp.up.bias")
     for field, ours, axis, more in architecture.sizes:
-        yield _Claim(field, values[field], settings.whole(field, least=1 - more) + more, ours, axis)
+        yield _Claim(field, values[field], settings.count(field, may_be_zero=more > 0) + more, ours, axis)

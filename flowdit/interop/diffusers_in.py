@@ -14,10 +14,10 @@ from flowdit.fields import FieldError, shown
 from flowdit.inference.trained import Trained
 from flowdit.interop import layouts
 from flowdit.interop.diffusers_config import Settings, find_class, read_config
-from flowdit.interop.foreign import Found, assemble, check_dtypes, check_repeated
+from flowdit.interop.foreign import Found, assemble, check_repeated
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig
-from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe, parse_meta
+from flowdit.interop.portable import Portable, array_shapes, check_dtypes, check_shapes, checked, describe, parse_meta
 from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.config import ModelConfig

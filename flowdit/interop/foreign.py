@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from flowdit.config import Config
 from flowdit.data.loader import DataConfig
-from flowdit.fields import listed
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig, foreign_meta
-from flowdit.interop.portable import Portable, array_shapes, check_shapes, checked, describe
+from flowdit.interop.portable import Portable, array_shapes, check_dtypes, check_shapes, checked, describe
 from flowdit.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ def assemble(found: Found, hints: ForeignConfig, fold: Callable[[Arrays], Arrays
     model = found.model
     layout = layouts.for_model(found.layout, model)
     tensors = {n: t for n, t in found.tensors.items() if not n.startswith(layout.ignored)}
-    tensors = _first_half(found, tensors)
     check_dtypes(found.source, tensors)
     config = Config(model=model, data=DataConfig(path=""))
     size = condition_size(found.layout, tensors)
@@ -46,9 +44,13 @@ def assemble(found: Found, hints: ForeignConfig, fold: Callable[[Arrays], Arrays
     meta = foreign_meta(config, condition, found.latent_shape, hints)
     meta = dataclasses.replace(meta, prediction=found.prediction, source=layout.name)
     shapes = array_shapes(describe(meta, found.source))
+    wanted = layouts.tensor_shapes(layout, shapes, model.patch_size)
+    with_variances = _with_variances(found, wanted)
+    is_doubled = all(name in tensors and tensors[name].shape == shape for name, shape in with_variances.items())
     check_shapes(
-        layouts.tensor_shapes(layout, shapes, model.patch_size), {n: t.shape for n, t in tensors.items()}, found.source
+        wanted | with_variances if is_doubled else wanted, {n: t.shape for n, t in tensors.items()}, found.source
     )
+    tensors = _first_half(found, tensors) if is_doubled else tensors
     check_repeated(found.source, layout, tensors, model.depth)
     arrays = layouts.to_ours(layout, tensors, model.depth)
     arrays = fold(arrays) if fold else arrays
@@ -67,26 +69,20 @@ def condition_size(layout: Layout, tensors: Arrays) -> int:
     return shape[size.axis] - size.more if len(shape) > size.axis else 0
 
 
+def _with_variances(found: Found, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the final layer's tensors if it also has learned variances, in a second half of the channels."""
+    names = [found.layout.theirs(f"final_linear.{part}") for part in ("weight", "bias")]
+    return {name: (2 * shapes[name][0], *shapes[name][1:]) for name in names}
+
+
 def _first_half(found: Found, tensors: Arrays) -> Arrays:
-    """Remove the learned variances in the second half of the output channels, if any."""
+    """Remove the learned variances."""
     channels, patch_area = found.latent_shape[0], found.model.patch_size**2
     names = [found.layout.theirs(f"final_linear.{part}") for part in ("weight", "bias")]
-    if any(name not in tensors or len(tensors[name]) != 2 * channels * patch_area for name in names):
-        return tensors
     kept = f"the first {channels} of {2 * channels} output channels are kept"
     logger.info("%s: learned sigmas are dropped: %s", found.source, kept)
     halves = {n: tensors[n].reshape(patch_area, 2 * channels, -1)[:, :channels] for n in names}
     return tensors | {n: half.reshape(-1, *tensors[n].shape[1:]) for n, half in halves.items()}
-
-
-def check_dtypes(source: str, tensors: Arrays) -> None:
-    """Raise `ValueError` for tensors of several dtypes, or of a non-float dtype."""
-    kinds: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        kinds.setdefault(str(tensor.dtype), []).append(name)
-    if len(kinds) > 1 or not set(kinds) <= {"float32", "float16", "bfloat16", "float64"}:
-        each = (f"{len(names)} {kind} ({listed(sorted(names), 1)})" for kind, names in sorted(kinds.items()))
-        raise ValueError(f"{source} must hold tensors of one float dtype, got {'; '.join(each)}")
 
 
 def check_repeated(source: str, layout: Layout, tensors: Arrays, depth: int) -> None:

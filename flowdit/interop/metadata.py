@@ -11,6 +11,7 @@ from typing import NamedTuple
 from flowdit.checkpoint.meta import RunMeta, run_meta
 from flowdit.conditioning import from_checkpoint
 from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
+from flowdit.conditioning.text import MAX_TOKENS
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest, VaeInfo
 from flowdit.diffusion.sampling import PREDICTIONS
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 FORMATS = ("dit", "sit", "pixart")
 # The VAE of DiT, SiT and PixArt-alpha, and of nearly every other model with four channels.
 SD_VAE = VaeInfo(name="", fingerprint="", shift=0.0, scale=0.18215, stride=8)
+
+
+# The latents' size is not that of any tensor, but sampling allocates it. 1,024 is an image of 8,192 pixels.
+MAX_SAMPLED_SIDE = 1024
 
 
 @dataclasses.dataclass
@@ -61,6 +66,9 @@ class ForeignConfig:
             value = getattr(self, field)
             is_count = value is None or (type(value) is int and value >= 1)
             require(field, value, is_count, "must be a whole number above 0")
+        for field, limit in (("latent_size", MAX_SAMPLED_SIDE), ("max_length", MAX_TOKENS)):
+            value = getattr(self, field)
+            require(field, value, value is None or value <= limit, f"must be at most {limit}")
         for field in ("classes", "vae", "text_encoder"):
             value = getattr(self, field)
             require(field, value, isinstance(value, str | None), "must be a text")
@@ -89,7 +97,11 @@ def text_condition(config: Config, hints: ForeignConfig, width: int) -> ForeignC
     text, null_tokens = config.text, config.model.null_tokens
     text.encoder = hints.text_encoder or ""
     text.max_length = hints.max_length or (null_tokens if null_tokens > 1 else 120)
-    return ForeignCondition("text", text=EncoderMeta(text.encoder, "", text.dtype, text.max_length, width))
+    is_same = null_tokens in (1, text.max_length)
+    require("max_length", hints.max_length, is_same, f"must be {null_tokens}, as the model's null caption has")
+    # Without a width its tensor is missing or has no axis for it, which is found when all tensors are compared.
+    meta = EncoderMeta(text.encoder, "", text.dtype, text.max_length, max(width, 1))
+    return ForeignCondition("text", text=meta)
 
 
 def foreign_meta(

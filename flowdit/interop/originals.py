@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flowdit.fields import FieldError, listed, shown
+from flowdit.fields import FieldError, called, content_of, listed, require, shown
 from flowdit.interop import layouts
 from flowdit.interop.architectures import ARCHITECTURES
 from flowdit.interop.foreign import Found, assemble
@@ -51,7 +51,7 @@ def _with_format(file: Path, hints: ForeignConfig, arguments: dict[str, Any]) ->
 
     SiT also supports curved paths, and networks that predict noise or scores.
     """
-    name = str(arguments.get("model"))
+    name = shown(arguments.get("model")).strip("'")
     found = next((form for form in ("dit", "sit") if name.lower().startswith(f"{form}-")), None)
     if found and hints.format not in (None, found):
         raise FieldError("format", f"must be {found} for {file}, which was trained as {name}, got {hints.format}")
@@ -91,6 +91,7 @@ def _original_shape(
     size = hints.latent_size or (None if positions is None else math.isqrt(len(positions)) * patch_size)
     if size is None:
         raise FieldError("latent_size", "must be given, as the file holds no position table")
+    require("latent_size", size, size % patch_size == 0, f"must be divisible by the patch size {patch_size}")
     model = MODELS[layout.model](
         name=layout.model,
         depth=layouts.count_blocks(layout, tensors, str(file)),
@@ -106,8 +107,11 @@ def _original_shape(
     if isinstance(model, PixArtConfig):
         null_caption = tensors.get("y_embedder.y_embedding")
         model.micro_conditioning = any(name.startswith("csize_embedder") for name in tensors)
-        model.null_tokens = 1 if null_caption is None or null_caption.ndim == 1 else len(null_caption)
-    return model, (channels, size, size)
+        model.null_tokens = 1 if null_caption is None or null_caption.ndim != 2 else max(len(null_caption), 1)
+    latent_shape = (channels, size, size)
+    with content_of(file), called({"hidden_dim": "the width of x_embedder.proj.weight"}):
+        model.check(latent_shape)
+    return model, latent_shape
 
 
 def _positions(file: Path, tensors: Arrays, dim: int) -> np.ndarray | None:
@@ -117,7 +121,10 @@ def _positions(file: Path, tensors: Arrays, dim: int) -> np.ndarray | None:
         return None
     if positions.shape[-1:] != (dim,) or positions.ndim not in (2, 3) or positions.shape[:-2] not in ((), (1,)):
         raise ValueError(f"{file}: pos_embed must have shape [1, tokens, {dim}], got {list(positions.shape)}")
-    return positions.reshape(-1, dim)
+    table = positions.reshape(-1, dim)
+    if len(table) != max(math.isqrt(len(table)), 1) ** 2:
+        raise ValueError(f"{file}: pos_embed must be the table of a square grid, got {len(table)} tokens")
+    return table
 
 
 def _position_scale(

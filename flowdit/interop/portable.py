@@ -21,15 +21,14 @@ from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
 from flowdit.checkpoint.writer import save_weights
-from flowdit.fields import content_of
+from flowdit.fields import content_of, listed
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop.layouts import Arrays
+from flowdit.interop.metadata import MAX_SAMPLED_SIDE
 from flowdit.models.pretrained import check_finite, read_tensors
 
 METADATA_KEY = "flowdit"
 DTYPES = ("float32", "float16", "bfloat16")
-# The latents' size is not that of any tensor, but sampling allocates it. 1,024 is an image of 8,192 pixels.
-MAX_SAMPLED_SIDE = 1024
 
 
 class Portable(NamedTuple):
@@ -68,6 +67,7 @@ def read_single(file: Path) -> Portable | None:
 def checked(portable: Portable, source: str) -> Portable:
     """Return `portable` if metadata and arrays agree. Raises `ValueError` listing the arrays that do not."""
     described = describe(portable.meta, source)
+    check_dtypes(source, portable.arrays)
     check_shapes(array_shapes(described), {n: a.shape for n, a in portable.arrays.items()}, source)
     check_finite(portable.arrays, source)
     return portable
@@ -111,6 +111,16 @@ def check_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int,
     """Raise `ValueError` with the number and first names of tensors that are missing, unexpected or misshapen."""
     told, given = ({name: shape_text(shape) for name, shape in shapes.items()} for shapes in (wanted, found))
     check_arrays(told, given, source)
+
+
+def check_dtypes(source: str, tensors: Arrays) -> None:
+    """Raise `ValueError` for tensors of several dtypes, or of a non-float dtype."""
+    kinds: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(str(tensor.dtype), []).append(name)
+    if len(kinds) > 1 or not set(kinds) <= {"float32", "float16", "bfloat16", "float64"}:
+        each = (f"{len(names)} {kind} ({listed(sorted(names), 1)})" for kind, names in sorted(kinds.items()))
+        raise ValueError(f"{source}: must hold tensors of one float dtype, got {'; '.join(each)}")
 
 
 def cast(arrays: Arrays, dtype: str) -> Arrays:

@@ -53,12 +53,14 @@ def read_torch_file(file: Path, weights: str) -> TorchFile:
     except Exception as problem:  # pickle, zip and torch raise different types
         raise ValueError(f"{file} must hold tensors only: {_reason(problem)}") from None
     tensors = _choose(file, content, weights)
+    if unnamed := [name for name in tensors if not isinstance(name, str)]:
+        raise ValueError(f"{file} must hold tensors by name, it has the key {shown(unnamed[0])}")
     wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if wrong:
         raise ValueError(f"{file} must hold tensors by name, {shown(wrong[0])} is {type(tensors[wrong[0]]).__name__}")
     _check_memory(file, tensors, torch.strided)
     arguments = content.get("args") if tensors is not content else None
-    arrays = {_plain_name(str(name)): _to_numpy(file, name, tensor, torch.int16) for name, tensor in tensors.items()}
+    arrays = {_plain_name(name): _to_numpy(file, name, tensor, torch.int16) for name, tensor in tensors.items()}
     check_finite(arrays, str(file))
     return TorchFile(arrays, vars(arguments) if isinstance(arguments, argparse.Namespace) else {})
 
@@ -83,7 +85,7 @@ def _check_memory(file: Path, tensors: dict[str, Any], strided: Any) -> None:
         if size > storage.nbytes():
             raise ValueError(f"{file}: {shown(name)} must not be longer than its storage")
         stored[storage.data_ptr()] = storage.nbytes()
-        is_shared_embedder = ".norm1.emb." in str(name) and tensor.is_contiguous()
+        is_shared_embedder = ".norm1.emb." in name and tensor.is_contiguous()
         claimed += 0 if is_shared_embedder else size
     if claimed > sum(stored.values()):
         raise ValueError(f"{file} must hold each tensor once, several of them share memory")
@@ -101,7 +103,7 @@ def _reason(problem: Exception) -> str:
     return next(refused, first_line(problem))[:200]
 
 
-def _choose(file: Path, content: Any, weights: str) -> dict[str, Any]:
+def _choose(file: Path, content: Any, weights: str) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold tensors by name, it holds {type(content).__name__}")
     found = {

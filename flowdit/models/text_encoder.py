@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
 from flowdit import hashing, sharding
+from flowdit.errors import first_line
 from flowdit.fields import FieldError, require, require_choice
 from flowdit.models import pretrained
 from flowdit.models.t5gemma import WEIGHTS_STEM, load_t5gemma
@@ -180,7 +181,7 @@ def _load_t5gemma(config: TextConfig, folder: Path, mesh: Mesh | None) -> TextEn
     # Before the weights, which are slow to read: most errors of a folder are found here.
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
     network = load_t5gemma(folder, config.dtype, mesh)
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    largest = max([*tokenizer.get_vocab().values(), *tokenizer.encode("a").ids], default=0)
     if largest >= network.config.vocab_size:
         raise ValueError(
             f"{folder}: {TOKENIZER_FILE} must have ids below vocab_size={network.config.vocab_size}, not {largest}"
@@ -231,8 +232,11 @@ def _read_tokenizer(file: Path) -> Tokenizer:
         raise ValueError(f"{file.parent}: must hold {file.name}, as transformers saves a fast tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"{file}: not a readable tokenizer ({error})") from error
+        tokenizer.encode("a")  # where special tokens that the file does not define are found
+    except BaseException as error:  # the library raises nothing more specific, and its panics are no `Exception`
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{file}: not a readable tokenizer ({first_line(error)})") from error
     # Override the file: Gemma's pads on the left.
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -47,7 +47,7 @@ def test_tensors_of_another_shape(stock, tmp_path):
             {"_class_name": "UNet2DConditionModel"},
             "must be one of DiTTransformer2DModel, .* got 'UNet2DConditionModel'",
         ),
-        ({"sample_size": 7}, "model.patch_size: must divide the latents' height and width"),
+        ({"sample_size": 7}, "config.json: patch_size: must divide the latents' height and width"),
     ],
 )
 def test_another_architecture(stock, tmp_path, changes, message):
@@ -154,9 +154,9 @@ def test_prediction_must_be_known(tmp_path):
         tmp_path / "pipeline" / "scheduler"
     )
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    assert "prediction_type must be 'epsilon', got 'v_prediction'" in refused(tmp_path / "pipeline")
+    assert "prediction_type: must be 'epsilon', got 'v_prediction'" in refused(tmp_path / "pipeline")
     diffusers.DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(tmp_path / "pipeline" / "scheduler")
-    assert "beta_schedule must be 'linear', got 'scaled_linear'" in refused(tmp_path / "pipeline")
+    assert "beta_schedule: must be 'linear', got 'scaled_linear'" in refused(tmp_path / "pipeline")
 
 
 def test_positions_that_are_learned(tmp_path):

@@ -27,7 +27,7 @@ def test_missing_blocks(stock, tmp_path, name, count):
     folder = copied(stock, name, tmp_path)
     with_json(folder / "config.json", num_layers=count)
     line = short(refused(folder))
-    assert line.endswith(f"config.json: num_layers must be 2, the number of blocks in its tensors, got {count}")
+    assert line.endswith(f"config.json: num_layers: must be 2, the number of blocks in its tensors, got {count}")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_other_sizes(stock, tmp_path, field):
 def test_list_in_place_of_a_number(stock, tmp_path):
     folder = copied(stock, "dit", tmp_path)
     with_json(folder / "config.json", num_layers=[2] * 1_000_000)
-    assert "num_layers must be a whole number above 0, got [2, 2, 2" in short(unreadable(folder))
+    assert "num_layers: must be a valid integer, got [2, 2, 2" in short(unreadable(folder))
 
 
 def test_json_nested_without_end(stock, tmp_path):

@@ -86,9 +86,10 @@ def test_class_by_its_published_name(stock, tmp_path, name):
 
 # --- contradictions ---
 
-WHOLE = "a whole number above 0"
-NUMBER = "a number above 0"
-FLAG = "true or false"
+WHOLE = "a valid integer"
+NUMBER = "a valid number"
+POSITIVE = "greater than 0"
+FLAG = "a valid boolean"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,9 @@ FLAG = "true or false"
         ("dit", "sample_size", None, WHOLE),
         ("dit", "sample_size", [8, 8], WHOLE),
         ("dit", "norm_eps", "1e-5", NUMBER),
-        ("dit", "norm_eps", 0, NUMBER),
-        ("dit", "norm_eps", float("nan"), NUMBER),
+        ("dit", "norm_eps", 0, POSITIVE),
+        ("dit", "norm_eps", float("nan"), "a finite number"),
+        ("dit", "norm_eps", -1, POSITIVE),
         ("dit", "activation_fn", "geglu", "'gelu-approximate'"),
         ("dit", "norm_type", "layer_norm", "'ada_norm_zero'"),
         ("dit", "attention_bias", False, "True"),
@@ -114,8 +116,8 @@ FLAG = "true or false"
         ("pixart", "norm_type", "ada_norm_zero", "'ada_norm_single'"),
         ("pixart", "attention_type", "gated", "'default'"),
         ("pixart", "use_additional_conditions", "false", FLAG),
-        ("pixart", "interpolation_scale", -1.0, NUMBER),
-        ("pixart", "interpolation_scale", 10**110, NUMBER),
+        ("pixart", "interpolation_scale", -1.0, POSITIVE),
+        ("pixart", "interpolation_scale", 10**110, "less than 1000000000000000000000000000000"),
         ("pixart", "caption_channels", None, WHOLE),
     ],
 )
@@ -123,7 +125,7 @@ def test_fields_of_another_type_or_architecture(stock, tmp_path, name, field, va
     folder = copied(stock, name, tmp_path)
     with_json(folder / "config.json", **{field: value})
     line = unreadable(folder)
-    assert line.startswith(f"{folder / 'config.json'}: {field} must be {rule}, got {repr(value)[:60]}")
+    assert line.startswith(f"{folder / 'config.json'}: {field}: must be {rule}, got {repr(value)[:60]}")
 
 
 @pytest.mark.parametrize(
@@ -143,33 +145,33 @@ def test_sizes_that_the_tensors_do_not_have(stock, tmp_path, name, field, value,
     folder = copied(stock, name, tmp_path)
     with_json(folder / "config.json", **{field: value})
     line = unreadable(folder)
-    assert line.startswith(f"{folder / 'config.json'}: {field} must fit the tensor {tensor}")
+    assert line.startswith(f"{folder / 'config.json'}: {field}: must fit the tensor {tensor}")
     assert line.endswith(f", got {value}")
 
 
 def test_heads_that_contradict_the_width(stock, tmp_path):
     folder = copied(stock, "dit", tmp_path)
     with_json(folder / "config.json", num_attention_heads=3)
-    assert "num_attention_heads x attention_head_dim must fit the tensor pos_embed.proj.weight" in unreadable(folder)
+    assert "num_attention_heads x attention_head_dim: must fit the tensor pos_embed.proj.weight" in unreadable(folder)
 
 
 def test_mlp_ratio_that_contradicts_the_tensors(meta, tmp_path):
     source = saved(random_model(meta, DEFAULT_CLASS), tmp_path / "source.safetensors")
     folder = converted(source, tmp_path / "out", to="diffusers", own_class=True) / "transformer"
     with_json(folder / "config.json", mlp_ratio=3.0)
-    assert "mlp_ratio must fit the tensor transformer_blocks.0.ff.net.0.proj.bias of shape [192]" in unreadable(folder)
+    assert "mlp_ratio: must fit the tensor transformer_blocks.0.ff.net.0.proj.bias of shape [192]" in unreadable(folder)
     with_json(folder / "config.json", mlp_ratio=4.0, qk_norm="no")
-    assert "qk_norm must be true or false, got 'no'" in unreadable(folder)
+    assert "qk_norm: must be a valid boolean, got 'no'" in unreadable(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must be False, got True"),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas must be None, got [0.1, 0.2]"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: must be False, got True"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas: must be None, got [0.1, 0.2]"),
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
-            "invert_sigmas must be False, got True",
+            "invert_sigmas: must be False, got True",
         ),
     ],
 )
