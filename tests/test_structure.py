@@ -26,6 +26,7 @@ LAYERS = {
     "sharding": 0,
     "processes": 0,
     "hardware": 0,
+    "image_grid": 0,
     "models": 1,
     "data": 2,
     "diffusion": 3,

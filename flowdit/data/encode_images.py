@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import grain
@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from flowdit.data.images import ImageSet, center_crop
+from flowdit.data.images import ImageError, ImageSet, center_crop
+from flowdit.data.rejected import Rejected
 from flowdit.models.vae import AutoencoderKL, Posterior
 from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, replicated
 
@@ -47,24 +48,45 @@ def encoded_records(
     batch_size: int,
     dtype: str,
     posterior_std: bool,
-) -> Iterator[dict[str, Any]]:
-    """The records of one shard, whose items are rows of (image index, whether mirrored).
+) -> Iterator[dict[str, Any] | Rejected]:
+    """The records of one shard, whose items are rows of (image index, whether mirrored), or why there is none.
 
     Latents are raw posterior means, without the VAE's shift and scale.
     """
-    images = grain.MapDataset.range(len(items)).map(lambda i: _image(image_set, items[i], image_size))
-    batches = images.batch(batch_size, drop_remainder=False).to_iter_dataset(READ_OPTIONS)
-    numbers = iter(items[:, 0].tolist())
-    for batch in batches:
-        mean, std = (part.astype(dtype) for part in encode_batch(batch))
+    parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    dataset = grain.MapDataset.range(len(parts)).map(lambda i: _read(image_set, parts[i], image_size))
+    for part, batch in zip(parts, dataset.to_iter_dataset(READ_OPTIONS), strict=True):
+        mean, std = (values.astype(dtype) for values in encode_batch(batch.images))
         if not (np.isfinite(mean).all() and np.isfinite(std).all()):
             raise ValueError(f"dtype: the VAE's latents must be finite in {dtype}: check the VAE")
-        for i in range(len(batch)):
-            record = {"latent": mean[i]} | image_set.condition(next(numbers))
+        for i, index in enumerate(part[:, 0].tolist()):
+            if i in batch.reasons:
+                yield Rejected(image_set.name_of(index), batch.reasons[i])
+                continue
+            record = {"latent": mean[i]} | image_set.condition(index)
             yield record | ({"latent_std": std[i]} if posterior_std else {})
 
 
-def _image(image_set: ImageSet, item: np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    index, mirrored = item
-    image = np.asarray(center_crop(image_set.open(index), size))
-    return image[:, ::-1] if mirrored else image
+class _Batch(NamedTuple):
+    """Images, black where one cannot be read, so that the others do not depend on it; and why, by row."""
+
+    images: UInt8[np.ndarray, "n size size 3"]
+    reasons: dict[int, str]
+
+
+def _read(image_set: ImageSet, items: Int[np.ndarray, "n 2"], size: int) -> _Batch:
+    images = np.zeros((len(items), size, size, 3), np.uint8)
+    reasons = {}
+    for i, (index, mirrored) in enumerate(items.tolist()):
+        try:
+            image = cropped(image_set, index, size)
+        except ImageError as error:
+            reasons[i] = error.reason
+            continue
+        images[i] = image[:, ::-1] if mirrored else image
+    return _Batch(images, reasons)
+
+
+def cropped(image_set: ImageSet, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The pixels of an image, cropped to a square. Raises `ImageError` if it cannot be read."""
+    return np.asarray(center_crop(image_set.open(index), size))

@@ -3,6 +3,8 @@
 A folder has one sub-folder per class, or a caption file, or both, or neither.
 """
 
+import errno
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,17 +19,29 @@ from flowdit.data import openmoji
 from flowdit.data.caption_file import read_captions
 from flowdit.data.captions import caption_key
 from flowdit.data.source_listing import Listing
-from flowdit.fields import require
+from flowdit.errors import first_line
+from flowdit.fields import require, shortened
 from flowdit.hashing import file_sha256, sha256
 
+LASTING = (errno.EACCES, errno.EPERM)
+"""Errors of reading a file that belong to the file; others may be gone at the next run, such as those of a network."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ImageError(ValueError):
+    """An image that cannot be read and is left out, because of `reason`."""
+
+    def __init__(self, file: str, reason: str):
+        super().__init__(f"{file}: cannot be read as an image: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """A set of images that are opened one at a time; `key` identifies their content.
 
-    They have labels, (short, long) captions, both, or neither. `listing` has the files of a folder, in this order.
+    They have labels, (short, long) captions, both, or neither. `open` raises `ImageError` for an image that is to be
+    left out. `listing` has the files of a folder, in this order.
     """
 
     name: str
@@ -144,7 +158,10 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
 
 def _open(file: Path) -> Image.Image:
-    """Open the image in `file`, upright, with a white background if transparent."""
+    """Open the image in `file`, upright, with a white background if transparent.
+
+    Raises `ImageError` for a damaged file, `ValueError` if the disk or network fails.
+    """
     try:
         with Image.open(file) as image:
             image = _in_eight_bits(ImageOps.exif_transpose(image))
@@ -152,8 +169,19 @@ def _open(file: Path) -> Image.Image:
                 return image.convert("RGB")
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many types for damaged files, and one for too many pixels
-        raise ValueError(f"{file}: cannot be read as an image: {error}") from error
+        code = error.errno if isinstance(error, OSError) else None
+        if code is not None and code not in LASTING:
+            raise ValueError(f"{file}: cannot be read: {os.strerror(code)}") from error
+        raise ImageError(str(file), _reason(error, file)) from error
+
+
+def _reason(error: Exception, file: Path) -> str:
+    """The first line of an error without the path, as it may be stored."""
+    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else first_line(error)
+    return shortened(text.replace(f" {str(file)!r}", ""))
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:

@@ -22,6 +22,7 @@ from flowdit.data.images import ImageSet, load_images
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
 from flowdit.data.plan import claim_folder
 from flowdit.data.progress import ProgressBar, progress_bar
+from flowdit.data.rejected import FILE_NAME, Rejected, RejectedImages, count_rejected
 from flowdit.data.shards import (
     channel_statistics,
     finished_sidecar,
@@ -30,6 +31,7 @@ from flowdit.data.shards import (
     write_shard,
 )
 from flowdit.data.text_features import renew_identity, write_cache
+from flowdit.data.vae_check import check_vae
 from flowdit.fields import FREE_TEXT, require, require_choice, under
 from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
@@ -61,6 +63,10 @@ class PrepareConfig:
         license: licence of the images, for the manifest; empty: the source's own. To correct it later, repeat the
             command with another one.
         attribution: attribution of the images, for the manifest; empty: the source's own. Corrected in the same way.
+        vae_check: number of evenly spread images that the VAE first encodes and decodes; their PSNR is printed, with a
+            warning below 24 dB on average, and `vae_check.png` shows them beside their reconstructions. 0: none.
+        max_rejected: fraction of the images, rounded up, that may be unreadable; they are left out and listed with the
+            reason in `rejected.jsonl`. One more ends the run.
         text_encoder: encoder for a cache of caption features, like `text.encoder` in training; empty: none.
         text_dtype: dtype of these features, `bfloat16` or `float32`.
         text_max_length: maximum number of tokens; longer captions are cut.
@@ -80,6 +86,8 @@ class PrepareConfig:
     dtype: str = "float16"
     license: str = dataclasses.field(default="", metadata=FREE_TEXT)
     attribution: str = dataclasses.field(default="", metadata=FREE_TEXT)
+    vae_check: int = 64
+    max_rejected: float = 0.01
     text_encoder: str = ""
     text_dtype: str = "bfloat16"
     text_max_length: int = 120
@@ -90,6 +98,8 @@ class PrepareConfig:
         for name in ("image_size", "batch_size", "records_per_shard", "text_max_length"):
             value = getattr(self, name)
             require(name, value, value is None or value >= 1, "must be at least 1")
+        require("vae_check", self.vae_check, self.vae_check >= 0, "must be 0 (no check) or more")
+        require("max_rejected", self.max_rejected, 0 <= self.max_rejected <= 1, "must be in [0, 1]")
         require_choice("dtype", self.dtype, ("float16", "float32"))
         require_choice("text_dtype", self.text_dtype, TEXT_DTYPES)
 
@@ -106,7 +116,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Encode the images of `config.source` and write the data set and its text features, or continue an interrupted
     run.
 
-    Raises `ValueError` with one line for invalid settings, an unreadable image, a folder with a data set of other
+    Raises `ValueError` with one line for invalid settings, too many unreadable images, a folder with a data set of other
     images or settings (which is not changed), and a folder that cannot be written.
     """
     config.check()
@@ -152,7 +162,7 @@ def _prepare_latents(
 ) -> Manifest:
     terms = _claim(out, config, image_set, vae)
     if (out / manifests.FILE_NAME).exists():
-        return _finished(out, config)
+        return _finished(jobs, out, config)
     if image_set.listing is not None:
         image_set.listing.write(out, image_set.key)
     _write_shards(jobs, out, config, image_set, vae)
@@ -197,21 +207,22 @@ def _claim(out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: Aut
 def _plan(config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL) -> dict[str, Any]:
     """Everything that the data set depends on, which must be equal for two runs into one folder."""
     others = {"source", "captions", "out", "text_encoder", "text_dtype", "text_max_length", "text_cache"}
-    others |= {*manifests.TERMS}
+    others |= {"vae_check", "max_rejected", *manifests.TERMS}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
     # "pictures" instead of "images", so that folders started by earlier versions can be finished.
     identity = {"pictures": image_set.key, "captions": image_set.captions_key(), "vae_fingerprint": vae.fingerprint}
     return settings | identity
 
 
-def _finished(out: epath.Path, config: PrepareConfig) -> Manifest:
+def _finished(jobs: list[Job], out: epath.Path, config: PrepareConfig) -> Manifest:
     """The manifest of the finished data set, with the licence and attribution of `config` if it has any."""
     manifest = Manifest.read(out)
     manifests.verify(out, manifest)
-    _remove_sidecars(manifest, out)
+    _remove_leftovers(jobs, manifest, out)
     terms = {name: getattr(config, name) or getattr(manifest, name) for name in manifests.TERMS}
     corrected = dataclasses.replace(manifest, **terms)
-    logger.info("%s is already prepared from these images with these settings: nothing to encode", out)
+    rejected = f"; {count} unreadable images were left out: see {FILE_NAME}" if (count := count_rejected(out)) else ""
+    logger.info("%s is already prepared from these images with these settings: nothing to encode%s", out, rejected)
     if corrected != manifest:
         renew_identity(_cache_folder(config, out), manifest)
         corrected.write(out)
@@ -224,8 +235,14 @@ def _finished(out: epath.Path, config: PrepareConfig) -> Manifest:
 def _write_shards(
     jobs: list[Job], out: epath.Path, config: PrepareConfig, image_set: ImageSet, vae: AutoencoderKL
 ) -> None:
+    finished = {job.file: sidecar for job in jobs if (sidecar := read_sidecar(out / job.file)) is not None}
+    found = [image for sidecar in finished.values() for image in sidecar.rejected]
+    rejected = RejectedImages(out, len(image_set.held_out), config.max_rejected, found)
     encode_batch = latent_encoder(vae, config.batch_size)
-    todo = [job for job in jobs if read_sidecar(out / job.file) is None]
+    if config.vae_check and not finished:
+        options = {name: getattr(config, name) for name in ("batch_size", "image_size", "dtype")}
+        check_vae(out, vae, encode_batch, image_set, count=config.vae_check, **options)
+    todo = [job for job in jobs if job.file not in finished]
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
     with progress_bar("encoding", "images", total, left) as progress:
         for job in todo:
@@ -238,11 +255,18 @@ def _write_shards(
                 dtype=config.dtype,
                 posterior_std=config.posterior_std,
             )
-            write_shard(out / job.file, _counted(records, progress))
+            write_shard(out / job.file, _counted(records, rejected, progress))
+    rejected.write()
+    if len(rejected):
+        logger.warning(rejected.summary())
 
 
-def _counted(records: Iterator[dict[str, Any]], progress: ProgressBar) -> Iterator[dict[str, Any]]:
+def _counted(
+    records: Iterator[dict[str, Any] | Rejected], rejected: RejectedImages, progress: ProgressBar
+) -> Iterator[dict[str, Any] | Rejected]:
     for record in records:
+        if isinstance(record, Rejected):
+            rejected.add(record)
         yield record
         progress.update()
 
@@ -256,7 +280,10 @@ def _finish(
     terms: dict[str, str],
 ) -> Manifest:
     sidecars = [finished_sidecar(out / job.file) for job in jobs]
-    mean, std = channel_statistics(s for s, job in zip(sidecars, jobs, strict=True) if job.split == "train")
+    train = [s for s, job in zip(sidecars, jobs, strict=True) if job.split == "train" and s.records]
+    if not train:
+        raise ValueError(f"source: no image of the training split can be read: see {out / FILE_NAME}")
+    mean, std = channel_statistics(train)
     side = config.image_size // vae.config.stride
     manifest = Manifest(
         latent_shape=(vae.config.latent_channels, side, side),
@@ -275,20 +302,26 @@ def _finish(
         class_names=image_set.class_names,
         has_captions=image_set.captions is not None,
         shards=tuple(
-            Shard(job.file, job.split, s.records, s.bytes, s.sha256) for job, s in zip(jobs, sidecars, strict=True)
+            Shard(job.file, job.split, s.records, s.bytes, s.sha256)
+            for job, s in zip(jobs, sidecars, strict=True)
+            if s.records
         ),
         license=terms["license"],
         attribution=terms["attribution"],
     )
     manifest.write(out)
-    _remove_sidecars(manifest, out)
+    _remove_leftovers(jobs, manifest, out)
     logger.info(_summary(manifest, out))
     return manifest
 
 
-def _remove_sidecars(manifest: Manifest, out: epath.Path) -> None:
-    for shard in manifest.shards:
-        remove_sidecar(out / shard.file)
+def _remove_leftovers(jobs: list[Job], manifest: Manifest, out: epath.Path) -> None:
+    """Remove the sidecars, and shards whose images are all unreadable, which the manifest does not have."""
+    kept = {shard.file for shard in manifest.shards}
+    for job in jobs:
+        remove_sidecar(out / job.file)
+        if job.file not in kept:
+            (out / job.file).unlink(missing_ok=True)
 
 
 def _summary(manifest: Manifest, out: epath.Path) -> str:

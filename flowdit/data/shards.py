@@ -5,20 +5,22 @@ A shard is written under a temporary name and renamed; then a sidecar file marks
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Float64
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from flowdit.data.manifest import write_json
 from flowdit.data.records import encode
+from flowdit.data.rejected import Rejected
 from flowdit.hashing import file_sha256
-from flowdit.json_input import STRICT, Count, InputError, parse_file
+from flowdit.json_input import STRICT, Count, InputError, Listed, parse_file
 
 Sums = dict[str, Any]
 """Numbers or arrays of numbers by name."""
@@ -28,10 +30,11 @@ Sums = dict[str, Any]
 class Sidecar:
     """Description of a finished shard; `sums` are totals over its records (`sums_of` in `write_shard`)."""
 
-    records: Count
+    records: Annotated[int, Field(ge=0)]
     bytes: Count
     sha256: str
     sums: Sums
+    rejected: Listed[Rejected] = ()
 
 
 def latent_sums(record: Mapping[str, Any]) -> Sums:
@@ -42,21 +45,31 @@ def latent_sums(record: Mapping[str, Any]) -> Sums:
 
 def write_shard(
     path: epath.PathLike,
-    records: Iterable[Mapping[str, Any]],
+    records: Iterable[Mapping[str, Any] | Rejected],
     sums_of: Callable[[Mapping[str, Any]], Sums] = latent_sums,
 ) -> Sidecar:
-    """Write `records` (at least one) to `path`, and its sidecar. Raises `OSError` on failure."""
+    """Write `records` to `path`, and its sidecar, which lists those that are `Rejected`. Raises `OSError` on failure."""
     path = Path(path)  # ArrayRecord writes local files
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        count, sums = _write_records(temporary, records, sums_of)
-        sidecar = Sidecar(count, temporary.stat().st_size, file_sha256(temporary), sums)
+        rejected: list[Rejected] = []
+        count, sums = _write_records(temporary, _accepted(records, rejected), sums_of)
+        sidecar = Sidecar(count, temporary.stat().st_size, file_sha256(temporary), sums, tuple(rejected))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     write_json(_sidecar_path(path), dataclasses.asdict(sidecar))
     return sidecar
+
+
+def _accepted(records: Iterable[Mapping[str, Any] | Rejected], rejected: list[Rejected]) -> Iterator[Mapping[str, Any]]:
+    """The records, without those that are moved to `rejected`."""
+    for record in records:
+        if isinstance(record, Rejected):
+            rejected.append(record)
+        else:
+            yield record
 
 
 def _write_records(
@@ -115,8 +128,8 @@ def _sidecar_path(path: epath.PathLike) -> epath.Path:
 
 
 def channel_statistics(sidecars: Iterable[Sidecar]) -> tuple[Float64[np.ndarray, " channels"], ...]:
-    """Mean and standard deviation of each channel over all shards."""
-    parts = list(sidecars)
+    """Mean and standard deviation of each channel over all shards, of which one must have records."""
+    parts = [part for part in sidecars if part.records]
     values = sum(part.sums["values_per_channel"] for part in parts)
     mean = np.sum([part.sums["channel"] for part in parts], axis=0) / values
     mean_square = np.sum([part.sums["channel_square"] for part in parts], axis=0) / values

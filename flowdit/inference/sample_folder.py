@@ -18,7 +18,7 @@ from flowdit.config import SampleConfig
 from flowdit.data.images import SUFFIXES
 from flowdit.data.progress import progress_bar
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.inference.images import save_grid
+from flowdit.image_grid import save_grid
 from flowdit.inference.sampler import Drawn, Sampler
 
 UNFINISHED = "samples.json.unfinished"

@@ -17,7 +17,8 @@ from flowdit.checkpoint.files import what_is_in
 from flowdit.checkpoint.restore import newest_intact
 from flowdit.config import as_list
 from flowdit.fields import FREE_TEXT, about, require, require_choice
-from flowdit.inference.images import load_matching_vae, save_grid
+from flowdit.image_grid import save_grid
+from flowdit.inference.images import load_matching_vae
 from flowdit.inference.sampler import Sampler
 from flowdit.inference.trained import describe_trained
 from flowdit.interop.diffusers_in import META_FILE, WEIGHTS_STEM, read_diffusers

@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -215,6 +215,11 @@ class AutoencoderKL(eqx.Module):
         if self.post_quant_conv is not None:
             latent = self.post_quant_conv(latent)
         return self.decoder(latent).astype(jnp.float32)
+
+
+def to_pixels(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """Images of about [-1, 1], clipped, as 8-bit values."""
+    return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
 def load_vae(name: str | Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:

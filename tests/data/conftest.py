@@ -51,4 +51,5 @@ def config(source, tmp_path) -> PrepareConfig:
         batch_size=2,
         records_per_shard=4,
         held_out_fraction=0.2,
+        vae_check=0,
     )

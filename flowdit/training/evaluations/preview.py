@@ -11,7 +11,8 @@ from flowdit.conditioning import Requests
 from flowdit.config import TrainConfig
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.objective import FlowMatching
-from flowdit.inference.images import load_matching_vae, make_decoder, save_grid
+from flowdit.image_grid import save_grid
+from flowdit.inference.images import load_matching_vae, make_decoder
 from flowdit.inference.sampler import batch_shape, make_draw
 from flowdit.models.compute import Compute
 from flowdit.sharding import batch_shards, make_local_mesh

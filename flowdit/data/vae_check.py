@@ -1,0 +1,145 @@
+"""A check of the VAE on the images of a data set, before they are encoded: how well does it reproduce them?"""
+
+import heapq
+import logging
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, UInt8
+
+from flowdit.data.encode_images import EncodeBatch, cropped
+from flowdit.data.images import ImageError, ImageSet
+from flowdit.data.progress import progress_bar
+from flowdit.image_grid import save_grid
+from flowdit.models.vae import AutoencoderKL, to_pixels
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "vae_check.png"
+MIN_PSNR = 24.0
+"""In dB. Below it, details such as eyes and lettering are visibly lost."""
+MAX_PSNR = 100.0
+"""In dB, in place of infinity for equal images."""
+MAX_DECODED = 4
+"""Images per decoding call, fewer above 256 pixels: decoding 512 pixels takes 2 to 3 GB an image for a large VAE."""
+SHEET_PIXELS = 2**22
+"""Number of pixels of the images on the sheet; it shows 8 to 64 of them, those of the lowest PSNR."""
+
+
+class Pair(NamedTuple):
+    """An image (left) beside its reconstruction, and the PSNR in dB. Sorts by the PSNR."""
+
+    psnr: float
+    index: int
+    pixels: UInt8[np.ndarray, "size 2*size 3"]
+
+
+def check_vae(
+    folder: epath.Path,
+    vae: AutoencoderKL,
+    encode_batch: EncodeBatch,
+    image_set: ImageSet,
+    *,
+    count: int,
+    batch_size: int,
+    image_size: int,
+    dtype: str,
+) -> None:
+    """Log mean and lowest PSNR of `count` evenly spread images, and write them with their reconstructions to `folder`.
+
+    Latents are rounded to `dtype` as in the data set, and images to 8 bits as samples are. Unreadable images are
+    skipped. Warns below `MIN_PSNR`. Raises `OSError` if the sheet cannot be written.
+    """
+    num_images = len(image_set.held_out)
+    count = min(count, num_images)
+    shown = min(max(SHEET_PIXELS // image_size**2, 8), 64)
+    values: list[float] = []
+    worst: list[tuple[float, int, Pair]] = []  # a heap of those to be shown: the best of them comes first
+    with progress_bar("checking the VAE", "images", count, count) as progress:
+        indices = [i * num_images // count for i in range(count)]
+        for start in range(0, count, batch_size):
+            batch = indices[start : start + batch_size]
+            for pair in _pairs(batch, vae, encode_batch, image_set, image_size, dtype):
+                values.append(pair.psnr)
+                heapq.heappush(worst, (-pair.psnr, -pair.index, pair))
+                if len(worst) > shown:
+                    heapq.heappop(worst)
+            progress.update(len(batch))
+    if values:
+        pairs = sorted((pair for _, _, pair in worst), key=lambda pair: pair[:2])
+        _write_sheet(folder / FILE_NAME, pairs, image_set, image_size)
+        _report(folder / FILE_NAME, values, image_set.name_of(pairs[0].index))
+
+
+def _pairs(
+    indices: list[int],
+    vae: AutoencoderKL,
+    encode_batch: EncodeBatch,
+    image_set: ImageSet,
+    image_size: int,
+    dtype: str,
+) -> Iterator[Pair]:
+    images = {}
+    for index in indices:
+        try:
+            images[index] = cropped(image_set, index, image_size)
+        except ImageError:
+            continue
+    if not images:
+        return
+    mean, _ = encode_batch(np.stack(list(images.values())))
+    latents = mean.astype(dtype).astype(np.float32)
+    at_once = max(1, min(MAX_DECODED, 256**2 * MAX_DECODED // image_size**2))
+    for start in range(0, len(latents), at_once):
+        part = latents[start : start + at_once]
+        padded = np.pad(part, ((0, at_once - len(part)), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
+        decoded = np.asarray(_decode(vae, jnp.asarray(padded))).transpose(0, 2, 3, 1)
+        for index, after in zip(list(images)[start : start + at_once], decoded, strict=False):
+            yield Pair(psnr(images[index], after), index, np.concatenate([images[index], after], axis=1))
+
+
+@eqx.filter_jit
+def _decode(vae: AutoencoderKL, latents: Float[Array, "n c h w"]) -> UInt8[Array, "n 3 height width"]:
+    return to_pixels(jax.vmap(vae.decode)(latents))
+
+
+def psnr(before: UInt8[np.ndarray, "*shape"], after: UInt8[np.ndarray, "*shape"]) -> float:
+    """Peak signal-to-noise ratio of two 8-bit images in dB, at most `MAX_PSNR`."""
+    mse = float(np.mean(np.square(before.astype(np.float64) - after)))
+    return min(10 * math.log10(255**2 / mse), MAX_PSNR) if mse else MAX_PSNR
+
+
+def _write_sheet(path: epath.Path, pairs: list[Pair], image_set: ImageSet, size: int) -> None:
+    zoom = max(1, 128 // size)
+    images = np.stack([pair.pixels for pair in pairs]).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    names = [image_set.name_of(pair.index).encode(errors="replace").decode() for pair in pairs]
+    captions = [f"{pair.psnr:.1f} dB {name}" for pair, name in zip(pairs, names, strict=True)]
+    temporary = path.with_name(path.name + ".tmp")
+    save_grid(temporary, images, captions, columns=max(1, 1536 // images.shape[2]))
+    temporary.replace(path)
+
+
+def _report(sheet: epath.Path, values: list[float], worst: str) -> None:
+    mean = float(np.mean(values))
+    logger.info(
+        "VAE check on %d images: mean PSNR %.1f dB, worst %.1f dB (%s); images beside their reconstructions: %s",
+        len(values),
+        mean,
+        min(values),
+        worst,
+        sheet,
+    )
+    if mean < MIN_PSNR:
+        logger.warning(
+            "vae: %.1f dB is below %g: it loses details of these images, and samples cannot be better; look at %s and "
+            "give another one with vae=<folder or hub id of a diffusers AutoencoderKL>",
+            mean,
+            MIN_PSNR,
+            sheet,
+        )
