@@ -6,6 +6,7 @@ accepted.
 """
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,12 +21,16 @@ def read_captions(path: Path, folder: Path, names: Sequence[str]) -> list[tuple[
     Raises `ValueError` with line, field, rule and value, or with the number of images without a caption or captions
     without an image and an example of both, or if all captions are empty.
     """
+    # The same letters may be stored in two forms: file names from a Mac differ from those in most caption files.
+    by_form = {unicodedata.normalize("NFC", name): name for name in names}
     captions: dict[str, tuple[str, str]] = {}
     lines: dict[str, int] = {}
+    known = set(names)
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 name, caption = _parse_line(f"{path}:{number}", line)
+                name = name if name in known else by_form.get(unicodedata.normalize("NFC", name), name)
                 if name in captions:
                     raise ValueError(f"{path}:{number}: file: must differ from line {lines[name]}, got {name!r}")
                 captions[name], lines[name] = caption, number

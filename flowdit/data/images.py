@@ -4,9 +4,10 @@ A folder has one sub-folder per class, or a caption file, or both, or neither.
 """
 
 import errno
+import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from flowdit.data.caption_file import read_captions
 from flowdit.data.captions import caption_key
 from flowdit.data.source_listing import Listing
 from flowdit.errors import first_line
-from flowdit.fields import require, shortened
+from flowdit.fields import listed, require, shortened
 from flowdit.hashing import file_sha256, sha256
+
+logger = logging.getLogger(__name__)
 
 LASTING = (errno.EACCES, errno.EPERM)
 """Errors of reading a file that belong to the file; others may be gone at the next run, such as those of a network."""
@@ -56,8 +59,9 @@ class ImageSet:
     listing: Listing | None = None
 
     def name_of(self, index: int) -> str:
-        """The file of image `index` within its folder."""
-        return f"image {index}" if self.listing is None else self.listing.names[index]
+        """The file of image `index` within its folder; bytes of a name that are not UTF-8 are escaped."""
+        name = f"image {index}" if self.listing is None else self.listing.names[index]
+        return name.encode(errors="backslashreplace").decode()
 
     def condition(self, index: int) -> dict[str, Any]:
         """Label and captions of image `index`, as fields of a record."""
@@ -117,7 +121,12 @@ def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) 
     entries = list(folder.iterdir())
     has_images = any(path.suffix.lower() in SUFFIXES for path in entries)
     direct = has_images and (captions is not None or not any(_is_class(path) for path in entries))
-    class_names, files, labels = ((), list(_image_files(folder)), None) if direct else _class_files(folder)
+    if direct:
+        class_names, labels = (), None
+        files, left_out = _scan(folder)
+    else:
+        class_names, files, labels, left_out = _class_files(folder)
+    _tell_left_out(folder, [path for path in left_out if captions is None or path.name != captions.name])
     names = [file.relative_to(folder).as_posix() for file in files]
     listing = Listing.of(files, names)
     return ImageSet(
@@ -134,27 +143,53 @@ def _load_folder(folder: Path, held_out_fraction: float, captions: Path | None) 
     )
 
 
-def _class_files(folder: Path) -> tuple[tuple[str, ...], list[Path], np.ndarray]:
-    """Class names, image files, and their class numbers."""
+def _class_files(folder: Path) -> tuple[tuple[str, ...], list[Path], np.ndarray, list[Path]]:
+    """Class names, image files, their class numbers, and files that are left out."""
     classes = [path for path in sorted(folder.iterdir()) if _is_class(path)]
     if not classes:
         raise ValueError(f"source: {folder} must have images or one sub-folder of them for each class, it has neither")
-    found = [list(_image_files(class_folder)) for class_folder in classes]
-    for class_folder, files in zip(classes, found, strict=True):
+    found: list[list[Path]] = []
+    left_out = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and not path.is_dir()]
+    for class_folder in classes:
+        files, others = _scan(class_folder)
         if not files:
             raise ValueError(f"source: class folder {class_folder} has no images ({' '.join(SUFFIXES)})")
+        found.append(files)
+        left_out += others
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
-    return tuple(path.name for path in classes), [file for files in found for file in files], labels
+    return tuple(path.name for path in classes), [file for files in found for file in files], labels, left_out
 
 
 def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+    if not path.is_dir() or path.name.startswith("."):
+        return False
+    is_text = path.name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in path.name)
+    require("source", str(path), is_text, "must have class folders with names in UTF-8")
+    return True
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images of a folder and its sub-folders in their order, and other files. Hidden files are in neither."""
+    images, others = [], []
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
-            yield path
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            images.append(path)
+        elif not path.is_dir():
+            others.append(path)
+    return images, others
+
+
+def _tell_left_out(folder: Path, left_out: list[Path]) -> None:
+    names = [path.relative_to(folder).as_posix() for path in left_out]
+    images = [name for name in names if name.lower().endswith(SUFFIXES)]
+    others = [name for name in names if not name.lower().endswith(SUFFIXES)]
+    if images:
+        where = "outside the class folders or not regular files"
+        logger.warning("source: images that are %s are left out: %s", where, listed(images, 3))
+    if others:
+        logger.info("source: files without the suffix of an image are left out: %s", listed(others, 3))
 
 
 def _open(file: Path) -> Image.Image:

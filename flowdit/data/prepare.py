@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from flowdit.data import manifest as manifests
 from flowdit.data.encode_images import encoded_records, latent_encoder
 from flowdit.data.images import ImageSet, load_images
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
-from flowdit.data.plan import claim_folder
+from flowdit.data.plan import PLAN_NAME, claim_folder
 from flowdit.data.progress import ProgressBar, progress_bar
 from flowdit.data.rejected import FILE_NAME, Rejected, RejectedImages, count_rejected
 from flowdit.data.shards import (
@@ -130,6 +131,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     # Before the latents, which may take hours, so that errors are found first. It keeps its memory (5 GB for T5Gemma).
     encoder = _load_text_encoder(config) if config.text_encoder else None
     out = epath.Path(config.out or f"data/{image_set.name}")
+    _check_outside_source(out, config)
     try:
         manifest = _prepare_latents(jobs, out, config, image_set, vae)
     except OSError as error:
@@ -137,6 +139,13 @@ def prepare(config: PrepareConfig) -> Manifest:
     if encoder is not None:
         _prepare_text(config, out, manifest, encoder)
     return manifest
+
+
+def _check_outside_source(out: epath.Path, config: PrepareConfig) -> None:
+    """Raise `ValueError` if the data set, and so the sheet of the VAE check, would be among the images."""
+    folder, source = Path(out).resolve(), Path(config.source).resolve()
+    if Path(config.source).is_dir() and folder.is_relative_to(source) and not (out / PLAN_NAME).exists():
+        raise ValueError(f"out: must be outside the source {config.source}, got {out}")
 
 
 def _prepare_text(config: PrepareConfig, out: epath.Path, manifest: Manifest, encoder: TextEncoder) -> None:

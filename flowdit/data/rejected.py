@@ -62,13 +62,12 @@ class RejectedImages:
         if len(self) > allowed:
             raise ValueError(
                 f"max_rejected: at most {allowed} of {self._num_images} images may be unreadable ({self._fraction:g}), "
-                f"found {len(self)} so far: see {self._path}; repair or remove them, or allow more"
+                f"found {len(self)} so far: see {self._path}; repair or remove them, or set a higher max_rejected"
             )
 
 
 def _line(file: str, reason: str) -> bytes:
-    # Bytes of a name that are not UTF-8 become escapes that JSON has, too.
-    return json.dumps({"file": file, "reason": reason}, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    return json.dumps({"file": file, "reason": reason}, ensure_ascii=False).encode() + b"\n"
 
 
 def count_rejected(folder: epath.Path) -> int:

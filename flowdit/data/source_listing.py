@@ -5,6 +5,7 @@ million files take about 15 MB. It is written and read line by line.
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from flowdit.hashing import sha256
 FILE_NAME = "source_files.jsonl.gz"
 MAX_LINE = 2**16
 """Bytes. A longer line is no entry: paths have at most 4096 bytes."""
+BUFFER = 2**20
 DAMAGE = (OSError, EOFError, ValueError, RecursionError, zlib.error)
 """Errors of a file that is missing, cut or not such a listing."""
 
@@ -49,7 +51,11 @@ class Listing:
         if _stored_key(path) == key:
             return
         temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as file:
+        with (
+            temporary.open("wb") as raw,
+            gzip.GzipFile("", "wb", 1, raw, mtime=0) as zipped,
+            io.BufferedWriter(zipped, BUFFER) as file,  # type: ignore[arg-type]
+        ):
             for entry in ([key], *([name, *stat] for name, stat in zip(self.names, self.stats, strict=True))):
                 file.write(json.dumps(entry).encode() + b"\n")
         temporary.replace(path)
@@ -100,7 +106,7 @@ class _Names:
 
 
 def _lines(path: epath.Path) -> Iterator[Any]:
-    with path.open("rb") as raw, gzip.open(raw, "rb") as file:
+    with path.open("rb") as raw, gzip.open(raw, "rb") as zipped, io.BufferedReader(zipped, BUFFER) as file:
         while line := file.readline(MAX_LINE):
             yield json.loads(line)
 

@@ -118,8 +118,7 @@ def psnr(before: UInt8[np.ndarray, "*shape"], after: UInt8[np.ndarray, "*shape"]
 def _write_sheet(path: epath.Path, pairs: list[Pair], image_set: ImageSet, size: int) -> None:
     zoom = max(1, 128 // size)
     images = np.stack([pair.pixels for pair in pairs]).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    names = [image_set.name_of(pair.index).encode(errors="replace").decode() for pair in pairs]
-    captions = [f"{pair.psnr:.1f} dB {name}" for pair, name in zip(pairs, names, strict=True)]
+    captions = [f"{pair.psnr:.1f} dB {image_set.name_of(pair.index)}" for pair in pairs]
     temporary = path.with_name(path.name + ".tmp")
     save_grid(temporary, images, captions, columns=max(1, 1536 // images.shape[2]))
     temporary.replace(path)
@@ -128,8 +127,8 @@ def _write_sheet(path: epath.Path, pairs: list[Pair], image_set: ImageSet, size:
 def _report(sheet: epath.Path, values: list[float], worst: str) -> None:
     mean = float(np.mean(values))
     logger.info(
-        "VAE check on %d images: mean PSNR %.1f dB, worst %.1f dB (%s); images beside their reconstructions: %s",
-        len(values),
+        "VAE check on %s: mean PSNR %.1f dB, worst %.1f dB (%s); images beside their reconstructions: %s",
+        "1 image" if len(values) == 1 else f"{len(values)} images",
         mean,
         min(values),
         worst,

@@ -81,6 +81,11 @@ def test_a_byte_order_mark_and_null_long_captions_are_accepted(path, tmp_path):
     assert read_captions(path, tmp_path, ["a.png"]) == [("a", "")]
 
 
+def test_accents_may_be_stored_in_either_form(path, tmp_path):
+    write(path, {"file": "e\u0301.png", "short_caption": "one"}, {"file": "\u00fc.png", "short_caption": "two"})
+    assert read_captions(path, tmp_path, ["\u00e9.png", "u\u0308.png"]) == [("one", ""), ("two", "")]
+
+
 def test_captions_that_are_all_empty_are_refused(path, tmp_path):
     write(path, *({"file": f"{name}.png", "short_caption": " ", "long_caption": ""} for name in "ab"))
     with pytest.raises(ValueError, match=r"captions.jsonl must have captions that are not empty, all 2 are empty$"):

@@ -114,7 +114,9 @@ def test_too_many_broken_images_end_the_run_and_a_higher_limit_continues_it(conf
         ValueError, match=r"^max_rejected: at most 0 of 24 images may be unreadable \(0\), found 1 "
     ) as error:
         prepare(strict)
-    assert str(error.value).endswith(f"see {config.out}/rejected.jsonl; repair or remove them, or allow more")
+    assert str(error.value).endswith(
+        f"see {config.out}/rejected.jsonl; repair or remove them, or set a higher max_rejected"
+    )
     assert rejected(config.out).items() <= BROKEN.items()
     with pytest.raises(ValueError, match=r"max_rejected: at most 1 of 24 images may be unreadable \(0.01\), found 2 "):
         prepare(config)
