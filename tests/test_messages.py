@@ -19,7 +19,7 @@ from flowdit.data.prepare import PrepareConfig, prepare
 checkpoint, images, out = sys.argv[1:]
 for _ in flowdit.load(checkpoint).draw(prompts=["a red apple"], steps=1, guidance=1.0):
     pass
-prepare(PrepareConfig(source=images, out=out, image_size=16))
+prepare(PrepareConfig(source=images, out=out, image_size=16, vae_check=0))
 """
 logger = logging.getLogger("flowdit.some.module")
 

@@ -86,6 +86,7 @@ def prepared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             f"out={data}",
             f"vae={vae}",
             "image_size=32",
+            f"vae_check={2 * (kind == 'sd3')}",
             "held_out_fraction=0.2",
             "license=CC0",
             "attribution=none",
