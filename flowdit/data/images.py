@@ -164,7 +164,7 @@ def _is_class(path: Path) -> bool:
     if not path.is_dir() or path.name.startswith("."):
         return False
     is_text = path.name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in path.name)
-    require("source", str(path), is_text, "must have class folders with names in UTF-8")
+    require("source", path.name, is_text, "must have class folders with names in UTF-8")
     return True
 
 

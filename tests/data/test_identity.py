@@ -1,18 +1,21 @@
 """The identity of a data set: what may be corrected later, data of earlier versions, and changed sources."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
 from pathlib import Path
 
 import pytest
+from etils import epath
 from latent_records import word_encoder
 from PIL import Image
 from test_prepare_again import Interrupted
 from test_prepare_texts import write_captions
 
 import flowdit.data.prepare as prepare_module
+from flowdit.data.images import load_images
 from flowdit.data.manifest import Manifest
 from flowdit.data.prepare import prepare
 from flowdit.data.text_cache import open_cache
@@ -121,14 +124,16 @@ def test_without_a_whole_listing_a_changed_source_is_still_refused(config, sourc
     prepare(config)
     path = Path(config.out) / "source_files.jsonl.gz"
     whole = path.read_bytes()
-    key = gzip.decompress(whole).split(b"\n")[0] + b"\n"
-    lines = [b'["a", 1, "2"]\n', b'["a", [[1]], 2]\n', b'["' + b"a" * 2**20 + b'", 1, 2]\n', b"[" * 2**16]
-    damaged = [b"no gzip", whole[:-20], *map(gzip.compress, (b"{", b'["another"]\n', *(key + line for line in lines)))]
     (source / "blue" / "03.png").unlink()
-    for content in damaged:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="out: .* was prepared from other images: give another folder$"):
-            prepare(config)
+    listing = load_images(str(source), 0.0).listing
+    key = gzip.decompress(whole).split(b"\n")[0]
+    changes = functools.partial(listing.changes, epath.Path(config.out), json.loads(key)[0])
+    assert changes() == "1 removed (blue/03.png)"
+    lines = [b'["a", 1, "2"]\n', b'["a", [[1]], 2]\n', b'["' + b"a" * 2**20 + b'", 1, 2]\n', b"[" * 2**16]
+    contents = [b"{", b'["another"]\n', *(key + b"\n" + line for line in lines)]
+    for damaged in (b"no gzip", whole[:-20], *map(gzip.compress, contents)):
+        path.write_bytes(damaged)
+        assert changes() is None
     path.unlink()
     with pytest.raises(ValueError, match="out: .* was prepared from other images: give another folder$"):
         prepare(config)
