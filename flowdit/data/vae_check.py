@@ -27,7 +27,7 @@ MIN_PSNR = 24.0
 MAX_PSNR = 100.0
 """In dB, in place of infinity for equal images."""
 MAX_DECODED = 4
-"""Images per decoding call, fewer above 256 pixels: decoding 512 pixels takes 2 to 3 GB an image for a large VAE."""
+"""Images per decoding call, fewer above 256 pixels: at 512 pixels a large VAE needs about 2 GB an image."""
 SHEET_PIXELS = 2**22
 """Number of pixels of the images on the sheet; it shows 8 to 64 of them, those of the lowest PSNR."""
 
