@@ -122,7 +122,7 @@ def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWrite
         good = writer.last_good() or "none was saved yet"
         raise TrainingDiverged(
             f"train.max_skipped_in_row: the last {int(values['train/skipped_in_row'])} steps had a loss or gradient that "
-            f"was not finite and were skipped (limit {limit}); last good checkpoint: {good}"
+            f"was not finite and were skipped (limit {limit}): resume with a lower optim.learning_rate; last good checkpoint: {good}"
         )
 
 
