@@ -254,8 +254,8 @@ def test_the_share_of_long_captions_is_as_configured(captions, probability, shar
 
 def test_a_record_may_have_its_other_caption_in_another_epoch(captions):
     stream = TrainStream(open_text(captions), seed=0, batch_size=20)
-    visits = [dict(batch) for batch in take_drawn(stream, 8)]
-    assert all(len({visit[record] for visit in visits}) == 2 for record in range(20))
+    epochs = [dict(batch) for batch in take_drawn(stream, 8)]
+    assert all(len({epoch[record] for epoch in epochs}) == 2 for record in range(20))
 
 
 def test_the_captions_depend_on_the_seed(captions):

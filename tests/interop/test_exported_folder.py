@@ -126,7 +126,7 @@ def test_image_of_the_user_or_none(meta, tmp_path):
     Image.new("RGB", (8, 4), "red").save(mine := tmp_path / "mine.png")
     given = converted(source, tmp_path / "given", to="diffusers", image=str(mine))
     assert (given / "sample.png").read_bytes() == mine.read_bytes()
-    # The former name of the key is still accepted.
+    # `picture` is another name of the key.
     none = converted(source, tmp_path / "none", to="diffusers", image="draw", picture="none")
     assert not (none / "sample.png").exists() and "![" not in (none / "README.md").read_text()
 
