@@ -24,6 +24,7 @@ from flowdit.checkpoint.restore import find_newest
 from flowdit.command import Command, run_command, tell_processes_apart, user_errors
 from flowdit.composition import continued, naming_the_preset, typed_overrides
 from flowdit.config import Config, refuse_unknown, register_schemas, resolve
+from flowdit.models.config import MODELS
 from flowdit.processes import join_processes
 from flowdit.sized import PRESETS, choose_sizes
 from flowdit.training.loop import train
@@ -97,12 +98,16 @@ def _configured(composed: DictConfig, network: str, stored: RunMeta | None) -> C
             )
         composed = continued(stored.config, folder, typed_overrides())
     config: Config = resolve(composed, Config)
+    preset = HydraConfig.get().runtime.choices.get("experiment")
+    if preset is not None and stored is None and type(config.model) is not MODELS[network]:
+        (other,) = COMMANDS.keys() - {network}
+        raise ValueError(f"experiment={preset}: is a preset of the other stage, of {COMMANDS[other].script}")
     kinds = [kind for kind, conditioned in conditioning.KINDS.items() if conditioned.model == network]
     if (kind := conditioning.kind_of(config)) not in kinds:
         raise ValueError(f"conditioning: must be {' or '.join(kinds)} with this command, got {kind}")
     conditioning.check(config)
     config.check()
-    if stored is None and HydraConfig.get().runtime.choices.get("experiment") in PRESETS:
+    if stored is None and preset in PRESETS:
         choose_sizes(config, typed_overrides())
     return config
 

@@ -152,7 +152,8 @@ def _fitting(
     typed: Mapping[str, Any],
 ) -> Shape:
     """The smallest patch, then the fewest micro-batches, whose step fits the memory."""
-    batch = typed.get("train.batch_size") or _batch_size(manifest, machine, scale)
+    unit = machine.num_devices * typed.get("train.gradient_accum", 1)
+    batch = typed.get("train.batch_size") or _batch_size(manifest, unit, scale)
     patches = [typed["model.patch_size"]] if "model.patch_size" in typed else _patches(manifest, scale.max_tokens)
     accums = [typed["train.gradient_accum"]] if "train.gradient_accum" in typed else _accums(batch, machine)
     dtype, shape = typed.get("train.compute_dtype", scale.compute_dtype), None
@@ -178,10 +179,10 @@ def _model(network: str, chosen: Mapping[str, int], typed: Mapping[str, Any]) ->
     return MODELS[network](**{**chosen, **{name: value for name, value in ours.items() if name in fields}})
 
 
-def _batch_size(manifest: Manifest, machine: Machine, scale: Scale) -> int:
-    """A power of two up to a quarter of the images, rounded up to a multiple of the number of devices."""
+def _batch_size(manifest: Manifest, unit: int, scale: Scale) -> int:
+    """A power of two up to a quarter of the images, rounded up to a multiple of `unit`."""
     largest = min(scale.batch_size, max(manifest.num_records("train") // 4, 1))
-    return math.ceil(2 ** (largest.bit_length() - 1) / machine.num_devices) * machine.num_devices
+    return math.ceil(2 ** (largest.bit_length() - 1) / unit) * unit
 
 
 def _accums(batch: int, machine: Machine) -> list[int]:
@@ -226,7 +227,7 @@ def _latents(manifest: Manifest, model: ModelConfig) -> list[Choice]:
 
 def _why_batch(shape: Shape, scale: Scale) -> str:
     size = "the largest for this model" if shape.batch_size >= scale.batch_size else "at most a quarter of the images"
-    return size if shape.gradient_accum == 1 else f"{size}, in micro-batches that fit the memory"
+    return size if shape.gradient_accum == 1 else f"{size}, in {shape.gradient_accum} micro-batches for the memory"
 
 
 def _learning_rate(shape: Shape, scale: Scale, steps: int) -> Choice:
@@ -243,7 +244,7 @@ def _intervals(manifest: Manifest, kind: str, steps: int) -> list[Choice]:
     if kind == "text" and not manifest.num_records("validation"):
         return [Choice({**values, "train.sample_every": 0}, "no previews, as no captions are held out")]
     choices = [Choice(values, "about eight times in the run")]
-    if kind == "labels" and (each := PREVIEWS // max(manifest.num_classes, 1)) > 1:
+    if kind == "labels" and manifest.class_names and (each := PREVIEWS // manifest.num_classes) > 1:
         labels = [label for label in range(manifest.num_classes) for _ in range(each)]
         choices.append(Choice({"train.sample_labels": labels}, f"{each} previews of each class"))
     return choices

@@ -96,6 +96,9 @@ def test_a_typed_value_is_kept_and_others_follow():
     assert sizes.values["train.save_every"] == 12
     assert sizes.values["optim.warmup_steps"] == 5
     assert not any("num_steps" in line for line in sizes.lines())
+    assert (
+        choose(data_set(400), CPU, "ccdit", Condition(), {"train.gradient_accum": 3}).values["train.batch_size"] == 66
+    )
 
 
 def test_a_larger_patch_is_taken_where_the_memory_is_small():
@@ -107,10 +110,14 @@ def test_a_larger_patch_is_taken_where_the_memory_is_small():
     assert patch[4e9] == 4
 
 
+def typed_labels(manifest: Manifest) -> dict:
+    return choose(manifest, CPU, "ccdit", Condition(), {"conditioning": "labels"}).values
+
+
 def test_the_condition_follows_the_data():
     without = data_set(400, classes=0, captions=False)
     assert choose(without, CPU, "ccdit", Condition(), {}).values["conditioning"] == "none"
-    assert "conditioning" not in choose(without, CPU, "ccdit", Condition(), {"conditioning": "labels"}).values
+    assert not {"conditioning", "train.sample_labels"} & typed_labels(without).keys()
     assert "conditioning" not in choose(data_set(400), CPU, "ccdit", Condition(), {}).values
     captioned = choose(data_set(400, classes=0), CPU, "ccdit", Condition(), {}).lines()
     assert any("conditioning=none" in line and "small_text" in line for line in captioned)
@@ -228,6 +235,8 @@ def stored_config(checkpoint: Path) -> dict:
         ),
         (stage1, ("experiment=small", "data.path={plain}", "conditioning=labels"), "has no classes"),
         (stage2, ("experiment=small_text", "data.path={plain}"), "has no captions, which this preset needs"),
+        (stage1, ("experiment=small_text", "data.path={data}"), "other stage, of python train_stage2.py"),
+        (stage2, ("experiment=small", "data.path={data}"), "other stage, of python train_stage1.py"),
     ],
 )
 def test_bad_input_is_one_line(main, overrides, problem, tiny_data, plain_data):
