@@ -91,10 +91,13 @@ def read_config(
     nulls = {name: value for name, value in architecture.nulls(side).items() if settings.values[name] is None}
     settings = Settings(file, {**settings.values, **nulls})
     model = _model(settings, architecture, kind)
+    if side % model.patch_size:
+        raise settings.error("sample_size", f"must be divisible by patch_size={model.patch_size}")
     # diffusers' positions span those of `sample_size` at any other size.
     model.position_base = side // model.patch_size
     latent_shape = (settings.count("in_channels"), side, side)
     _check_sizes(settings, architecture, tensors, model)
+    _check_flags(settings, kind, architecture.layout, tensors, model)
     with content_of(file), called(_THEIR_NAMES | dict(kind.fields)):
         model.check(latent_shape)
     return architecture.layout, model, latent_shape
@@ -144,6 +147,20 @@ def _check_sizes(settings: Settings, architecture: Architecture, tensors: Arrays
         if len(shape) <= axis or shape[axis] != size:
             rule = f"must fit the tensor {name} of shape {list(shape)}, got {shown(given)}"
             raise ValueError(f"{settings.file}: {field}: {rule}")
+
+
+def _check_flags(settings: Settings, kind: DiffusersClass, layout: Layout, tensors: Arrays, model: ModelConfig) -> None:
+    """Raise `ValueError` naming the first field that says that there are tensors which are absent, or the reverse."""
+
+    def names(**flag: bool) -> set[str]:
+        fields = layouts.for_model(layout, dataclasses.replace(model, **flag)).fields
+        return {layouts.numbered(layout, name, 0) for field in fields for name in field.theirs}
+
+    for ours, theirs in kind.fields.items():
+        if isinstance(value := getattr(model, ours), bool):
+            is_found = not names(**{ours: True}).difference(names(**{ours: False})).isdisjoint(tensors)
+            if value != is_found:
+                raise settings.error(theirs, f"must be {str(is_found).lower()}, as in its tensors")
 
 
 def _sizes(settings: Settings, architecture: Architecture, model: ModelConfig) -> Iterator[_Claim]:

@@ -31,6 +31,12 @@ EMBEDDED = {"openmoji": Path(__file__).parents[1] / "assets" / "vae"}
 WEIGHTS_STEM = "diffusion_pytorch_model"
 # Stable Diffusion 1.x was saved before diffusers renamed its attention projections.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Fields that say whether there are tensors, by the beginning of their names.
+OPTIONAL_PARTS = {
+    "mid_block_add_attention": "encoder.mid_block.attentions.",
+    "use_quant_conv": "quant_conv.",
+    "use_post_quant_conv": "post_quant_conv.",
+}
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -84,6 +90,10 @@ class VaeConfig:
         require("block_out_channels", list(widths), len(widths) == found, rule)
         found = len(pretrained.numbers_after("encoder.down_blocks.0.resnets.", shapes))
         require("layers_per_block", layers, layers == found, f"must be {found}, as in its tensors")
+        for name, prefix in OPTIONAL_PARTS.items():
+            is_there = any(key.startswith(prefix) for key in shapes)
+            rule = f"must be {str(is_there).lower()}, as in its tensors"
+            require(name, value := getattr(config, name), value == is_there, rule)
         pretrained.check_sizes(config, ("block_out_channels", "latent_channels", "in_channels", "out_channels"), shapes)
         for name in ("down_block_types", "up_block_types"):
             kinds = list(getattr(blocks, name))

@@ -47,7 +47,7 @@ def test_tensors_of_another_shape(stock, tmp_path):
             {"_class_name": "UNet2DConditionModel"},
             "must be one of DiTTransformer2DModel, .* got 'UNet2DConditionModel'",
         ),
-        ({"sample_size": 7}, "config.json: patch_size: must divide the latents' height and width"),
+        ({"sample_size": 7}, "config.json: sample_size: must be divisible by patch_size=2, got 7"),
     ],
 )
 def test_another_architecture(stock, tmp_path, changes, message):
