@@ -20,6 +20,8 @@ from flowdit.json_input import InputError, parse_file
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("state", "model_ema", "dataset", "meta")
+MAX_INSPECTED = 1000
+"""Up to this number of entries of a folder are inspected for an error message."""
 
 
 class Checksums(RootModel[dict[str, str]]):
@@ -41,13 +43,22 @@ def list_steps(folder: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir())
 
 
-def what_is_in(folder: epath.Path) -> str:
-    """What a folder that is no checkpoint holds, for an error message: above all the run folders in it."""
+def what_is_in(folder: epath.Path, model_files: Sequence[str] = ()) -> str:
+    """What a folder that is no checkpoint holds, for an error message: above all the run folders directly in it, and
+    the folders with one of `model_files`. Sub-folders that cannot be read are only named.
+    """
     if not folder.is_dir():
         return "it is a file" if folder.exists() else "there is no such folder"
     inner = sorted(folder.iterdir())
-    if runs := [f"{path} (newest step {steps[-1]})" for path in inner if (steps := list_steps(path))]:
-        return f"it holds the run folders {listed(runs)}"
+    found: dict[str, list[str]] = {"run": [], "model": []}
+    for path in inner[:MAX_INSPECTED]:
+        with contextlib.suppress(OSError):
+            if steps := list_steps(path):
+                found["run"].append(f"{path} (newest step {steps[-1]})")
+            elif any((path / name).is_file() for name in model_files):
+                found["model"].append(str(path))
+    if parts := [f"the {kind} folders {listed(paths)}" for kind, paths in found.items() if paths]:
+        return f"it holds {' and '.join(parts)}"
     return f"it holds {listed([path.name for path in inner])}" if inner else "it is empty"
 
 

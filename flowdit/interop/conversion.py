@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 TARGETS = ("checkpoint", "diffusers", "safetensors")
 WEIGHTS = tuple(ENTRIES)
 SINGLE = ".safetensors"
+CONFIGS = ("model_index.json", "config.json")
+"""Files that diffusers writes, of which a pipeline has the first and a network the second."""
 
 
 @dataclasses.dataclass
@@ -121,15 +123,16 @@ def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = N
         if single is None and path.suffix not in (SINGLE, *SUFFIXES):
             raise ValueError(f"{path} must be a folder or end in {SINGLE}, {', '.join(SUFFIXES)}")
         return single or read_original(path, weights, hints)
-    if any((path / file).is_file() for file in ("model_index.json", "config.json", META_FILE)):
+    if any((path / file).is_file() for file in (*CONFIGS, META_FILE)):
         return read_diffusers(path, weights, hints)
-    if any(path.glob(f"**/{WEIGHTS_STEM}*")):
-        raise ValueError(f"{path / 'config.json'} is missing: diffusers writes it next to the weights")
+    for folder in (path, path / "transformer"):
+        if any(folder.glob(f"{WEIGHTS_STEM}*")) and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder / 'config.json'} is missing: diffusers writes it next to the weights")
     singles = sorted(path.glob(f"*{SINGLE}"))
     if len(singles) == 1:
         return read_source(str(singles[0]), weights, hints)
     needed = "must be a checkpoint (<run>/<step>), a run folder, or a folder of diffusers (with config.json)"
-    raise ValueError(f"{path}: {needed}, {what_is_in(source)}")
+    raise ValueError(f"{path}: {needed}, {what_is_in(source, CONFIGS)}")
 
 
 def convert(config: ConvertConfig) -> Portable:

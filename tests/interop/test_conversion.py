@@ -10,6 +10,7 @@ from interop.small_models import DEFAULT_CLASS, random_model, saved
 from PIL import Image
 from runs import call, error_line
 
+from flowdit.checkpoint import files
 from flowdit.convert import main as convert
 from flowdit.interop import read_source
 from flowdit.sample import main as sample
@@ -87,4 +88,33 @@ def test_a_diffusers_folder_without_its_config(stock, tmp_path):
         f"error: source: {tmp_path / 'dit' / 'config.json'} is missing: diffusers writes it next to the weights"
     )
     line = refused(tmp_path / "pipeline")
-    assert "config.json is missing: diffusers writes it next to the weights" in line
+    missing = tmp_path / "pipeline" / "transformer" / "config.json"
+    assert line == f"error: source: {missing} is missing: diffusers writes it next to the weights"
+
+
+def test_a_folder_of_exports_is_refused_with_their_names(stock, tmp_path):
+    models = tmp_path / "models"
+    for name in ("dit", "pixart"):
+        shutil.copytree(stock / name, models / name)
+    shutil.copytree(stock / "dit", models / "deeper" / "dit")  # is not searched
+    (models / "deeper" / "dit" / "config.json").unlink()
+    assert refused(models).endswith(f", it holds the model folders {models / 'dit'}, {models / 'pixart'}")
+    for name in ("dit", "pixart"):
+        shutil.rmtree(models / name)
+    assert refused(models).endswith(", it holds deeper")
+
+
+def test_sub_folders_that_cannot_be_read_do_not_hide_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_INSPECTED", 3)
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / "runs" / name / "6").mkdir(parents=True)
+
+    def list_steps(folder, whole=files.list_steps):
+        if folder.name == "b":  # chmod does not stop the superuser
+            raise PermissionError(13, "Permission denied")
+        return whole(folder)
+
+    monkeypatch.setattr(files, "list_steps", list_steps)
+    runs = tmp_path / "runs"
+    found = f"it holds the run folders {runs / 'a'} (newest step 6), {runs / 'c'} (newest step 6)"
+    assert refused(runs).endswith(found)
