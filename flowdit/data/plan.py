@@ -41,7 +41,7 @@ def claim_folder(
     has_shards = (folder / manifest_name).exists() or any(".array_record" in path.name for path in folder.iterdir())
     if stored is None and has_shards:
         raise ValueError(f"{field}: {folder} holds shards without {PLAN_NAME}: give another folder")
-    different = [] if stored is None else [name for name in plan if stored.get(name) != plan[name]]
+    different = [] if stored is None else _different(plan, stored)
     if stored is not None and different and has_shards:
         name = different[0]
         reason = f"was started with {name}={stored.get(name)!r}, this run has {plan[name]!r}"
@@ -51,6 +51,18 @@ def claim_folder(
     if wanted != stored:
         write_json(folder / PLAN_NAME, wanted)
     return wanted
+
+
+def check_claim(field: str, folder: epath.Path, plan: Mapping[str, Any]) -> None:
+    """Raise `ValueError` with the difference if a run with another plan claimed `folder` before the first shard."""
+    stored = read_plan(field, folder) or {}
+    for name in _different(plan, stored):
+        reason = f"was claimed by another run with {name}={stored.get(name)!r}, this run has {plan[name]!r}"
+        raise ValueError(f"{field}: {folder} {reason}: give another folder")
+
+
+def _different(plan: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    return [name for name in plan if stored.get(name) != plan[name]]
 
 
 def read_plan(field: str, folder: epath.Path) -> dict[str, Any] | None:

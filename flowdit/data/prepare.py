@@ -21,7 +21,7 @@ from flowdit.data import manifest as manifests
 from flowdit.data.encode_images import encoded_records, latent_encoder
 from flowdit.data.images import ImageSet, load_images
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
-from flowdit.data.plan import PLAN_NAME, claim_folder
+from flowdit.data.plan import PLAN_NAME, check_claim, claim_folder
 from flowdit.data.progress import ProgressBar, progress_bar
 from flowdit.data.rejected import FILE_NAME, Rejected, RejectedImages, count_rejected
 from flowdit.data.shards import (
@@ -251,6 +251,8 @@ def _write_shards(
     if config.vae_check and not finished:
         options = {name: getattr(config, name) for name in ("batch_size", "image_size", "dtype")}
         check_vae(out, vae, encode_batch, image_set, count=config.vae_check, **options)
+        # Meanwhile there were no shards, so that a run with other settings could claim the folder.
+        check_claim("out", out, _plan(config, image_set, vae))
     todo = [job for job in jobs if job.file not in finished]
     total, left = (sum(len(job.items) for job in some) for some in (jobs, todo))
     with progress_bar("encoding", "images", total, left) as progress:

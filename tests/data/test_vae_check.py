@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 from test_identity import interrupt
 
+import flowdit.data.prepare as prepare_module
 from flowdit.data import openmoji
 from flowdit.data.images import load_images
+from flowdit.data.manifest import Manifest, verify
 from flowdit.data.prepare import prepare
 from flowdit.data.vae_check import psnr
 from flowdit.models.vae import load_vae, to_pixels
@@ -89,6 +91,16 @@ def test_it_runs_once_even_if_there_are_few_images_or_large_ones(checked, messag
     prepare(checked)
     lines = check_lines(messages)
     assert len(lines) == 2 and lines[0].startswith("VAE check on 24 images")
+
+
+def test_a_run_with_other_settings_that_begins_meanwhile_keeps_the_folder(checked, monkeypatch):
+    other = dataclasses.replace(checked, dtype="float32", vae_check=0)
+    monkeypatch.setattr(prepare_module, "check_vae", lambda *args, **options: prepare(other))
+    problem = "was claimed by another run with dtype='float32', this run has 'float16': give another folder$"
+    with pytest.raises(ValueError, match=f"^out: {checked.out} {problem}"):
+        prepare(checked)
+    verify(checked.out, Manifest.read(checked.out), hashes=True)
+    assert Manifest.read(checked.out).latent_dtype == "float32"
 
 
 def test_unreadable_images_are_skipped(checked, source, messages):
