@@ -169,7 +169,10 @@ def _is_class(path: Path) -> bool:
 
 
 def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images of a folder and its sub-folders in their order, and other files. Hidden files are in neither."""
+    """The images of a folder and its sub-folders in their order, and other files.
+
+    Files whose name starts with a dot are in neither; hidden sub-folders are searched like others.
+    """
     images, others = [], []
     for path in sorted(folder.rglob("*")):
         if path.name.startswith("."):

@@ -124,9 +124,11 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """The fields in which the data of `other` differ, without licence and attribution."""
         fields = (dataclasses.asdict(self), dataclasses.asdict(other))
+        ours, theirs = set(self.shards), set(other.shards)
         names = [name for name in fields[0] if name not in TERMS and fields[0][name] != fields[1][name]]
-        changed = len(set(self.shards) - set(other.shards))
-        return [f"shards ({changed} of {len(self.shards)})" if name == "shards" else name for name in names]
+        changed, all_files = ({shard.file for shard in some} for some in (ours ^ theirs, ours | theirs))
+        shards = f"{len(changed)} of {len(all_files)}" if changed else "in another order"
+        return [f"shards ({shards})" if name == "shards" else name for name in names]
 
     @property
     def num_classes(self) -> int:

@@ -55,6 +55,21 @@ def test_differences_name_the_fields_of_the_data(folder):
     assert Manifest.read(folder).differences(before) == ["vae", "shards (1 of 3)"]
 
 
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda d: d["shards"].append(d["shards"][0] | {"file": "more.array_record"}), "shards (1 of 4)"),
+        (lambda d: d["shards"].pop(), "shards (1 of 3)"),
+        (lambda d: d["shards"].reverse(), "shards (in another order)"),
+    ],
+)
+def test_shards_that_were_added_removed_or_moved_are_a_difference(folder, change, difference):
+    before = Manifest.read(folder)
+    edit(folder, change)
+    after = Manifest.read(folder)
+    assert before.differences(after) == after.differences(before) == [difference]
+
+
 def test_id_does_not_depend_on_the_layout_of_the_file(folder):
     before = Manifest.read(folder).id
     data = json.loads((folder / "dataset.json").read_text())
