@@ -13,6 +13,7 @@ from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
 from flowdit.config import Config, TrainConfig
 from flowdit.data.loader import DataConfig
 from flowdit.models.config import DiTConfig, PixArtConfig
+from flowdit.training.resume import check_same_run
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "openmoji" / "meta" / "metadata"
 ENCODER = {"name": "wordllama", "fingerprint": "0" * 16, "dtype": "float32", "max_length": 6, "width": 24}
@@ -147,3 +148,13 @@ def test_nothing_in_a_configuration_is_interpolated(stored):
         meta = RunMeta.parse(changed(stored, path, value))
         *parts, name = path.removeprefix("config.").split(".")
         assert getattr(functools.reduce(getattr, parts, meta.config), name) == value
+
+
+def test_a_run_of_an_earlier_version_continues_on_data_with_a_corrected_licence(stored):
+    before = RunMeta.parse(stored)
+    data = dataclasses.replace(before.manifest, license="MIT", attribution="by us")
+    now = dataclasses.replace(before, manifest=data, manifest_id=data.id)
+    assert before.manifest_id != now.manifest_id and check_same_run(before, now) == []
+    other = dataclasses.replace(data, class_names=data.class_names[::-1])
+    with pytest.raises(ValueError, match="^data.path: the data set must be the one .*, got another class_names: "):
+        check_same_run(before, dataclasses.replace(now, manifest=other))

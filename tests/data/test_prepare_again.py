@@ -60,7 +60,7 @@ def test_a_killed_run_continues_to_the_same_data_set(config):
     arguments = [sys.executable, "-c", textwrap.dedent(script), repr(vars(config))]
     package = Path(prepare_module.__file__).parents[2]
     process = subprocess.Popen(arguments, cwd=package, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list(Path(config.out).glob("*.array_record.json")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
