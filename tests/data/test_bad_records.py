@@ -195,7 +195,7 @@ def test_captions_belong_to_the_record_that_is_read(captions):
         np.testing.assert_array_equal(batch[name], expected[name])
     assert [record["short_caption"] for record in source.read([3, 5])] == ["w4", "w5"]
     # Record 4 has six words, of which four are read: two long captions of it, each counted once.
-    assert text.truncated == 2
+    assert text.counts.truncated == 2
 
 
 @pytest.fixture
