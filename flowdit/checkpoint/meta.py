@@ -35,7 +35,7 @@ def _stored_config(values: Any) -> Config:
         return from_stored(values)
     except FieldError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as problem:
         rule = "must be a configuration of flowdit ({reason})"
         raise PydanticCustomError("config", rule, {"reason": shortened(first_line(problem))}) from None
 

@@ -61,13 +61,14 @@ def read_single(file: Path) -> Portable | None:
     if text is None:
         return None
     meta = parse_meta(stored, str(file))
-    return checked(Portable(read_tensors([file]), meta), str(file))
+    arrays = read_tensors([file])
+    check_dtypes(str(file), arrays)
+    return checked(Portable(arrays, meta), str(file))
 
 
 def checked(portable: Portable, source: str) -> Portable:
     """Return `portable` if metadata and arrays agree. Raises `ValueError` listing the arrays that do not."""
     described = describe(portable.meta, source)
-    check_dtypes(source, portable.arrays)
     check_shapes(array_shapes(described), {n: a.shape for n, a in portable.arrays.items()}, source)
     check_finite(portable.arrays, source)
     return portable

@@ -23,12 +23,17 @@ from runs import call, error_line, stored_arrays
 
 from flowdit.checkpoint.meta import read_meta
 from flowdit.convert import main
+from flowdit.fields import shown
 from flowdit.interop import read_source
 from flowdit.interop.portable import Portable
 
 MICRO_TEXT = STOCK_TEXT | {"micro_conditioning": True, "interpolation_scale": 0.5}
 OTHERS = {"mlp_ratio": 3.0, "time_scale": 1.0, "time_freq_shift": 0.5, "mlp_norm_eps": 1e-2, "interpolation_scale": 0.5}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def target_name(stem: str, to: str) -> str:
+    return f"{stem}.safetensors" if to == "safetensors" else stem
 
 
 @pytest.fixture
@@ -104,7 +109,7 @@ def test_ema_and_raw_weights_are_those_of_the_checkpoint(whole_run, tmp_path, to
     stored, differing = stored_arrays(whole_run / "6"), 0
     for weights, prefix in (("ema", "model_ema."), ("model", "state.model.")):
         out = converted(
-            whole_run / "6", tmp_path / f"{weights}.safetensors", to=to, weights=weights, own_class=to == "diffusers"
+            whole_run / "6", tmp_path / target_name(weights, to), to=to, weights=weights, own_class=to == "diffusers"
         )
         wanted = {name.removeprefix(prefix): array for name, array in stored.items() if name.startswith(prefix)}
         assert_same(read_source(str(out)), Portable(wanted, read_meta(whole_run / "6")))
@@ -155,7 +160,7 @@ def test_overflow_is_refused(meta, tmp_path, to):
     portable.arrays["blocks.mlp.up.weight"][1, 2, 3] = 1e5
     source = saved(portable, tmp_path / "source.safetensors")
     before = listing(tmp_path)
-    out = tmp_path / "out.safetensors"
+    out = tmp_path / target_name("out", to)
     finished = call(main, f"source={source}", f"target={out}", f"to={to}", "dtype=float16", "image=none")
     assert error_line(finished) == (
         "error: dtype: blocks.mlp.up.weight has values beyond the range of float16; use bfloat16 or float32"
@@ -252,12 +257,12 @@ def test_latents_that_are_not_square_are_refused(meta, tmp_path):
 @pytest.mark.parametrize("to", ["checkpoint", "safetensors", "diffusers"])
 def test_existing_target_is_not_changed(meta, tmp_path, to):
     source = saved(random_model(meta, STOCK_CLASS), tmp_path / "source.safetensors")
-    target = tmp_path / "mine.safetensors"
+    target = tmp_path / target_name("mine", to)
     target.mkdir()
     (target / "notes.txt").write_text("mine")
     before = listing(tmp_path)
     finished = call(main, f"source={source}", f"target={target}", f"to={to}")
-    assert error_line(finished) == f"error: target: must not exist, got {target}"
+    assert error_line(finished) == f"error: target: must not exist, got {shown(str(target))}"
     assert listing(tmp_path) == before
 
 
@@ -267,7 +272,7 @@ def test_existing_target_is_not_changed(meta, tmp_path, to):
         ("to=onnx", "to: must be one of checkpoint, diffusers, safetensors, got 'onnx'"),
         ("weights=best", "weights: must be one of ema, model, got 'best'"),
         ("dtype=int8", "dtype: must be one of float32, float16, bfloat16, got 'int8'"),
-        ("to=safetensors", "target: must end in .safetensors with to=safetensors, got out"),
+        ("to=safetensors", "target: must end in .safetensors with to=safetensors, got 'out'"),
     ],
 )
 def test_fields_are_checked_before_the_source(field, message):
