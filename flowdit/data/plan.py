@@ -13,6 +13,8 @@ from flowdit.data.manifest import write_json
 from flowdit.json_input import InputError, parse_file
 
 PLAN_NAME = "prepare.json"
+FORMER = "former_ids"
+"""Its note with the identities of version 1 that the data had before a licence was corrected."""
 
 
 class Plan(RootModel[dict[str, Any]]):
@@ -74,3 +76,19 @@ def read_plan(field: str, folder: epath.Path) -> dict[str, Any] | None:
         return parse_file(Plan, path).root
     except InputError:
         raise ValueError(f"{field}: {path} is damaged: remove the folder or give another one") from None
+
+
+def former_ids(folder: epath.PathLike) -> list[Any]:
+    """The identities of version 1 that the data in `folder` had before a correction; none if there is no plan."""
+    try:
+        stored = parse_file(Plan, epath.Path(folder) / PLAN_NAME).root.get(FORMER)
+    except InputError:
+        return []
+    return stored if isinstance(stored, list) else []
+
+
+def keep_former_id(folder: epath.Path, former: str) -> None:
+    """Store an identity of version 1 before it changes, as text caches may hold it."""
+    plan = read_plan("out", folder) or {}
+    others = [known for known in former_ids(folder) if known != former]
+    write_json(folder / PLAN_NAME, plan | {FORMER: [*others, former]})

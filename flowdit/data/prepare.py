@@ -21,7 +21,7 @@ from flowdit.data import manifest as manifests
 from flowdit.data.encode_images import encoded_records, latent_encoder
 from flowdit.data.images import ImageSet, load_images
 from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
-from flowdit.data.plan import PLAN_NAME, check_claim, claim_folder
+from flowdit.data.plan import PLAN_NAME, check_claim, claim_folder, keep_former_id
 from flowdit.data.progress import ProgressBar, progress_bar
 from flowdit.data.rejected import FILE_NAME, Rejected, RejectedImages, count_rejected
 from flowdit.data.shards import (
@@ -31,7 +31,7 @@ from flowdit.data.shards import (
     remove_sidecar,
     write_shard,
 )
-from flowdit.data.text_features import renew_identity, write_cache
+from flowdit.data.text_features import write_cache
 from flowdit.data.vae_check import check_vae
 from flowdit.fields import FREE_TEXT, require, require_choice, under
 from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
@@ -149,15 +149,11 @@ def _check_outside_source(out: epath.Path, config: PrepareConfig) -> None:
 
 
 def _prepare_text(config: PrepareConfig, out: epath.Path, manifest: Manifest, encoder: TextEncoder) -> None:
-    folder = _cache_folder(config, out)
+    folder = epath.Path(config.text_cache or out / "text_features")
     try:
         write_cache(folder, out, manifest, encoder)
     except OSError as error:
         raise ValueError(f"text_cache: cannot write to {folder}: {error.strerror or error}") from None
-
-
-def _cache_folder(config: PrepareConfig, out: epath.Path) -> epath.Path:
-    return epath.Path(config.text_cache or out / "text_features")
 
 
 def _load_text_encoder(config: PrepareConfig) -> TextEncoder:
@@ -233,7 +229,7 @@ def _finished(jobs: list[Job], out: epath.Path, config: PrepareConfig) -> Manife
     rejected = f"; {count} unreadable images were left out: see {FILE_NAME}" if (count := count_rejected(out)) else ""
     logger.info("%s is already prepared from these images with these settings: nothing to encode%s", out, rejected)
     if corrected != manifest:
-        renew_identity(_cache_folder(config, out), manifest)
+        keep_former_id(out, manifest.ids[1])
         corrected.write(out)
         for name, value in terms.items():
             if value != (old := getattr(manifest, name)):

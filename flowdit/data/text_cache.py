@@ -27,6 +27,7 @@ from flowdit.data.manifest import (
     read_manifest,
     verify_shards,
 )
+from flowdit.data.plan import former_ids
 from flowdit.data.record_files import RecordFiles, check_files
 from flowdit.data.records import RecordError
 from flowdit.json_input import STRICT, Count, Listed
@@ -61,15 +62,20 @@ class CacheManifest:
         check_different(self.shards)
         return self
 
-    def check_made_by(self, folder: epath.Path, encoder: TextEncoder, manifest: Manifest) -> None:
-        """Raise `ValueError` with the difference unless `encoder` made these features from that data set."""
+    def check_made_by(
+        self, folder: epath.Path, encoder: TextEncoder, manifest: Manifest, former: Sequence[str] = ()
+    ) -> None:
+        """Raise `ValueError` with the difference unless `encoder` made these features from that data set.
+
+        `former` are ids that the data set had before (`plan.former_ids`).
+        """
         theirs, ours = f"{self.fingerprint} ({self.encoder})", f"{encoder.fingerprint} ({encoder.name})"
         for name, same, got, expected in (
             ("fingerprint of the encoder", self.fingerprint == encoder.fingerprint, theirs, ours),
             ("dtype", self.dtype == encoder.dtype, self.dtype, encoder.dtype),
             ("max_length", self.max_length == encoder.max_length, self.max_length, encoder.max_length),
             ("width", self.width == encoder.width, self.width, encoder.width),
-            ("id of the data set", self.data in manifest.ids, self.data, manifest.id),
+            ("id of the data set", self.data in (*manifest.ids, *former), self.data, manifest.id),
         ):
             if not same:
                 raise ValueError(f"{folder / FILE_NAME}: {name}: must be {expected} as in this run, got {got}")
@@ -170,10 +176,12 @@ def open_cache(
     encoder: TextEncoder,
     long_caption_prob: float,
     *,
+    data: epath.PathLike | None = None,
     verify_hashes: bool = False,
     hash_limit: int = HASH_LIMIT_BYTES,
 ) -> CachedCaptions:
-    """Open the cached text of `split`, for the data set with this manifest.
+    """Open the cached text of `split`, for the data set with this manifest. A cache from before a correction of its
+    licence is accepted if its folder `data` is given.
 
     Raises `ValueError` with one line if there is no cache, it was made by another encoder or from other data, or a
     shard is missing or changed (hashes are compared as in `manifest.verify`).
@@ -184,7 +192,7 @@ def open_cache(
             f"data.text_cache: {folder} has no {FILE_NAME}; `python -m flowdit.prepare text_encoder=...` makes it"
         )
     cache = read_manifest(CacheManifest, folder / FILE_NAME)
-    cache.check_made_by(folder, encoder, manifest)
+    cache.check_made_by(folder, encoder, manifest, () if data is None else former_ids(data))
     shards = [shard for shard in cache.shards if shard.split == split]
     verify_shards(folder, shards, hashes=verify_hashes, limit=hash_limit)
     paths = [Path(folder) / shard.file for shard in shards]  # ArrayRecord reads local files

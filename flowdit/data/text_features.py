@@ -12,12 +12,11 @@ from jaxtyping import Float
 from flowdit.data.captions import CAPTIONS, caption_key
 from flowdit.data.loader import open_source
 from flowdit.data.manifest import Manifest, Shard, read_manifest, verify_shards, write_json
-from flowdit.data.plan import PLAN_NAME, claim_folder, read_plan
+from flowdit.data.plan import claim_folder, former_ids, read_plan
 from flowdit.data.progress import ProgressBar, progress_bar
 from flowdit.data.schema import CAPTION_FIELDS, record_schema
 from flowdit.data.shards import finished_sidecar, read_sidecar, remove_sidecar, write_shard
 from flowdit.data.text_cache import FILE_NAME, CacheManifest, packed_dtype
-from flowdit.json_input import read_json
 from flowdit.models.text_encoder import MAX_BATCH, TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -37,11 +36,12 @@ def write_cache(
     folder, data = epath.Path(folder), epath.Path(data)
     identity = {name: getattr(encoder, name) for name in ("fingerprint", "dtype", "max_length", "width")}
     stored = (read_plan("text_cache", folder) or {}).get("data")
-    data_id = stored if stored in manifest.ids else manifest.id
+    former = former_ids(data)
+    data_id = stored if stored in (*manifest.ids, *former) else manifest.id
     claim_folder("text_cache", folder, {"encoder": encoder.name, **identity, "data": data_id}, FILE_NAME)
     if (folder / FILE_NAME).exists():
         cache = read_manifest(CacheManifest, folder / FILE_NAME)
-        cache.check_made_by(folder, encoder, manifest)
+        cache.check_made_by(folder, encoder, manifest, former)
         verify_shards(folder, cache.shards, hashes=False)
         logger.info("%s already holds the text features of this data set: nothing to do", folder)
     else:
@@ -51,18 +51,6 @@ def write_cache(
     for shard in cache.shards:
         remove_sidecar(folder / shard.file)
     return cache
-
-
-def renew_identity(folder: epath.PathLike, manifest: Manifest) -> None:
-    """Store the current identity of the data set in its cache in `folder`, if there is one with that of version 1.
-
-    To be called before the licence changes, as the identity of version 1 depends on it.
-    """
-    for path in (epath.Path(folder) / name for name in (PLAN_NAME, FILE_NAME)):
-        if path.exists():
-            content = read_json(path)
-            if isinstance(content, dict) and content.get("data") == manifest.ids[1]:
-                write_json(path, content | {"data": manifest.id})
 
 
 def _write_shards(folder: epath.Path, data: epath.Path, manifest: Manifest, encoder: TextEncoder) -> None:

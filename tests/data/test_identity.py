@@ -72,20 +72,28 @@ def test_a_text_cache_is_added_without_repeating_the_licence(config, source, tmp
     assert (Path(config.out) / "text_features" / "text_features.json").exists()
 
 
-def test_a_cache_of_version_1_is_read_and_survives_a_new_licence(config, source, tmp_path):
+@pytest.mark.parametrize("place", ["out/text_features", "elsewhere"])
+def test_a_cache_of_version_1_is_read_and_survives_new_licences(config, source, tmp_path, place):
     captioned = dataclasses.replace(config, captions=write_captions(source, tmp_path / "captions.jsonl"))
     manifest = prepare(captioned)
-    cache = Path(config.out) / "text_features"
+    cache = tmp_path / place
     encoder = word_encoder()
     write_cache(cache, config.out, manifest, encoder)
     for name in ("text_features.json", "prepare.json"):
         edit(cache / name, lambda d: d.update(data=manifest.ids[1]))
     open_cache(cache, manifest, "train", encoder, 0.5)
     write_cache(cache, config.out, manifest, encoder)
-    corrected = prepare(dataclasses.replace(captioned, license="MIT"))
-    assert corrected.license == "MIT"
-    open_cache(cache, corrected, "train", encoder, 0.5)
-    write_cache(cache, config.out, corrected, encoder)
+    for license in ("MIT", "CC0"):
+        corrected = prepare(dataclasses.replace(captioned, license=license))
+        assert corrected.license == license
+        open_cache(cache, corrected, "train", encoder, 0.5, data=config.out)
+        write_cache(cache, config.out, corrected, encoder)
+    edit(cache / "text_features.json", lambda d: d.update(data="of other data"))
+    with pytest.raises(ValueError, match="text_features.json: id of the data set: must be "):
+        open_cache(cache, corrected, "train", encoder, 0.5, data=config.out)
+    (Path(config.out) / "prepare.json").write_text("[")  # is not needed for training
+    edit(cache / "text_features.json", lambda d: d.update(data=corrected.id))
+    open_cache(cache, corrected, "train", encoder, 0.5, data=config.out)
 
 
 def of_an_earlier_version(config):
