@@ -125,8 +125,8 @@ def _version(package: str) -> str:
         return "source"
 
 
-def read_meta(step_folder: epath.PathLike) -> RunMeta:
-    """Verify all files of a checkpoint and read its metadata.
+def read_meta(step_folder: epath.PathLike, *, is_verified: bool = False) -> RunMeta:
+    """Verify all files of a checkpoint, unless that was done, and read its metadata.
 
     Raises `CheckpointError` if it is not a flowdit checkpoint of a known format, `DamagedCheckpoint` if its files
     changed.
@@ -134,7 +134,8 @@ def read_meta(step_folder: epath.PathLike) -> RunMeta:
     step_folder = epath.Path(step_folder)
     if not (step_folder / "meta").is_dir():
         raise CheckpointError(f"{step_folder}: must be a checkpoint (<run>/<step>), {what_is_in(step_folder)}")
-    verify_files(step_folder)
+    if not is_verified:
+        verify_files(step_folder)
     return verified_meta(step_folder)
 
 

@@ -154,7 +154,7 @@ def _newest_intact(folder: epath.Path) -> tuple[int, list[str]]:
 
 
 def newest_intact(folder: epath.PathLike) -> epath.Path:
-    """The newest intact checkpoint of a run folder, which is logged; other folders are returned unchanged.
+    """The newest intact checkpoint of a run folder, verified and logged; other folders are returned unchanged.
 
     Raises `CheckpointError` for a run folder without an intact checkpoint.
     """

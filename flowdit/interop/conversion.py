@@ -114,9 +114,10 @@ def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = N
     hints = hints or ForeignConfig()
     ForeignConfig.check(hints)
     require_choice("weights", weights, WEIGHTS)
-    source = newest_intact(find_source(name))
+    found = find_source(name)
+    source = newest_intact(found)
     if (source / "meta").is_dir():
-        return read_checkpoint(source, weights)
+        return read_checkpoint(source, weights, is_verified=source != found)
     path = Path(source)  # safetensors and torch read local files
     if path.is_file():
         single = read_single(path) if path.suffix == SINGLE else None

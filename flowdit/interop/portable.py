@@ -38,9 +38,12 @@ class Portable(NamedTuple):
     meta: RunMeta
 
 
-def read_checkpoint(folder: epath.PathLike, weights: str) -> Portable:
-    """Verify and read a flowdit checkpoint, with or without training state: its "ema" or "model" weights in float32."""
-    meta = read_meta(folder)
+def read_checkpoint(folder: epath.PathLike, weights: str, *, is_verified: bool = False) -> Portable:
+    """Verify, unless that was done, and read a flowdit checkpoint, with or without training state.
+
+    Returns its "ema" or "model" weights in float32.
+    """
+    meta = read_meta(folder, is_verified=is_verified)
     arrays = host_arrays(restore_weights(folder, describe(meta, str(folder)).model, weights=weights))
     check_finite(arrays, str(folder))
     return Portable(arrays, meta)

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.checkpoint.meta import RunMeta, read_meta
@@ -50,8 +51,9 @@ def load_start(
     """
     assert config.train.init_from is not None
     with about("train.init_from"):
-        folder = newest_intact(config.train.init_from)
-        stored = read_meta(folder)
+        given = epath.Path(config.train.init_from)
+        folder = newest_intact(given)
+        stored = read_meta(folder, is_verified=folder != given)
         with content_of(folder):
             theirs = describe_trained(stored)
     their_model, model = theirs.config.model, config.model

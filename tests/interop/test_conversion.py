@@ -12,6 +12,7 @@ from runs import call, error_line
 
 from flowdit.checkpoint import files
 from flowdit.convert import main as convert
+from flowdit.hashing import file_sha256
 from flowdit.interop import read_source
 from flowdit.sample import main as sample
 
@@ -67,6 +68,16 @@ def test_a_run_folder_is_its_newest_intact_step(whole_run, tmp_path):
     finished = call(sample, f"checkpoint={run}", "labels=[1]", "steps=1", "out=samples")
     assert finished.status == 0, finished.err
     assert f"{run / '4'}: the newest intact checkpoint of the run\n" in finished.out
+
+
+def test_files_of_a_run_folder_are_hashed_once(whole_run, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(files, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    step = read_source(str(whole_run)).meta.step
+    once = sorted(hashed)
+    hashed.clear()
+    read_source(str(whole_run / str(step)))
+    assert once == sorted(hashed) and len(set(once)) == len(once) > 0
 
 
 def test_a_folder_of_runs_is_refused_with_their_names(whole_run, tmp_path):
