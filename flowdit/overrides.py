@@ -33,11 +33,10 @@ def for_hydra(arguments: Sequence[str], settings: Mapping[str, Setting]) -> list
     if options := [argument for argument in unknown if argument.startswith("-")]:
         raise FieldError(options[0], "no such option; settings are given as key=value (--help lists them)")
     own_groups = known.config_dir is not None or known.config_path is not None
-    overrides = set(known.overrides)
-    return [
-        _override(argument, settings, known.multirun, own_groups) if argument in overrides else argument
-        for argument in arguments
-    ]
+    # Hydra's parser refuses overrides after an option, such as --cfg job.
+    overrides = [*known.overrides, *unknown]
+    options = [argument for argument in arguments if argument not in overrides]
+    return [*(_override(argument, settings, known.multirun, own_groups) for argument in overrides), *options]
 
 
 def _override(argument: str, settings: Mapping[str, Setting], sweeps: bool, own_groups: bool) -> str:
@@ -46,7 +45,7 @@ def _override(argument: str, settings: Mapping[str, Setting], sweeps: bool, own_
     if is_change and not equals:
         raise FieldError(argument, "settings are given as key=value (--help lists them)")
     if is_change and key not in settings and not _is_group(key, settings, own_groups):
-        raise unknown_setting(key, settings)
+        raise unknown_setting(key, [*settings, *_groups(settings)])
     if key not in settings:
         is_sweep = isinstance(_parsed(argument), Sweep) and not sweeps
         require(key, value, not is_sweep, "must be one value")
@@ -68,11 +67,18 @@ def _override(argument: str, settings: Mapping[str, Setting], sweeps: bool, own_
 
 def _is_group(key: str, settings: Mapping[str, Setting], own_groups: bool) -> bool:
     """Whether a key is Hydra's, a group of configurations, or a section of settings."""
-    if key.startswith("hydra") or "@" in key or "/" in key or own_groups:
+    if key.startswith("hydra") or "@" in key or own_groups:
         return True
     section = key.partition(".")[0]
     is_section = any(known.startswith(f"{key}.") for known in settings)
-    return is_section or section in settings or ("." not in key and (GROUPS / key).is_dir())
+    return is_section or section in settings or key in _groups(settings)
+
+
+def _groups(settings: Mapping[str, Setting]) -> list[str]:
+    """The groups of a command: those of its sections, and the presets of a command that has sections."""
+    sections = {key.partition(".")[0] for key in settings if "." in key}
+    names = [path.relative_to(GROUPS).as_posix() for path in sorted(GROUPS.rglob("*")) if path.is_dir()]
+    return [name for name in names if sections and name.partition("/")[0] in {*sections, "experiment"}]
 
 
 def _parsed(argument: str) -> Any:
@@ -90,7 +96,7 @@ def _free_text(setting: Setting, value: str) -> str:
         if isinstance(_parsed(f"key={value}"), HydraException):
             rule = "cannot be read as a list; quote a text with a comma, colon, bracket or quote, as in ['a, b',c]"
             raise FieldError(setting.key, f"{rule}, got {shown(value)}")
-        return value
+        return literal(value)
     if value == "null" and setting.allows_null:
         return value
     is_quoted = isinstance(_parsed(f"key={value}"), QuotedString)

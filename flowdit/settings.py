@@ -131,7 +131,8 @@ def unknown_setting(key: str, settings: Collection[str]) -> FieldError:
     same_name = [
         other for other in settings if other.rpartition(".")[2] == name
     ]  # learning_rate for optim.learning_rate
-    similar = same_name or difflib.get_close_matches(key, settings, n=1, cutoff=0.75)
+    candidates = dict.fromkeys([*settings, *(other.partition(".")[0] for other in settings)])
+    similar = same_name or difflib.get_close_matches(key, candidates, n=1, cutoff=0.75)
     if not similar:
         last_parts = {other.rpartition(".")[2]: other for other in settings}
         similar = [last_parts[part] for part in difflib.get_close_matches(name, last_parts, n=1, cutoff=0.75)]

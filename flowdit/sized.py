@@ -32,7 +32,9 @@ def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
     for field in ("multi_process", "coordinator"):
         value = getattr(config.mesh, field)
         require(f"mesh.{field}", value, not value, "must not be given with this preset, which is for one process")
-    manifest, condition = Manifest.read(config.data.path), Condition()
+    with about("data.path"):
+        manifest = Manifest.read(config.data.path)
+    condition = Condition()
     if config.model.name == "pixart":
         if not manifest.has_captions:
             advice = "python train_stage1.py experiment=small trains without"

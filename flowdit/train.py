@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_GPU_ALLOCATOR", "cuda_malloc_async")
 
+import logging
 import shlex
 import sys
 
@@ -25,9 +26,12 @@ from flowdit.command import Command, run_command, tell_processes_apart, user_err
 from flowdit.composition import continued, naming_the_preset, typed_overrides
 from flowdit.config import Config, refuse_unknown, register_schemas, resolve
 from flowdit.models.config import MODELS
-from flowdit.processes import join_processes
+from flowdit.processes import from_first, join_processes
 from flowdit.sized import PRESETS, choose_sizes
 from flowdit.training.loop import train
+from flowdit.training.resume import PROCESS_FIELDS, require_run
+
+logger = logging.getLogger(__name__)
 
 STAGE1 = Command(
     name="train-stage1",
@@ -76,15 +80,26 @@ def _stage2(composed: DictConfig) -> None:
 def _train(composed: DictConfig, network: str) -> None:
     refuse_unknown(composed, Config)
     folder, is_restore = epath.Path(composed.train.checkpoint_dir), bool(composed.train.is_restore)
-    with naming_the_preset(composed):
+    with naming_the_preset(is_restore):
         # The newest metadata say how to join the other processes, which then agree on the step to restore.
-        config = _configured(composed, network, newest_meta(folder) if is_restore else None)
+        config = _configured(composed, network, _stored_meta(folder) if is_restore else None)
         join_processes(config.mesh)
         tell_processes_apart(jax.process_index(), jax.process_count())
-        found = find_newest(folder) if is_restore and list_steps(folder) else None
-        if found is not None:
+        found = None
+        if is_restore and from_first(lambda: bool(list_steps(folder))):
+            found = find_newest(folder)
             config = _configured(composed, network, verified_meta(folder / str(found.step)))
+        elif is_restore:
+            logger.info("%s has no checkpoint: the run starts again, with the settings of the command line", folder)
         train(config, found, _resume_command(network, folder))
+
+
+def _stored_meta(folder: epath.Path) -> RunMeta | None:
+    """The newest intact metadata of a run, None before its first checkpoint. Raises `ValueError` if there is no run."""
+    require_run(folder)
+    if not list_steps(folder):
+        return None
+    return newest_meta(folder) or verified_meta(folder / str(find_newest(folder).step))  # the error of all steps
 
 
 def _configured(composed: DictConfig, network: str, stored: RunMeta | None) -> Config:
@@ -116,7 +131,9 @@ def _resume_command(network: str, folder: epath.PathLike) -> str:
     """The command line that resumes the run in `folder`: its configuration is in its checkpoints."""
     command = COMMANDS[network]
     program = command.script if sys.argv[0].endswith(".py") else f"flowdit {command.name}"
-    return f"{program} train.is_restore=true {shlex.quote(f'train.checkpoint_dir={folder}')}"
+    not_stored = [override for override in typed_overrides() if override.partition("=")[0] in PROCESS_FIELDS]
+    settings = ["train.is_restore=true", f"train.checkpoint_dir={folder}", *not_stored]
+    return shlex.join([*program.split(), *settings])
 
 
 def stage1() -> None:

@@ -80,6 +80,7 @@ def test_text_arrives_through_a_shell():
         ("prompts=red apple, noto style", ["red apple, noto style"]),
         ("prompts=a (b): 'c'", ["a (b): 'c'"]),
         ('prompts="a, b"', ["a, b"]),
+        ("prompts=[a ${seed}, 'b ${oc.env:HOME}']", ["a ${seed}", "b ${oc.env:HOME}"]),
         ("prompts=null", None),
     ],
 )
@@ -133,6 +134,10 @@ def test_whole_numbers_may_be_written_with_an_exponent():
             "images: no such setting; did you mean image_size? (there are source, captions, out, ",
         ),
         (Config, "model.dept=3", "model.dept: no such setting; did you mean model.depth? (model has name, depth, "),
+        (Config, "experimnt=tiny", "experimnt: no such setting; did you mean experiment? (there are seed, "),
+        (Config, "modle/size=b", "modle/size: no such setting; did you mean model/size? (there are seed, "),
+        (Config, "modl=ccdit", "modl: no such setting; did you mean model? (there are seed, "),
+        (SampleConfig, "experiment=tiny", "experiment: no such setting (there are checkpoint, labels, "),
         (Config, "depth=3", "depth: no such setting; did you mean model.depth? (there are seed, conditioning, "),
     ],
 )
@@ -144,7 +149,11 @@ def test_mistakes_are_named_with_the_nearest_key(schema, argument, line):
 
 
 def test_groups_and_options_of_hydra_are_left_alone():
-    arguments = ["experiment=tiny", "model/size=b", "--cfg", "job", "+a.b=1", "~optim", "hydra.verbose=true"]
-    assert for_hydra(arguments, settings_of(Config)) == arguments
-    sweep = ["-m", "train.batch_size=1,2"]
-    assert for_hydra(sweep, settings_of(Config)) == sweep
+    overrides = ["experiment=tiny", "model/size=b", "+a.b=1", "~optim", "hydra.verbose=true"]
+    assert for_hydra(["--cfg", "job", *overrides], settings_of(Config)) == [*overrides, "--cfg", "job"]
+    assert for_hydra(["-m", "train.batch_size=1,2"], settings_of(Config)) == ["train.batch_size=1,2", "-m"]
+
+
+def test_settings_may_come_before_and_after_an_option():
+    arguments = ["checkpoint=x", "--cfg", "job", "prompt=a, b"]
+    assert for_hydra(arguments, settings_of(SampleConfig)) == ["checkpoint=x", "prompt='a, b'", "--cfg", "job"]

@@ -26,7 +26,16 @@ logger = logging.getLogger(__name__)
 # Fields that must not change for an exact resume; other changes are reported.
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
 # Fields of the process and not of the run.
-STARTING_FIELDS = ("train.is_restore", "train.profile", "mesh.coordinator", "mesh.num_processes", "mesh.process_id")
+PROCESS_FIELDS = ("mesh.coordinator", "mesh.num_processes", "mesh.process_id")
+STARTING_FIELDS = ("train.is_restore", "train.profile", *PROCESS_FIELDS)
+
+
+def require_run(folder: epath.Path) -> None:
+    """Raise `CheckpointError` unless `folder` holds a run: its path is probably mistyped."""
+    if (folder / "meta").is_dir():
+        raise CheckpointError(f"train.checkpoint_dir: must be a run folder, {folder} is a checkpoint: give its parent")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError(f"train.is_restore: there is no run to resume in train.checkpoint_dir={folder}")
 
 
 def prepare_folder(folder: epath.Path, is_restore: bool) -> bool:
@@ -35,13 +44,12 @@ def prepare_folder(folder: epath.Path, is_restore: bool) -> bool:
     A folder in use is never overwritten. Resuming a run that does not exist is an error, as the path is probably
     mistyped. A run that ended before its first checkpoint starts again from step 0.
     """
-    in_use = folder.is_dir() and any(folder.iterdir())
-    if in_use and not is_restore:
+    if is_restore:
+        require_run(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(
             f"train.checkpoint_dir: {folder} already holds a run; resume it with train.is_restore=true or choose another"
         )
-    if is_restore and not in_use:
-        raise CheckpointError(f"train.is_restore: there is no run to resume in train.checkpoint_dir={folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

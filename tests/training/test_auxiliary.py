@@ -144,7 +144,7 @@ def test_layouts_have_the_same_losses(data, run, tmp_path):
 def test_added_and_removed_losses_are_reported(data, run, tmp_path):
     resumed = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(resumed / "6")
-    restore = ("train.is_restore=true", "auxiliary.class_head.weight=0.5")
+    restore = ("train.is_restore=true", "auxiliary.class_head.weight=0.5", "auxiliary.alignment.weight=0")
     finished = train_here(data, resumed, *restore, "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")
     assert "auxiliary loss alignment: removed since the checkpoint, its parameters are dropped" in finished.out

@@ -40,7 +40,7 @@ def test_a_run_with_every_option_resumes_exactly_and_draws(tiny_data, tmp_path, 
     assert (finished.status, finished.err) == (0, "")
     resumed = shutil.copytree(whole, tmp_path / "resumed")
     shutil.rmtree(resumed / "6")
-    line = error_line(train(tiny_data, resumed, *OVERRIDES[1:], "train.is_restore=true"))
+    line = error_line(train(tiny_data, resumed, *OVERRIDES[1:], "train.is_restore=true", "model.norm=layer"))
     assert line.startswith("error: model.norm: must be rms as in the checkpoint to resume, got layer")
     finished = train(tiny_data, resumed, *OVERRIDES, "train.is_restore=true")
     assert (finished.status, finished.err) == (0, "")

@@ -106,7 +106,8 @@ def test_two_processes_have_the_losses_of_one(whole_run, whole_text_run, pair, s
 def test_console_and_log_are_the_first_process_s(pair):
     first, second = (process.out.splitlines() for process in pair[1])
     assert next(line for line in first if line.startswith("model: ")).endswith("'tensor': 1}")
-    assert [line for line in second if not line.startswith(("[Gloo]", "restored"))] == []
+    # Two threads may write Gloo's line in parts.
+    assert [line for line in second if "peer ranks" not in line and not line.startswith(("[Gloo]", "restored"))] == []
 
 
 def test_checkpoint_of_two_processes_is_restored_in_one(tiny_data, pair, tmp_path):
