@@ -17,6 +17,7 @@ from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from flowdit.config import Config
@@ -49,14 +50,14 @@ def continued(stored: Config, folder: str, overrides: Sequence[str]) -> DictConf
         del values[section][name]
     composed = OmegaConf.merge(defaults, values)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    options = {option.key_or_group: option.value() for option in parsed if is_group(option.key_or_group)}
+    options = {option.key_or_group: option.value() for option in parsed if chooses_option(option)}
     for group in sorted(options, key=_place):
         keys = keys_of_option(group, options[group], typed=options)
         if group in defaults and group != "model" and not keys.get(group):  # a network's size is an option of its own
             keys = {group: OmegaConf.to_container(defaults[group])}
         composed = OmegaConf.merge(composed, keys)
     for override in parsed:
-        if override.key_or_group not in options:
+        if not chooses_option(override):
             OmegaConf.update(composed, override.key_or_group, override.value(), merge=True)
     composed.train.checkpoint_dir = literal(folder)
     composed.train.is_restore = True
@@ -75,9 +76,10 @@ def _registered(auxiliary: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def is_group(key: str) -> bool:
-    """Whether a key chooses an option of a group of configurations."""
-    return _loader().repository.group_exists(key)
+def chooses_option(override: Override) -> bool:
+    """Whether an override chooses an option of a group, as `train=stage2`; `train={...}` sets values (Hydra's rule)."""
+    is_values = isinstance(override.value(), dict)
+    return not is_values and _loader().repository.group_exists(override.key_or_group)
 
 
 def _place(group: str) -> tuple[int, str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
+from flowdit.composition import chooses_option, keys_of_option
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest
-from flowdit.fields import require
+from flowdit.fields import about, require
 from flowdit.hardware import this_machine
 from flowdit.models.text_encoder import WORDLLAMA
 from flowdit.training.estimate import Condition
@@ -20,7 +22,6 @@ from flowdit.training.small import choose
 logger = logging.getLogger(__name__)
 
 PRESETS = ("small", "small_text")
-MODEL_SIZE = ("model.depth", "model.hidden_dim", "model.num_heads")
 T5GEMMA_WIDTH = 2304
 
 
@@ -52,15 +53,20 @@ def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
 
 
 def typed_keys(overrides: Sequence[str]) -> list[str]:
-    """The keys of the run, model and optimizer that command-line overrides set; a size of the model sets three."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [key for override in parsed for key in _keys(override.key_or_group, override.value())]
+    """The keys of the run, model and optimizer that command-line overrides set, themselves or by an option of a group."""
+    keys: list[str] = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group, override.value()
+        if not chooses_option(override):
+            keys += _keys(key, value)
+        elif key != "experiment":
+            for section, content in keys_of_option(key, value).items():
+                keys += _keys(str(section), content)
+    return keys
 
 
 def _keys(key: str, value: Any) -> Iterator[str]:
-    if key == "model/size":
-        yield from MODEL_SIZE
-    elif isinstance(value, dict):
+    if isinstance(value, Mapping | DictConfig):
         for name, inner in value.items():
             yield from _keys(f"{key}.{name}", inner)
     elif key.partition(".")[0] in ("train", "model", "optim", "conditioning"):

@@ -120,6 +120,7 @@ def test_damage_of_all_steps_is_named(whole_run, tmp_path):
 BEGUN = [
     (stage1, "experiment=openmoji_demo", "optim=adamw_pixart"),
     (stage1, "experiment=tiny", "model/size=s"),
+    (stage1, "train={num_steps: 7}", "experiment=tiny"),
     (stage1, "model/size=b", "train=stage1", "train.num_steps=7"),
     (stage1, "experiment=imagenet256_xl2", "data=stage1", "optim.learning_rate=1e-5"),
     (stage2, "experiment=openmoji_text", "optim=adamw_pixart"),

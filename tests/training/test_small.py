@@ -7,8 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from hydra import initialize_config_module
 from runs import call, write_tiny_data
 
+from flowdit.config import register_schemas
 from flowdit.data.manifest import Manifest, Shard, VaeInfo
 from flowdit.fields import FieldError
 from flowdit.hardware import Machine, this_machine
@@ -183,7 +185,10 @@ def test_this_machine_has_positive_figures():
 def test_typed_keys_are_those_of_sections_sizes_and_values():
     typed = ["experiment=small", "model/size=b", "train={num_steps: 4}", "data.path=x", "optim.eps=1e-6"]
     sizes = ["model.depth", "model.hidden_dim", "model.num_heads"]
-    assert typed_keys(typed) == [*sizes, "train.num_steps", "optim.eps"]
+    register_schemas()
+    with initialize_config_module("flowdit.configs", version_base="1.3"):
+        assert typed_keys(typed) == [*sizes, "train.num_steps", "optim.eps"]
+        assert {"optim.learning_rate", "optim.warmup_steps"} <= set(typed_keys(["optim=adamw_pixart"]))
 
 
 @pytest.fixture(params=[(stage1, "small"), (stage2, "small_text")], ids=["stage 1", "stage 2"])
