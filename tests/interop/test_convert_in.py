@@ -77,7 +77,11 @@ def diffusers_dit(
     return model
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(6, 64), (12, 64), (16, 72)], ids="SBX")
+@pytest.mark.parametrize(
+    ("heads", "head_dim"),
+    [(6, 64), pytest.param(12, 64, marks=pytest.mark.slow), pytest.param(16, 72, marks=pytest.mark.slow)],
+    ids="SBX",
+)
 def test_diffusers_dit(tmp_path, heads, head_dim):
     model = diffusers_dit(heads, head_dim)
     model.save_pretrained(tmp_path / "dit")
@@ -105,7 +109,11 @@ def diffusers_pixart(heads: int = 4, head_dim: int = 12, **settings) -> diffuser
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "micro", "tokens", "shards"),
-    [(6, 64, False, 120, "10GB"), (12, 64, False, 300, "3MB"), (16, 72, True, 120, "10GB")],
+    [
+        (6, 64, False, 120, "10GB"),
+        (12, 64, False, 300, "3MB"),
+        pytest.param(16, 72, True, 120, "10GB", marks=pytest.mark.slow),
+    ],
     ids=["S-alpha", "B-sigma-shards", "XL-alpha-1024"],
 )
 def test_diffusers_pixart(tmp_path, heads, head_dim, micro, tokens, shards):

@@ -38,7 +38,7 @@ import diffusers
 import torch
 from original_models import PixArt, randomised
 
-SAMPLE = 10
+SAMPLE = 6
 
 
 def reader(**hints: Any) -> Callable[[Path], Any]:

@@ -133,6 +133,7 @@ def test_resume_is_exact(data, run, tmp_path):
     assert_same_checkpoint(resumed / "6", run / "6")
 
 
+@pytest.mark.slow
 def test_layouts_have_the_same_losses(data, run, tmp_path):
     finished = train_here(data, tmp_path / "run", *BOTH, "mesh.fsdp=4", "train.gradient_accum=2", "train.num_steps=5")
     assert (finished.status, finished.err) == (0, "")
@@ -186,6 +187,7 @@ def test_a_checkpoint_is_read_if_the_loss_has_other_settings(run, monkeypatch):
     assert flowdit.load(str(run / "6")).trained.step == 6
 
 
+@pytest.mark.slow
 def test_losses_in_the_compute_dtype_stop_after_their_last_step(data, tmp_path, monkeypatch):
     class InBfloat16(ClassHead):
         def __call__(self, parameters, view):

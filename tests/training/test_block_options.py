@@ -49,6 +49,7 @@ def test_a_run_with_every_option_resumes_exactly_and_draws(tiny_data, tmp_path, 
     assert images.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_a_text_model_starts_from_a_class_model_of_the_same_options_alone(tiny_data, tmp_path):
     assert train_here(tiny_data, tmp_path / "class", *OVERRIDES, "train.num_steps=5").status == 0
     start = f"train.init_from={tmp_path / 'class'}"
@@ -92,6 +93,7 @@ def assert_layouts_agree(stage: int, options: dict[str, Any]) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_layouts_and_accumulation_give_the_same_losses(stage):
     assert_layouts_agree(stage, ALL)

@@ -129,6 +129,7 @@ def test_start_from_a_class_model(tiny_data, whole_run, tmp_path):
         np.testing.assert_allclose(ours[f"model_ema.{name}"], theirs[f"model_ema.{name}"], atol=1e-10)
 
 
+@pytest.mark.slow
 def test_start_is_taken_once(tiny_data, whole_run, tmp_path):
     """A resumed run has its own weights: the class model need not exist any more."""
     run = tmp_path / "run"
@@ -160,6 +161,7 @@ def test_micro_conditioning_reaches_the_model():
     assert not np.allclose(*velocities, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_image_sizes_come_from_the_records_and_else_from_the_manifest(tmp_path):
     """Four in a row are: none, one number of a square, a pair, an array."""
     sizes = [{}, {"image_size": 512}, {"image_size": (512, 768)}, {"image_size": np.asarray([256, 1024])}]
