@@ -38,7 +38,7 @@ import diffusers
 import torch
 from original_models import PixArt, randomised
 
-SAMPLE = 6
+SAMPLE = 10
 
 
 def reader(**hints: Any) -> Callable[[Path], Any]:
