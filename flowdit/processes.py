@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, and broadcasting decisions of the first one.
+"""The processes of a run: joining them, broadcasting decisions of the first one, and gathering values.
 
 Built on JAX: `jax.distributed` joins the processes, and they communicate by collectives over all devices.
 """
@@ -83,11 +83,25 @@ def from_first(decide: Callable[[], Any]) -> Any:
 
 
 def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
-    content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    content = _to_bytes(answer)
     # All processes need the same shape, which only the first one knows.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     padded = np.resize(content, size)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in order, on all processes. They must be JSON. All processes must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    content = _to_bytes(value)
+    sizes = multihost_utils.process_allgather(np.int32(len(content)))
+    rows = multihost_utils.process_allgather(np.resize(content, sizes.max()))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _to_bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def any_process(value: bool) -> bool:
