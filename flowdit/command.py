@@ -22,7 +22,7 @@ from flowdit import json_input
 from flowdit.cli import signal_name
 from flowdit.command_help import help_text
 from flowdit.errors import first_line
-from flowdit.overrides import for_hydra
+from flowdit.overrides import for_hydra, require_own_folders
 from flowdit.settings import Setting, settings_of
 
 # The end of Hydra messages, with advice that does not apply here: internal paths, types, and appending with +.
@@ -38,6 +38,7 @@ class Command:
         script: the other way to run it, such as `python train_stage1.py`.
         config_name: its YAML file in `flowdit/configs`.
         schema: the dataclass of its settings.
+        folder: the setting that names the folder it writes to.
         summary: what it does, in a sentence.
         examples: arguments of useful calls.
         hidden: beginnings of keys that have no effect in it and are left out of `--help`.
@@ -48,6 +49,7 @@ class Command:
     script: str
     config_name: str
     schema: type
+    folder: str
     summary: str
     examples: tuple[str, ...]
     hidden: tuple[str, ...] = ()
@@ -72,7 +74,7 @@ class Stopped(KeyboardInterrupt):
 def run_command(job: Callable[[], None], command: Command) -> None:
     """Run a Hydra entry point with one-line errors, also for the configuration. After an error the process exits."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise Hydra's errors, to shorten them here
-    if not _wants_traceback():
+    if not wants_traceback():
         silence_libraries()
     try:
         with messages_on_stdout(), user_errors(), signals_as_exceptions():
@@ -80,6 +82,7 @@ def run_command(job: Callable[[], None], command: Command) -> None:
                 print(command.help())
                 return
             sys.argv[1:] = for_hydra(sys.argv[1:], command.settings())
+            require_own_folders(sys.argv[1:], command.folder)
             job()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -151,6 +154,11 @@ def messages_on_stdout() -> Iterator[None]:
         logger.propagate = propagate
 
 
+def console_is_set_up() -> bool:
+    """Whether this code runs within `messages_on_stdout`."""
+    return _CONSOLE in logging.getLogger("flowdit").handlers
+
+
 def tell_processes_apart(process: int, num_processes: int) -> None:
     """With several processes, print information only from the first, and the index of the process in warnings."""
     _CONSOLE.process, _CONSOLE.num_processes = process, num_processes
@@ -174,27 +182,28 @@ def silence_libraries() -> None:
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
 
 
+USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+"""What a user's mistake raises."""
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Report a user's mistake as one line on stderr with exit status 2; with `FLOWDIT_TRACEBACK=1` as a traceback.
-
-    As a decorator below `hydra.main` it prevents Hydra's own message about the job.
-    """
+    """Report a user's mistake as one line on stderr with exit status 2; with `FLOWDIT_TRACEBACK=1` as a traceback."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as problem:
-        if _wants_traceback():
+    except USER_ERRORS as problem:
+        if wants_traceback():
             raise
         with contextlib.suppress(OSError):
-            print(f"error: {_one_line(problem)}", file=sys.stderr)
+            print(f"error: {one_line(problem)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _wants_traceback() -> bool:
+def wants_traceback() -> bool:
     return bool(os.environ.get("FLOWDIT_TRACEBACK"))
 
 
-def _one_line(problem: BaseException) -> str:
+def one_line(problem: BaseException) -> str:
     """The first line of an error; for Hydra's errors, key, value and reason from several lines and causes."""
     if isinstance(problem, ValidationError):
         return json_input.one_line(problem)

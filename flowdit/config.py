@@ -35,7 +35,8 @@ class TrainConfig:
         num_steps: optimizer steps of the whole run.
         batch_size: images per step, over all devices and micro-batches.
         gradient_accum: micro-batches per step, computed sequentially; divides `batch_size`.
-        is_restore: continue the run in `checkpoint_dir` from its newest intact checkpoint.
+        is_restore: continue the run in `checkpoint_dir` from its newest intact checkpoint; null: if `checkpoint_dir` holds
+            one, else start it, for job scripts that are started again.
         checkpoint_dir: the run folder: checkpoints, `metrics.jsonl`, previews.
         save_every: steps between checkpoints; 0: only the last step, which is always saved.
         keep_last: number of newest checkpoints that are kept.
@@ -71,7 +72,7 @@ class TrainConfig:
     num_steps: int = 400_000
     batch_size: int = 256
     gradient_accum: int = 1
-    is_restore: bool = False
+    is_restore: bool | None = False
     checkpoint_dir: str = "checkpoints"
     save_every: int = 5_000
     keep_last: int = 3

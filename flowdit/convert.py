@@ -13,9 +13,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from flowdit.command import Command, run_command, user_errors
+from flowdit.command import Command, run_command
 from flowdit.config import resolve
 from flowdit.interop import ConvertConfig, convert
+from flowdit.sweep import job
 
 # By its name, as this module is `__main__` when it is run.
 logger = logging.getLogger("flowdit.convert")
@@ -25,6 +26,7 @@ COMMAND = Command(
     script="python -m flowdit.convert",
     config_name="convert",
     schema=ConvertConfig,
+    folder="target",
     summary="Convert a model between flowdit checkpoints, diffusers folders, safetensors and files of other projects.",
     examples=(
         "source=checkpoints target=mine.safetensors",
@@ -35,7 +37,7 @@ COMMAND = Command(
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="convert")
-@user_errors()
+@job
 def _convert(composed: DictConfig) -> None:
     config: ConvertConfig = resolve(composed, ConvertConfig)
     portable = convert(config)

@@ -21,6 +21,8 @@ from flowdit.settings import Setting, unknown_setting
 from flowdit.stored_config import literal
 
 GROUPS = Path(flowdit.configs.__file__).parent
+OWN_NAMES = ("${hydra:job.num}", "${hydra:job.id}", "${hydra:job.override_dirname}")
+"""What differs between the jobs of any sweep."""
 
 
 def for_hydra(arguments: Sequence[str], settings: Mapping[str, Setting]) -> list[str]:
@@ -37,6 +39,18 @@ def for_hydra(arguments: Sequence[str], settings: Mapping[str, Setting]) -> list
     overrides = [*known.overrides, *unknown]
     options = [argument for argument in arguments if argument not in overrides]
     return [*(_override(argument, settings, known.multirun, own_groups) for argument in overrides), *options]
+
+
+def require_own_folders(arguments: Sequence[str], key: str) -> None:
+    """Raise `FieldError` if the jobs of a sweep (`--multirun`) could write to the same folder, which `key` names.
+
+    The second run in a folder would be refused, or with `train.is_restore` go on with the checkpoints of the first.
+    """
+    known, _ = get_args_parser().parse_known_args(list(arguments))
+    if known.multirun:
+        value = dict(argument.partition("=")[::2] for argument in known.overrides).get(key, "the default")
+        rule = f"must differ between the jobs of --multirun, as in {key}=sweep/{OWN_NAMES[0]}"
+        require(key, value, any(name in value for name in OWN_NAMES), rule)
 
 
 def _override(argument: str, settings: Mapping[str, Setting], sweeps: bool, own_groups: bool) -> str:
@@ -57,7 +71,7 @@ def _override(argument: str, settings: Mapping[str, Setting], sweeps: bool, own_
     if isinstance(parsed, Sweep) and not sweeps:
         return f"{key}={_one_value(setting, value)}"
     if setting.takes(str):
-        is_plain = parsed is None or isinstance(parsed, str | QuotedString | int | float)
+        is_plain = parsed is None or isinstance(parsed, str | QuotedString | int | float | Sweep)
         return argument if is_plain and not isinstance(parsed, HydraException) else f"{key}={quoted(value)}"
     if setting.takes(int) and isinstance(parsed, float) and parsed.is_integer():
         return f"{key}={int(parsed)}"

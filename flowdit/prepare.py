@@ -13,15 +13,17 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig
 
-from flowdit.command import Command, run_command, user_errors
+from flowdit.command import Command, run_command
 from flowdit.config import register_schemas, resolve
 from flowdit.data.prepare import PrepareConfig, prepare
+from flowdit.sweep import job
 
 COMMAND = Command(
     name="prepare",
     script="python -m flowdit.prepare",
     config_name="prepare",
     schema=PrepareConfig,
+    folder="out",
     summary="Turn images into a data set: encode them with a VAE, and write shards of latents and dataset.json to `out`.",
     examples=(
         "",
@@ -34,7 +36,7 @@ COMMAND = Command(
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
-@user_errors()
+@job
 def _prepare(composed: DictConfig) -> None:
     prepare(resolve(composed, PrepareConfig))
 

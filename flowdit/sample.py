@@ -14,12 +14,13 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from flowdit.command import Command, run_command, user_errors
+from flowdit.command import Command, run_command
 from flowdit.config import SampleConfig, register_schemas, resolve
 from flowdit.fields import about, called, listed, require
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
+from flowdit.sweep import job
 
 # By its name, as this module is `__main__` when it is run.
 logger = logging.getLogger("flowdit.sample")
@@ -29,6 +30,7 @@ COMMAND = Command(
     script="python -m flowdit.sample",
     config_name="sample",
     schema=SampleConfig,
+    folder="out",
     summary="Sample images from a trained model: PNGs, a grid and samples.json in the folder `out`.",
     examples=(
         "checkpoint=checkpoints num_images=4",
@@ -54,7 +56,7 @@ def read_prompts(config: SampleConfig) -> list[str] | None:
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
-@user_errors()
+@job
 def _sample(composed: DictConfig) -> None:
     config: SampleConfig = resolve(composed, SampleConfig)
     config.check()

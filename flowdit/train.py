@@ -22,14 +22,15 @@ from flowdit import conditioning
 from flowdit.checkpoint.files import CheckpointError, list_steps
 from flowdit.checkpoint.meta import RunMeta, newest_meta, verified_meta
 from flowdit.checkpoint.restore import find_newest
-from flowdit.command import Command, run_command, tell_processes_apart, user_errors
+from flowdit.command import Command, run_command, tell_processes_apart
 from flowdit.composition import continued, naming_the_preset, typed_overrides
 from flowdit.config import Config, refuse_unknown, register_schemas, resolve
 from flowdit.models.config import MODELS
 from flowdit.processes import from_first, join_processes
 from flowdit.sized import PRESETS, choose_sizes
+from flowdit.sweep import end_sweep, job
 from flowdit.training.loop import train
-from flowdit.training.resume import PROCESS_FIELDS, require_run
+from flowdit.training.resume import PROCESS_FIELDS, is_in_use, require_run
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ STAGE1 = Command(
     script="python train_stage1.py",
     config_name="config",
     schema=Config,
+    folder="train.checkpoint_dir",
     summary="Train a class-conditional DiT, or an unconditional one with conditioning=none.",
     examples=(
         "experiment=small data.path=data/mine",
@@ -52,6 +54,7 @@ STAGE2 = Command(
     script="python train_stage2.py",
     config_name="config_stage2",
     schema=Config,
+    folder="train.checkpoint_dir",
     summary="Train a text-conditional transformer of PixArt-alpha's architecture.",
     examples=(
         "experiment=small_text data.path=data/mine",
@@ -66,20 +69,24 @@ COMMANDS = {"ccdit": STAGE1, "pixart": STAGE2}
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-@user_errors()
+@job
 def _stage1(composed: DictConfig) -> None:
     _train(composed, "ccdit")
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config_stage2")
-@user_errors()
+@job
 def _stage2(composed: DictConfig) -> None:
     _train(composed, "pixart")
 
 
 def _train(composed: DictConfig, network: str) -> None:
     refuse_unknown(composed, Config)
-    folder, is_restore = epath.Path(composed.train.checkpoint_dir), bool(composed.train.is_restore)
+    folder = epath.Path(composed.train.checkpoint_dir)
+    if composed.train.is_restore is None:
+        # Before the processes meet: only afterwards does the first one create the folder, so all of them find the same.
+        composed.train.is_restore = is_in_use(folder)
+    is_restore = bool(composed.train.is_restore)
     with naming_the_preset(is_restore):
         # The newest metadata say how to join the other processes, which then agree on the step to restore.
         config = _configured(composed, network, _stored_meta(folder) if is_restore else None)
@@ -91,7 +98,9 @@ def _train(composed: DictConfig, network: str) -> None:
             config = _configured(composed, network, verified_meta(folder / str(found.step)))
         elif is_restore:
             logger.info("%s has no checkpoint: the run starts again, with the settings of the command line", folder)
-        train(config, found, _resume_command(network, folder))
+        is_complete = train(config, found, _resume_command(network, folder))
+    if not is_complete:
+        end_sweep()
 
 
 def _stored_meta(folder: epath.Path) -> RunMeta | None:

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
 from flowdit.data.prepare import PrepareConfig
 from flowdit.fields import FieldError
-from flowdit.overrides import for_hydra
+from flowdit.overrides import for_hydra, require_own_folders
 from flowdit.settings import settings_of
 
 FILES = {Config: "config", SampleConfig: "sample", PrepareConfig: "prepare"}
@@ -151,7 +151,19 @@ def test_mistakes_are_named_with_the_nearest_key(schema, argument, line):
 def test_groups_and_options_of_hydra_are_left_alone():
     overrides = ["experiment=tiny", "model/size=b", "+a.b=1", "~optim", "hydra.verbose=true"]
     assert for_hydra(["--cfg", "job", *overrides], settings_of(Config)) == [*overrides, "--cfg", "job"]
-    assert for_hydra(["-m", "train.batch_size=1,2"], settings_of(Config)) == ["train.batch_size=1,2", "-m"]
+    sweep = ["train.batch_size=1,2", "model.mlp=gelu,swiglu"]
+    assert for_hydra(["-m", *sweep], settings_of(Config)) == [*sweep, "-m"]
+
+
+def test_the_jobs_of_a_sweep_must_have_folders_of_their_own():
+    arguments = ["-m", "train.batch_size=1,2"]
+    for name in ("num", "id", "override_dirname"):
+        folder = f"train.checkpoint_dir=runs/${{hydra:job.{name}}}"
+        require_own_folders(for_hydra([*arguments, folder], settings_of(Config)), "train.checkpoint_dir")
+    for shared in ([], ["train.checkpoint_dir=runs/${seed}"], ["train.checkpoint_dir=a,b"]):
+        with pytest.raises(FieldError, match=r"^train\.checkpoint_dir: must differ between the jobs of --multirun"):
+            require_own_folders(for_hydra([*arguments, *shared], settings_of(Config)), "train.checkpoint_dir")
+    require_own_folders(["train.batch_size=1"], "train.checkpoint_dir")
 
 
 def test_settings_may_come_before_and_after_an_option():

@@ -37,6 +37,7 @@ LAYERS = {
     "command_help": 5,
     "overrides": 6,
     "command": 6,
+    "sweep": 6,
     "conditioning": 6,
     "checkpoint": 7,
     "inference": 8,

@@ -28,8 +28,10 @@ class TrainingDiverged(ValueError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-def train(config: Config, found: Found | None = None, resume_command: str = "") -> None:
+def train(config: Config, found: Found | None = None, resume_command: str = "") -> bool:
     """Train up to `train.num_steps`, from the start or from the newest intact checkpoint, `found` or else searched.
+
+    Returns whether all steps are done.
 
     SIGTERM, and Ctrl-C in a single process, save and return; an error saves first, if possible. Raises `ValueError`
     with one line for errors that the user can fix, `TrainingDiverged` after `train.max_skipped_in_row` skipped steps,
@@ -73,8 +75,9 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                 if evaluation.is_due(step, last):
                     with progress.paused(), tracker.warns_only(evaluation.folder):
                         tracker.report(step, evaluation(step, state))
-        ended = "done" if step >= settings.num_steps else "stopped by signal"
-        logger.info("%s; checkpoint: %s", ended, writer.last_good())
+        is_complete = step >= settings.num_steps
+        logger.info("%s; checkpoint: %s", "done" if is_complete else "stopped by signal", writer.last_good())
+    return is_complete
 
 
 @contextlib.contextmanager

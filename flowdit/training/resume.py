@@ -30,23 +30,28 @@ PROCESS_FIELDS = ("mesh.coordinator", "mesh.num_processes", "mesh.process_id")
 STARTING_FIELDS = ("train.is_restore", "train.profile", *PROCESS_FIELDS)
 
 
+def is_in_use(folder: epath.Path) -> bool:
+    """Whether `folder` exists and holds anything."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def require_run(folder: epath.Path) -> None:
     """Raise `CheckpointError` unless `folder` holds a run: its path is probably mistyped."""
     if (folder / "meta").is_dir():
         raise CheckpointError(f"train.checkpoint_dir: must be a run folder, {folder} is a checkpoint: give its parent")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not is_in_use(folder):
         raise CheckpointError(f"train.is_restore: there is no run to resume in train.checkpoint_dir={folder}")
 
 
-def prepare_folder(folder: epath.Path, is_restore: bool) -> bool:
+def prepare_folder(folder: epath.Path, is_restore: bool | None) -> bool:
     """Create the run folder; True if there is a checkpoint to resume from.
 
-    A folder in use is never overwritten. Resuming a run that does not exist is an error, as the path is probably
+    A folder in use is never overwritten; with None its run is resumed, if it holds one. Resuming a run that does not exist is an error, as the path is probably
     mistyped. A run that ended before its first checkpoint starts again from step 0.
     """
     if is_restore:
         require_run(folder)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif is_restore is not None and is_in_use(folder):
         raise CheckpointError(
             f"train.checkpoint_dir: {folder} already holds a run; resume it with train.is_restore=true or choose another"
         )
