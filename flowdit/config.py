@@ -157,7 +157,7 @@ class Config:
     def check(self) -> None:
         """Check the rules that need neither data nor devices; `Conditioning.check` has those of the conditioning."""
         require("seed", self.seed, 0 <= self.seed < 2**32, "must be in [0, 2**32)")
-        parts = {"train": self.train, "data": self.data, "optim": self.optim, "wandb": self.wandb}
+        parts = {"train": self.train, "data": self.data, "optim": self.optim, "mesh": self.mesh, "wandb": self.wandb}
         parts |= {f"auxiliary.{loss.name}": loss for loss in self.auxiliary_losses()}
         for name, part in parts.items():
             with under(f"{name}."):

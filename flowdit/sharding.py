@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flowdit.fields import require
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -59,6 +61,8 @@ class MeshConfig:
         coordinator: `host:port` of the first process, without a cluster; needs the next two.
         num_processes: number of processes that meet at `coordinator`.
         process_id: number of this process, from 0.
+        step_timeout: seconds without a finished step after which the process ends with exit status 75, for a scheduler
+            to start it again; null: 20 times the median step, at least 300 s, once three steps are timed; 0: never.
     """
 
     data: int = -1
@@ -68,6 +72,12 @@ class MeshConfig:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    step_timeout: float | None = None
+
+    def check(self) -> None:
+        """Raise `FieldError` naming the first field that breaks a rule."""
+        limit = self.step_timeout
+        require("step_timeout", limit, limit is None or limit >= 0, "must be null (automatic), 0 (never) or more")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -6,6 +6,7 @@ state is the number of the next batch: a run may continue on any number of proce
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from jaxtyping import Float64
 
 from flowdit.data.captions import TextReader
 from flowdit.data.manifest import HASH_LIMIT_BYTES, Manifest
-from flowdit.data.record_files import BadRecords, RecordFiles, check_files
+from flowdit.data.record_files import BadRecords, RecordFiles, being_read, check_files
 from flowdit.data.records import RecordError
 from flowdit.data.schema import Schema
 from flowdit.fields import require
@@ -40,6 +41,8 @@ class DataConfig:
         text_cache: folder of text features written by `prepare`; null: the text encoder runs in the training loop.
         max_bad_records: damaged records per split that are reported and replaced by the next readable one; one more
             ends the run. Each process counts its own, from its start.
+        stall_timeout: seconds of waiting for a batch after which a warning names the files and records that are being
+            read; repeated after twice the time, and so on; 0: never.
     """
 
     path: str = "???"
@@ -49,6 +52,7 @@ class DataConfig:
     long_caption_prob: float = 0.5
     text_cache: str | None = None
     max_bad_records: int = 0
+    stall_timeout: float = 60.0
 
     @property
     def hash_limit(self) -> int:
@@ -60,6 +64,7 @@ class DataConfig:
         require("num_threads", self.num_threads, self.num_threads >= 1, "must be at least 1")
         require("prefetch", self.prefetch, self.prefetch >= 1, "must be at least 1")
         require("max_bad_records", self.max_bad_records, self.max_bad_records >= 0, "must be 0 (none) or more")
+        require("stall_timeout", self.stall_timeout, self.stall_timeout >= 0, "must be 0 (never) or more")
         probability = self.long_caption_prob
         require("long_caption_prob", probability, 0 <= probability <= 1, "must be in [0, 1]")
 
@@ -203,15 +208,38 @@ class TrainStream(Iterator[Batch]):
         self._identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
         self._options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        self._dataset = indices.batch(batch_size, drop_remainder=True).map_with_index(
-            lambda number, batch: source.read_batch(batch[rows].tolist(), _draws([seed, number], batch_size)[rows])
-        )
+
+        def read(number: int, batch: np.ndarray) -> Batch:
+            thread = threading.get_ident()
+            self._reading[thread] = number
+            try:
+                return source.read_batch(batch[rows].tolist(), _draws([seed, number], batch_size)[rows])
+            finally:
+                del self._reading[thread]
+
+        self._dataset = indices.batch(batch_size, drop_remainder=True).map_with_index(read)
+        self.waiting_for: int | None = None
+        """The number of the batch that `next` is waiting for."""
+        self._reading: dict[int, int] = {}  # batch numbers by thread
         self._seek(0)
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        self.waiting_for = self._next_batch
+        try:
+            batch = next(self._iterator)
+        finally:
+            self.waiting_for = None
         self._next_batch += 1
         return batch
+
+    def describe_reading(self, number: int) -> str:
+        """What is being read at this moment for batch `number`, with files and records, and the numbers of others."""
+        reading, files = self._reading.copy(), being_read()
+        threads = [thread for thread, batch in reading.items() if batch == number]
+        own = [files.get(thread, "records that are read already, and are being decoded") for thread in threads]
+        others = sorted(batch for batch in reading.values() if batch != number)
+        also = f"; other threads read batches {', '.join(map(str, others))}" if others else ""
+        return f"{own[0] if own else 'which no thread is reading'}{also}"
 
     def get_state(self) -> dict[str, int]:
         """The state after the batches returned so far, excluding prefetched ones, as JSON."""

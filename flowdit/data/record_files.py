@@ -61,14 +61,43 @@ class RecordFiles:
         return record
 
     def _read_bytes(self, indices: Sequence[int]) -> Sequence[bytes]:
+        thread = threading.get_ident()
+        _BEING_READ[thread] = (self, indices)
         try:
             return self._records.__getitems__(indices)
         except RuntimeError:  # does not name the file: read one record at a time
             return [self.locate(i, self._records.__getitem__, i) for i in indices]
+        finally:
+            del _BEING_READ[thread]
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """The file of record `index`, and its number within the file."""
+        file = bisect.bisect_right(self._ends, index)
+        return self._paths[file], index - (self._ends[file - 1] if file else 0)
 
     def _where(self, index: int) -> str:
-        file = bisect.bisect_right(self._ends, index)
-        return f"{self._paths[file]}: record {index - (self._ends[file - 1] if file else 0)}"
+        return "{}: record {}".format(*self.place(index))
+
+    def describe(self, indices: Sequence[int], max_files: int = 4, max_records: int = 8) -> str:
+        """Files and record numbers of `indices` for a message, the first few of each."""
+        by_file: dict[Path, list[int]] = {}
+        for file, number in map(self.place, indices):
+            by_file.setdefault(file, []).append(number)
+        shown = [
+            f"{file} records {', '.join(map(str, sorted(numbers)[:max_records]))}"
+            + (f" and {len(numbers) - max_records} more" if len(numbers) > max_records else "")
+            for file, numbers in list(by_file.items())[:max_files]
+        ]
+        rest = len(by_file) - max_files
+        return "; ".join(shown) + (f"; and {rest} more files" if rest > 0 else "")
+
+
+_BEING_READ: dict[int, tuple[RecordFiles, Sequence[int]]] = {}
+
+
+def being_read() -> dict[int, str]:
+    """Files and record numbers that the threads of this process are reading at this moment, by thread identifier."""
+    return {thread: files.describe(indices) for thread, (files, indices) in _BEING_READ.copy().items()}
 
 
 class BadRecords:

@@ -20,6 +20,7 @@ from flowdit.sharding import prefetch_to_device
 from flowdit.tracking import Progress, Tracker
 from flowdit.training.evaluations import closing
 from flowdit.training.setup import Run, start_run
+from flowdit.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
 
     writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta)
     saved = saying_how_to_resume(writer, settings.num_steps, resume_command)
-    with stop_signal() as signalled, tracker, saved, writer, closing(run.evaluations, tracker):
+    watchdog = Watchdog(config.mesh.step_timeout, config.data.stall_timeout, run.stream, run.folder)
+    with stop_signal() as signalled, tracker, saved, writer, closing(run.evaluations, tracker), watchdog:
         batches = prefetch_to_device(run.mesh, run.stream, run.conditioning.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
             if step == start + 1:
@@ -57,6 +59,7 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
             state, metrics = run.train_step(state, batch)
             writer.reached(step, state, data_state)
             progress.add(metrics)
+            watchdog.started(step, metrics)
             last = step == settings.num_steps
             stopping = writer.reached_preemption(step) if jax.process_count() > 1 else bool(signalled)
             due = is_due(step, settings.log_every) or step == start + 1 or last or stopping
@@ -67,13 +70,13 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                 logger.info(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)
             if is_due(step, settings.save_every) or last or stopping or (due and writer.has_failed()):
-                with progress.paused():
+                with progress.paused(), watchdog.paused():
                     writer.save(wait=last or stopping)
             if stopping:
                 break
             for evaluation in run.evaluations:
                 if evaluation.is_due(step, last):
-                    with progress.paused(), tracker.warns_only(evaluation.folder):
+                    with progress.paused(), watchdog.paused(), tracker.warns_only(evaluation.folder):
                         tracker.report(step, evaluation(step, state))
         is_complete = step >= settings.num_steps
         logger.info("%s; checkpoint: %s", "done" if is_complete else "stopped by signal", writer.last_good())
