@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 75
 """EX_TEMPFAIL of sysexits.h: schedulers start the process again."""
-FACTOR, LEAST_SECONDS, TIMED_STEPS = 20, 300.0, 3
+FACTOR = 20
+"""The automatic limit, in median steps."""
+LEAST_SECONDS = 300.0
+TIMED_STEPS = 3
 STEPS_BEHIND = 3
 FOLDER = "stalled"
 
