@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 
+from flowdit import supervisor
+
 COMMANDS = {
     "train-stage1": ("flowdit.train", "stage1", "train a class-conditional or unconditional model"),
     "train-stage2": ("flowdit.train", "stage2", "train a text-conditional model"),
@@ -19,6 +21,8 @@ COMMANDS = {
     "convert": ("flowdit.convert", "main", "convert a model between formats"),
 }
 """Module, function and summary of every command."""
+SEVERAL_PROCESSES = ("train-stage1", "train-stage2", "sample")
+"""Commands that may run as several processes."""
 
 
 def main() -> None:
@@ -44,9 +48,17 @@ def usage() -> str:
 
 def run(name: str) -> None:
     """Import the module of a command, and run it with the arguments in `sys.argv`."""
-    watch_for_signals(name)
+    start(name)
     module, function, _ = COMMANDS[name]
     getattr(importlib.import_module(module), function)()
+
+
+def start(name: str) -> None:
+    """What a command does before its imports: give a process that may be one of several its parent, watch for signals."""
+    if name in SEVERAL_PROCESSES and supervisor.is_needed(sys.argv[1:], os.environ):
+        supervisor.supervise()
+    supervisor.start_child()
+    watch_for_signals(name)
 
 
 def watch_for_signals(name: str) -> None:

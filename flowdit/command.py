@@ -12,18 +12,28 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 from hydra.errors import HydraException
+from omegaconf import DictConfig, Node
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from flowdit import json_input
+from flowdit import json_input, leaving
 from flowdit.cli import signal_name
 from flowdit.command_help import help_text
 from flowdit.errors import first_line
+from flowdit.joining import ProcessConfig, check_processes, join_processes
 from flowdit.overrides import for_hydra, require_own_folders
+from flowdit.processes import require_equal
 from flowdit.settings import Setting, settings_of
+
+logger = logging.getLogger(__name__)
+
+PLACES = {"data.path", "train.checkpoint_dir"}
+"""Settings that may differ between the processes of a run: what is there is compared instead."""
 
 # The end of Hydra messages, with advice that does not apply here: internal paths, types, and appending with +.
 _HYDRA_NOISE = re.compile(r"\n\s*(Config search path|See http|To append|reference_type|object_type).*", re.DOTALL)
@@ -90,10 +100,16 @@ def run_command(job: Callable[[], None], command: Command) -> None:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         print(": ".join(filter(None, [f"stopped by {signal_name(number)}", command.if_stopped])), file=sys.stderr)
         status = 128 + number
-    except BaseException:
-        traceback.print_exc()
-        status = 1
+    except BaseException as problem:
+        if ended := leaving.explain(problem):
+            line, status = ended
+            print(f"error: {line}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            line, status = first_line(problem), 1
+        leaving.tell_others(line, status)
     else:
+        leaving.finish()
         return
     end_process(status)
 
@@ -159,8 +175,35 @@ def console_is_set_up() -> bool:
     return _CONSOLE in logging.getLogger("flowdit").handlers
 
 
+def join_others(settings: DictConfig, *, ends_gracefully: bool = False) -> None:
+    """Join the other processes of this command by the section `mesh` of its settings (`joining.join_processes`).
+
+    From then on only the first process prints information. Raises `ValueError` for settings that cannot work, or differ
+    between the processes.
+    """
+    names = [field.name for field in dataclasses.fields(ProcessConfig)]
+    config = ProcessConfig(**{name: settings.mesh[name] for name in names})
+    check_processes(config)
+    line = join_processes(config, ends_gracefully=ends_gracefully)
+    tell_processes_apart(jax.process_index(), jax.process_count())
+    if line is not None:
+        logger.info(line)
+    own = {f"mesh.{name}" for name in names} | PLACES
+    require_equal({key: value for key, value in _flat(settings) if key not in own})
+
+
+def _flat(settings: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in settings:
+        node = settings._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            yield from _flat(node, f"{prefix}{key}.")
+        else:
+            value = node._value() if isinstance(node, Node) else node
+            yield f"{prefix}{key}", value if isinstance(value, int | float | str | None) else str(node)
+
+
 def tell_processes_apart(process: int, num_processes: int) -> None:
-    """With several processes, print information only from the first, and the index of the process in warnings."""
+    """With several processes, print information only from the first, and the number of the process in warnings."""
     _CONSOLE.process, _CONSOLE.num_processes = process, num_processes
 
 
@@ -191,12 +234,17 @@ def user_errors() -> Iterator[None]:
     """Report a user's mistake as one line on stderr with exit status 2; with `FLOWDIT_TRACEBACK=1` as a traceback."""
     try:
         yield
-    except USER_ERRORS as problem:
-        if wants_traceback():
+    except Exception as problem:
+        ended = None if wants_traceback() else leaving.explain(problem)
+        if ended is None and isinstance(problem, USER_ERRORS) and not wants_traceback():
+            ended = (one_line(problem), 2)
+        if ended is None:
             raise
+        line, status = ended
         with contextlib.suppress(OSError):
-            print(f"error: {one_line(problem)}", file=sys.stderr)
-        sys.exit(2)
+            print(f"error: {line}", file=sys.stderr)
+        leaving.tell_others(line, status)
+        sys.exit(status)
 
 
 def wants_traceback() -> bool:

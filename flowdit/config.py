@@ -18,11 +18,11 @@ from flowdit.diffusion.auxiliary import AUXILIARY, RESERVED_NAMES, AuxiliaryLoss
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.fields import FREE_TEXT, FieldError, require, require_choice, shown, under
+from flowdit.joining import ProcessConfig, check_processes
 from flowdit.models.config import MODELS, DiTConfig, ModelConfig
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
 from flowdit.optim import OptimConfig
-from flowdit.processes import check_processes
 from flowdit.sharding import MeshConfig
 from flowdit.tracking import WandbConfig
 
@@ -185,6 +185,11 @@ class Config:
 
 
 @dataclasses.dataclass
+class SamplingMesh(ProcessConfig):
+    """How several processes find each other for sampling; all their devices share each batch."""
+
+
+@dataclasses.dataclass
 class SampleConfig:
     """Settings of `python -m flowdit.sample`. Null sampler settings default to the checkpoint's `train.sampler`.
 
@@ -213,6 +218,7 @@ class SampleConfig:
         guidance_high: as `train.sampler.guidance_high`.
         time_shift: as `train.sampler.time_shift`.
         rtol: as `train.sampler.rtol`.
+        mesh: processes.
     """
 
     checkpoint: str = "???"
@@ -237,6 +243,7 @@ class SampleConfig:
     guidance_high: float | None = None
     time_shift: float | None = None
     rtol: float | None = None
+    mesh: SamplingMesh = dataclasses.field(default_factory=SamplingMesh)
 
     def __post_init__(self) -> None:
         self.labels = as_list(self.labels)
@@ -250,7 +257,8 @@ class SampleConfig:
         return [fields | {"guidance": value} for value in values]
 
     def check(self) -> None:
-        """Raise `FieldError` naming the first field that breaks a rule; `inference.sampler` checks the others."""
+        """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks the others."""
+        check_processes(self.mesh)
         require("columns", self.columns, self.columns >= 1, "must be at least 1")
         given = [name for name in ("prompt", "prompts", "prompts_file") if getattr(self, name) is not None]
         if len(given) > 1:

@@ -89,10 +89,11 @@ def _is_group(key: str, settings: Mapping[str, Setting], own_groups: bool) -> bo
 
 
 def _groups(settings: Mapping[str, Setting]) -> list[str]:
-    """The groups of a command: those of its sections, and the presets of a command that has sections."""
+    """The groups of a command: those of its sections, and the presets of a command with such groups."""
     sections = {key.partition(".")[0] for key in settings if "." in key}
     names = [path.relative_to(GROUPS).as_posix() for path in sorted(GROUPS.rglob("*")) if path.is_dir()]
-    return [name for name in names if sections and name.partition("/")[0] in {*sections, "experiment"}]
+    own = {name for name in names if name.partition("/")[0] in sections}
+    return [name for name in names if name in own or (own and name == "experiment")]
 
 
 def _parsed(argument: str) -> Any:

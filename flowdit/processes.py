@@ -5,60 +5,16 @@ Built on JAX: `jax.distributed` joins the processes, and they communicate by col
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flowdit.errors import first_line
-from flowdit.sharding import MeshConfig
-
-
-def check_processes(config: MeshConfig) -> None:
-    """Raise `ValueError` unless coordinator, num_processes and process_id are all null, or all given and consistent."""
-    fields = {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
-    missing = [name for name, value in fields.items() if value is None]
-    if len(missing) == len(fields):
-        return
-    if missing:
-        raise ValueError(f"mesh.{missing[0]}: must be given together with {' and '.join(_given(fields))}")
-    host, _, port = fields["coordinator"].rpartition(":")
-    if not re.fullmatch(r"[^\s:]+|\[[0-9a-fA-F:]+\]", host) or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ValueError(f"mesh.coordinator: must be host:port, got {fields['coordinator']!r}")
-    if fields["num_processes"] < 1:
-        raise ValueError(f"mesh.num_processes: must be at least 1, got {fields['num_processes']}")
-    if not 0 <= fields["process_id"] < fields["num_processes"]:
-        raise ValueError(
-            f"mesh.process_id: must be in [0, mesh.num_processes={fields['num_processes']}), got {fields['process_id']}"
-        )
-
-
-def _given(fields: dict[str, Any]) -> list[str]:
-    return [f"mesh.{name}={value}" for name, value in fields.items() if value is not None]
-
-
-def join_processes(config: MeshConfig) -> None:
-    """Join the processes of this run, found by `mesh.coordinator` or, with `mesh.multi_process`, by the cluster.
-
-    Must be called before any use of a device. Raises `ValueError` if the others cannot be found.
-    """
-    asked = config.coordinator is not None or config.multi_process
-    if not asked or jax.distributed.is_initialized():
-        return
-    try:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    except (ValueError, RuntimeError) as problem:
-        reason = first_line(problem)
-        if config.coordinator is not None:
-            raise ValueError(f"mesh.coordinator: {config.coordinator} cannot be joined: {reason}") from problem
-        raise ValueError(
-            "mesh.multi_process: no cluster was recognised (Slurm, Open MPI, Kubernetes, Cloud TPU); give "
-            f"mesh.coordinator, mesh.num_processes and mesh.process_id: {reason}"
-        ) from problem
+from flowdit.fields import shown
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
@@ -98,6 +54,26 @@ def gather(value: Any) -> list[Any]:
     sizes = multihost_utils.process_allgather(np.int32(len(content)))
     rows = multihost_utils.process_allgather(np.resize(content, sizes.max()))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def require_equal(values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless the values are equal in all processes, for the first name that differs.
+
+    They must be JSON. All processes must call it.
+    """
+    first, *others = gather(dict(values))
+    for number, theirs in enumerate(others, start=1):
+        for name in sorted(first.keys() | theirs.keys()):
+            if (a := first.get(name)) != (b := theirs.get(name)):
+                raise ValueError(
+                    f"{name}: must be equal in all processes, got {shown(a)} in process 0 and {shown(b)} in process {number}"
+                )
+
+
+def totals(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by name, summed over all processes; a name may be missing in some. All processes must call it."""
+    every = gather(dict(counts))
+    return {name: sum(some.get(name, 0) for some in every) for name in dict.fromkeys(itertools.chain(*every))}
 
 
 def _to_bytes(value: Any) -> np.ndarray:

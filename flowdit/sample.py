@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from flowdit.cli import watch_for_signals
+from flowdit.cli import start
 
 if __name__ == "__main__":
-    watch_for_signals("sample")
+    start("sample")
 
 import logging
 from pathlib import Path
 from typing import Any
 
 import hydra
+import jax
 from omegaconf import DictConfig
 
-from flowdit.command import Command, run_command
+from flowdit.command import Command, join_others, run_command
 from flowdit.config import SampleConfig, register_schemas, resolve
 from flowdit.fields import about, called, listed, require
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
+from flowdit.processes import from_first
+from flowdit.sharding import MeshConfig, make_mesh
 from flowdit.sweep import job
 
 # By its name, as this module is `__main__` when it is run.
@@ -60,13 +63,15 @@ def read_prompts(config: SampleConfig) -> list[str] | None:
 def _sample(composed: DictConfig) -> None:
     config: SampleConfig = resolve(composed, SampleConfig)
     config.check()
+    join_others(composed)
     check_settings(config.num_images, config.seed, config.batch_size)
-    check_folder(config)
+    from_first(lambda: check_folder(config) and None)
     prompts = read_prompts(config)
     arguments: dict[str, Any] = {"labels": config.labels, "prompts": prompts}
     arguments["negative_prompt"] = config.negative_prompt
     with about("checkpoint"):
-        sampler = load(config.checkpoint, vae=config.vae, text_encoder=config.text_encoder)
+        mesh = make_mesh(MeshConfig()) if jax.process_count() > 1 else None
+        sampler = load(config.checkpoint, mesh=mesh, vae=config.vae, text_encoder=config.text_encoder)
     solvers = [sampler.sampler_config(fields) for fields in config.samplers()]
     with called({"prompts": "prompt"} if config.prompt is not None else {}):
         requests = sampler.requests(config.num_images, arguments)

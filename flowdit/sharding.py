@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flowdit.fields import require
+from flowdit.joining import ProcessConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -50,17 +51,13 @@ STACKED = "stacked"
 
 
 @dataclasses.dataclass
-class MeshConfig:
+class MeshConfig(ProcessConfig):
     """Devices along each axis of the mesh, and how several processes find each other.
 
     Attributes:
         data: devices that share a batch and hold all parameters; -1: all remaining devices.
         fsdp: devices that share a batch and split the parameters.
         tensor: devices that split the matrices within a layer.
-        multi_process: join the processes that a cluster has started (Slurm, Open MPI, Kubernetes, Cloud TPU).
-        coordinator: `host:port` of the first process, without a cluster; needs the next two.
-        num_processes: number of processes that meet at `coordinator`.
-        process_id: number of this process, from 0.
         step_timeout: seconds without a finished step after which the process ends with exit status 75, for a scheduler
             to start it again; null: 20 times the median step, at least 300 s, once three steps are timed; 0: never.
     """
@@ -68,10 +65,6 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    multi_process: bool = False
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
     step_timeout: float | None = None
 
     def check(self) -> None:

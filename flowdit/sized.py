@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from omegaconf import DictConfig
 from flowdit.composition import chooses_option, keys_of_option
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest
-from flowdit.fields import about, require
+from flowdit.fields import FieldError, about
 from flowdit.hardware import this_machine
+from flowdit.joining import find_peers
 from flowdit.models.text_encoder import WORDLLAMA
 from flowdit.training.estimate import Condition
 from flowdit.training.small import choose
@@ -30,9 +32,11 @@ def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
 
     Raises `ValueError` for data that cannot be read, typed values that do not fit them, and several processes.
     """
-    for field in ("multi_process", "coordinator"):
-        value = getattr(config.mesh, field)
-        require(f"mesh.{field}", value, not value, "must not be given with this preset, which is for one process")
+    if (peers := find_peers(config.mesh, os.environ)) is not None:
+        raise FieldError(
+            "mesh.multi_process",
+            f"must be false with this preset, which is for one process, {peers.by} has started several",
+        )
     with about("data.path"):
         manifest = Manifest.read(config.data.path)
     condition = Condition()

@@ -13,7 +13,6 @@ import shlex
 import sys
 
 import hydra
-import jax
 from etils import epath
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -22,11 +21,11 @@ from flowdit import conditioning
 from flowdit.checkpoint.files import CheckpointError, list_steps
 from flowdit.checkpoint.meta import RunMeta, newest_meta, verified_meta
 from flowdit.checkpoint.restore import find_newest
-from flowdit.command import Command, run_command, tell_processes_apart
+from flowdit.command import Command, join_others, run_command
 from flowdit.composition import continued, naming_the_preset, typed_overrides
 from flowdit.config import Config, refuse_unknown, register_schemas, resolve
 from flowdit.models.config import MODELS
-from flowdit.processes import from_first, join_processes
+from flowdit.processes import from_first
 from flowdit.sized import PRESETS, choose_sizes
 from flowdit.sweep import end_sweep, job
 from flowdit.training.loop import train
@@ -83,15 +82,12 @@ def _stage2(composed: DictConfig) -> None:
 def _train(composed: DictConfig, network: str) -> None:
     refuse_unknown(composed, Config)
     folder = epath.Path(composed.train.checkpoint_dir)
+    join_others(composed, ends_gracefully=True)
     if composed.train.is_restore is None:
-        # Before the processes meet: only afterwards does the first one create the folder, so all of them find the same.
-        composed.train.is_restore = is_in_use(folder)
+        composed.train.is_restore = from_first(lambda: is_in_use(folder))
     is_restore = bool(composed.train.is_restore)
     with naming_the_preset(is_restore):
-        # The newest metadata say how to join the other processes, which then agree on the step to restore.
         config = _configured(composed, network, _stored_meta(folder) if is_restore else None)
-        join_processes(config.mesh)
-        tell_processes_apart(jax.process_index(), jax.process_count())
         found = None
         if is_restore and from_first(lambda: bool(list_steps(folder))):
             found = find_newest(folder)

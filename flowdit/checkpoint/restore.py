@@ -172,10 +172,10 @@ def restore_weights(
     """Restore the EMA or, with `weights` "model", the raw weights as float32 in the structure of `template` (arrays or
     shapes).
 
-    They are on the first device, or on `mesh` by the sharding rules. The files must be verified before, by `read_meta`.
+    They are on the first device of the process, or on `mesh` by the sharding rules. The files must be verified before, by `read_meta`.
     """
     step_folder = epath.Path(step_folder)
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = {} if mesh is None else named_arrays(parameter_shardings(mesh, template))
     targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=shardings.get(name, one_device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -10,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -31,7 +33,7 @@ GRID_IMAGES = 256
 def write_samples(sampler: Sampler, requests: Requests, solvers: Sequence[SamplerConfig], config: SampleConfig) -> Path:
     """Draw the `requests` with each of the `solvers`, write `grid.png`, single PNGs and `samples.json` to `config.out`.
 
-    Returns the grid's path. The images of one solver have the noise of the others and, with several, are one row of the
+    Returns the grid's path. Several processes draw each batch together. The images of one solver have the noise of the others and, with several, are one row of the
     grid. Images are written batch by batch, so memory does not grow with their number. Raises `ValueError` on write
     errors.
     """
@@ -41,6 +43,9 @@ def write_samples(sampler: Sampler, requests: Requests, solvers: Sequence[Sample
     captions = _captions(requests, solvers)
     _ = sampler.decode  # loads the VAE, whose errors must come before the progress bar
     batches = _batches(sampler, requests, solvers, config)
+    if jax.process_index() > 0:  # the first process writes, the others only take part in the computation
+        collections.deque(batches, maxlen=0)
+        return out / "grid.png"
     with progress_bar("sampling", "images", len(captions), len(captions)) as progress:
         first = next(batches)  # an error here leaves the files of an earlier run unchanged
         replaced = check_folder(config)

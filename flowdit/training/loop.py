@@ -16,6 +16,7 @@ from flowdit.checkpoint.restore import Found
 from flowdit.checkpoint.writer import CheckpointWriter
 from flowdit.config import Config
 from flowdit.data.loader import DataSet
+from flowdit.processes import totals
 from flowdit.sharding import prefetch_to_device
 from flowdit.tracking import Progress, Tracker
 from flowdit.training.evaluations import closing
@@ -65,7 +66,7 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
             due = is_due(step, settings.log_every) or step == start + 1 or last or stopping
 
             if due:
-                values = progress.summary(step) | run.conditioning.figures() | bad_records(run.data)
+                values = progress.summary(step) | totals(run.conditioning.figures() | bad_records(run.data))
                 tracker.log(step, values)
                 logger.info(progress.line(step, values))
                 check_diverged(values, settings.max_skipped_in_row, writer)

@@ -18,6 +18,7 @@ from flowdit.checkpoint.restore import Found, restore_newest
 from flowdit.conditioning import Conditioning, kind_of
 from flowdit.config import Config
 from flowdit.data.loader import TrainStream
+from flowdit.joining import ProcessConfig
 from flowdit.sharding import init_sharded
 from flowdit.training.step import TrainState
 
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Fields that must not change for an exact resume; other changes are reported.
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
-# Fields of the process and not of the run.
-PROCESS_FIELDS = ("mesh.coordinator", "mesh.num_processes", "mesh.process_id")
+# Fields of the processes and not of the run, which may continue on another machine.
+PROCESS_FIELDS = tuple(f"mesh.{field.name}" for field in dataclasses.fields(ProcessConfig))
 STARTING_FIELDS = ("train.is_restore", "train.profile", *PROCESS_FIELDS)
 
 

@@ -30,6 +30,7 @@ from flowdit.models.compute import Compute, choose_compute
 from flowdit.optim import Optimizer, make_optimizer
 from flowdit.processes import from_first
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh
+from flowdit.training.agreement import require_one_data_set, require_shared_folder
 from flowdit.training.evaluations import Evaluation, make_evaluations
 from flowdit.training.objective import make_objective
 from flowdit.training.resume import prepare_folder, resume
@@ -79,6 +80,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     if train.init_from and not list_steps(folder):
         start = load_start(config, manifest, conditioning, meta, mesh)
     resuming = from_first(lambda: prepare_folder(folder, train.is_restore))
+    require_shared_folder(folder)
 
     optimizer = make_optimizer(config.optim, train.num_steps)
 
@@ -158,10 +160,14 @@ def make_stream(config: Config, source: Source) -> TrainStream:
 
 
 def open_manifest(config: DataConfig) -> Manifest:
-    """Read the data set's manifest and verify its shards. Raises `ValueError` naming file and rule."""
+    """Read the data set's manifest and verify its shards. Raises `ValueError` naming file and rule.
+
+    All processes must call it, and read the same data set.
+    """
     with about("data.path"):
         manifest = Manifest.read(config.path)
         data_manifest.verify(config.path, manifest, hashes=config.verify_hashes, limit=config.hash_limit)
+    require_one_data_set(manifest.id)
     return manifest
 
 

@@ -154,7 +154,7 @@ BAD_CLUSTERS = [
     (("mesh.coordinator=a:99999", "mesh.num_processes=2", "mesh.process_id=0"), "mesh.coordinator: must be host:port"),
     (("mesh.coordinator=a:1", "mesh.num_processes=0", "mesh.process_id=0"), "mesh.num_processes: must be at least 1"),
     (("mesh.coordinator=a:1", "mesh.num_processes=2", "mesh.process_id=2"), "mesh.process_id: must be in [0, "),
-    (("mesh.multi_process=true",), "mesh.multi_process: no cluster was recognised"),
+    (("mesh.multi_process=true",), "mesh.multi_process: JAX's cluster detection cannot say where the processes are"),
 ]
 
 

@@ -10,13 +10,14 @@ import pytest
 from hydra import initialize_config_module
 from runs import call, write_tiny_data
 
-from flowdit.config import register_schemas
+from flowdit.config import Config, register_schemas
+from flowdit.data.loader import DataConfig
 from flowdit.data.manifest import Manifest, Shard, VaeInfo
 from flowdit.fields import FieldError
 from flowdit.hardware import Machine, this_machine
 from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
-from flowdit.sized import typed_keys
+from flowdit.sized import choose_sizes, typed_keys
 from flowdit.train import stage1, stage2
 from flowdit.training.estimate import Condition, duration, network_size, step_memory
 from flowdit.training.small import choose
@@ -233,11 +234,6 @@ def stored_config(checkpoint: Path) -> dict:
             "train.batch_size: must be at least 1",
         ),
         (stage1, ("experiment=small", "data.path={data}", "model.patch_size=3"), "model.patch_size: must divide"),
-        (
-            stage1,
-            ("experiment=small", "data.path={data}", "mesh.multi_process=true"),
-            "mesh.multi_process: must not be",
-        ),
         (stage1, ("experiment=small", "data.path={plain}", "conditioning=labels"), "has no classes"),
         (stage2, ("experiment=small_text", "data.path={plain}"), "has no captions, which this preset needs"),
         (stage1, ("experiment=small_text", "data.path={data}"), "other stage, of python train_stage2.py"),
@@ -250,6 +246,14 @@ def test_bad_input_is_one_line(main, overrides, problem, tiny_data, plain_data):
     assert finished.status == 2
     assert finished.err.startswith("error: ") and finished.err.count("\n") == 1
     assert problem in finished.err
+
+
+def test_several_processes_are_refused(tiny_data, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
+    config = Config(data=DataConfig(path=str(tiny_data)))
+    with pytest.raises(FieldError, match="mesh.multi_process: must be false with this preset, .* torchrun has started"):
+        choose_sizes(config, [])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,95 @@
+"""The end of one of several processes: what the others say, their exit status, and the restart."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from runs import FAST, REPOSITORY, Finished, finish, start, wait_for_line
+
+SCRIPT = str(REPOSITORY / "train_stage1.py")
+
+
+def coordinator() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def processes(data: Path, run: Path, *own: Sequence[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Training processes with one device each, one for each entry of `own`, the settings of that process alone."""
+    settings = ["experiment=tiny", *FAST, f"data.path={data}", f"train.checkpoint_dir={run}"]
+    settings += [f"mesh.coordinator={coordinator()}", f"mesh.num_processes={len(own)}"]
+    started = [start(SCRIPT, *settings, f"mesh.process_id={i}", *more) for i, more in enumerate(own)]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()  # its child ends with it
+            process.wait()
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """The process that trains; the one that was started waits for it."""
+    return int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0])
+
+
+def error_of(finished: Finished) -> str:
+    (line,) = [line for line in finished.err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+ENDLESS = ("train.num_steps=100000",)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "limit"),
+    [
+        (0, signal.SIGKILL, 15),
+        pytest.param(1, signal.SIGKILL, 15, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, 30, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, 30, marks=pytest.mark.slow),
+    ],
+)
+def test_the_others_name_a_lost_process_and_end(tiny_data, tmp_path, victim, number, limit):
+    with processes(tiny_data, tmp_path / "run", ENDLESS, ENDLESS) as pair:
+        wait_for_line(pair[0], "step 2/")
+        os.kill(child_of(pair[victim]), number)
+        signalled = time.monotonic()
+        finished = finish(pair[1 - victim])
+        assert time.monotonic() - signalled < limit
+    assert finished.status == 75
+    assert error_of(finished).startswith(f"error: lost process {victim}")
+
+
+def test_a_missing_process_is_one_line(tiny_data, tmp_path):
+    with processes(tiny_data, tmp_path / "run", ["mesh.init_timeout=1", "mesh.num_processes=2"]) as (alone,):
+        finished = finish(alone)
+    assert finished.status == 2
+    assert re.fullmatch(r"error: mesh.init_timeout: .* process 0 of 2 at \S+, got 1 s: .*\n", finished.err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "problem"),
+    [
+        pytest.param("train.checkpoint_dir={other}", "train.checkpoint_dir: must be a folder", marks=pytest.mark.slow),
+        pytest.param("data.path={absent}", "data.path: {absent}", marks=pytest.mark.slow),
+        ("train.batch_size=16", "train.batch_size: must be equal in all processes"),
+        pytest.param("mesh.num_processes=3", "mesh.num_processes: must be equal in all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistake_of_one_process_ends_all(tiny_data, tmp_path, own, problem):
+    places = {"other": tmp_path / "other", "absent": tmp_path / "absent"}
+    (tmp_path / "other").mkdir()
+    with processes(tiny_data, tmp_path / "run", (), [own.format(**places)]) as pair:
+        finished = [finish(process) for process in pair]
+    assert [process.status for process in finished] == [2, 2]
+    assert all(problem.format(**places) in error_of(process) for process in finished)
