@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -152,10 +153,14 @@ def error_line(finished: Finished) -> str:
 
 def stored_arrays(step_folder: Path) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by item and name."""
-    checkpointer = ocp.StandardCheckpointer()
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # the checkpoint may be of other devices
     arrays = {}
     for item in ("state", "model_ema"):
-        restored = checkpointer.restore((step_folder / item).resolve())
+        folder = (step_folder / item).resolve()
+        stored: Any = ocp.StandardCheckpointHandler().metadata(folder)
+        stored = getattr(stored, "tree", stored)
+        targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in stored.items()}
+        restored = ocp.StandardCheckpointer().restore(folder, targets)
         arrays |= {f"{item}.{name}": np.asarray(value) for name, value in restored.items()}
     return arrays
 

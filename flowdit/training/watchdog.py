@@ -24,12 +24,12 @@ import jax
 from etils import epath
 
 import flowdit
+from flowdit import leaving
 from flowdit.data.loader import TrainStream
+from flowdit.supervisor import LOST
 
 logger = logging.getLogger(__name__)
 
-EXIT_STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: schedulers start the process again."""
 FACTOR = 20
 """The automatic limit, in median steps."""
 LEAST_SECONDS = 300.0
@@ -172,8 +172,9 @@ class Watchdog:
             if _within(5.0, lambda: _write(file, f"{line}\n\n{_tracebacks(stacks)}")):
                 line += f"; tracebacks of all threads: {file}"
             _within(5.0, lambda: os.write(2, f"error: {line}\n".encode()))
+            _within(5.0, lambda: leaving.tell_others(line, LOST))
         finally:
-            os._exit(EXIT_STATUS)
+            os._exit(LOST)
 
     def _line(self, stack: list[str]) -> str:
         package = os.path.dirname(flowdit.__file__)

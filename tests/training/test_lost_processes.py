@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -11,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from runs import FAST, REPOSITORY, Finished, finish, start, wait_for_line
-
-SCRIPT = str(REPOSITORY / "train_stage1.py")
+from runs import FAST, REPOSITORY, Finished, assert_same_checkpoint, finish, metrics, start, steps_of, wait_for_line
 
 
 def coordinator() -> str:
@@ -23,11 +22,17 @@ def coordinator() -> str:
 
 
 @contextlib.contextmanager
-def processes(data: Path, run: Path, *own: Sequence[str]) -> Iterator[list[subprocess.Popen[str]]]:
+def processes(data: Path, run: Path, *own: Sequence[str], stage: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
     """Training processes with one device each, one for each entry of `own`, the settings of that process alone."""
-    settings = ["experiment=tiny", *FAST, f"data.path={data}", f"train.checkpoint_dir={run}"]
+    script = str(REPOSITORY / f"train_stage{stage}.py")
+    settings = [
+        f"experiment={['tiny', 'tiny_text'][stage - 1]}",
+        *FAST,
+        f"data.path={data}",
+        f"train.checkpoint_dir={run}",
+    ]
     settings += [f"mesh.coordinator={coordinator()}", f"mesh.num_processes={len(own)}"]
-    started = [start(SCRIPT, *settings, f"mesh.process_id={i}", *more) for i, more in enumerate(own)]
+    started = [start(script, *settings, f"mesh.process_id={i}", *more) for i, more in enumerate(own)]
     try:
         yield started
     finally:
@@ -67,6 +72,53 @@ def test_the_others_name_a_lost_process_and_end(tiny_data, tmp_path, victim, num
         assert time.monotonic() - signalled < limit
     assert finished.status == 75
     assert error_of(finished).startswith(f"error: lost process {victim}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data, tmp_path_factory) -> Path:
+    """The last checkpoint of two processes that nobody has disturbed."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with processes(tiny_data, run, KILLED, KILLED) as pair:
+        assert [finish(process).status for process in pair] == [0, 0]
+    return run / "24"
+
+
+KILLED = ("train.num_steps=24",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(20))
+@pytest.mark.parametrize("moment", ["training", "saving"])
+def test_a_restart_after_a_kill_is_bit_identical(tiny_data, tmp_path, undisturbed, moment, trial):
+    chance = random.Random(f"{moment} {trial}")
+    victim, run = trial % 2, tmp_path / "run"
+    # Every step is saved, so that a kill most likely hits a save, or none but the last.
+    settings = (*KILLED, f"train.save_every={1 if moment == 'saving' else 12}")
+    with processes(tiny_data, run, settings, settings) as pair:
+        wait_for_line(pair[0], f"step {chance.randrange(2, 20)}/")
+        time.sleep(chance.uniform(0, 0.3))
+        os.kill(child_of(pair[victim]), signal.SIGKILL)
+        assert finish(pair[1 - victim]).status == 75
+    again = (*settings, "train.is_restore=null")
+    with processes(tiny_data, run, again, again) as pair:
+        finished = [finish(process) for process in pair]
+    assert [process.status for process in finished] == [0, 0], finished
+    assert_same_checkpoint(undisturbed, run / "24")
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("receiver", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_sigterm_to_one_process_saves_on_all(tiny_data, tmp_path, receiver, stage):
+    run = tmp_path / "run"
+    with processes(tiny_data, run, ENDLESS, ENDLESS, stage=stage) as pair:
+        wait_for_line(pair[0], "step 2/")
+        pair[receiver].send_signal(signal.SIGTERM)
+        finished = [finish(process) for process in pair]
+    assert [process.status for process in finished] == [0, 0]
+    assert "stopped by signal" in finished[0].out
+    last = steps_of(run)[-1]
+    assert f"checkpoint: {run / str(last)}" in finished[0].out
+    assert list(metrics(run, "train/loss"))[-1] == last
 
 
 def test_a_missing_process_is_one_line(tiny_data, tmp_path):
