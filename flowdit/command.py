@@ -98,8 +98,9 @@ def run_command(job: Callable[[], None], command: Command) -> None:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        print(": ".join(filter(None, [f"stopped by {signal_name(number)}", command.if_stopped])), file=sys.stderr)
-        status = 128 + number
+        line, status = f"stopped by {signal_name(number)}", 128 + number
+        print(": ".join(filter(None, [line, command.if_stopped])), file=sys.stderr)
+        leaving.tell_others(line, status)
     except BaseException as problem:
         if ended := leaving.explain(problem):
             line, status = ended

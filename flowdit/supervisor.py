@@ -39,7 +39,7 @@ _ENDED = "flowdit: ended with "
 # Lines of the runtime that are kept back: its errors, their further lines, and stack traces.
 _HELD = re.compile(
     r"[EFW]\d{4} .*(client\.h|coordination_|preemption_|distributed_)|\*\*\* Check failure|    @ +0x|RPC: /xla|\s*$"
-    r"|\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:|# of tasks that reached|The first task at"
+    r"|\d+$|The (following )?tasks |Additional GRPC error|:[A-Z_]+:|=== Source Location|external/|# of tasks that reached|The first task at"
 )
 _KEPT_LINES = 400
 

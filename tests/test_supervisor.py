@@ -1,0 +1,137 @@
+"""The parent of one of several processes: what it passes on, and what it makes of an abort."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import REPOSITORY
+
+from flowdit.supervisor import is_needed
+
+COMMAND = """
+import os, sys, time
+from flowdit import supervisor
+if supervisor.is_needed(["mesh.coordinator=a:1"], os.environ):
+    supervisor.supervise()
+supervisor.start_child()
+def write(text): os.write(2, text.encode() + b"\\n")
+"""
+FATAL = "F1129 15:21:07.053978   25991 client.h:80] Terminating process because the JAX distributed service detected"
+HEARTBEAT = f"{FATAL} fatal errors. absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n2\nThe tasks have crashed."
+COORDINATOR = (
+    f"{FATAL} errors. UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task\n    @ 0x7f07 x()"
+)
+NOT_ALL = (
+    f"{FATAL} fatal errors. absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination/RegisterTask"
+)
+
+
+def start(body: str) -> subprocess.Popen[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "FLOWDIT_CONSOLE_STDERR"}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND + body],
+        env=inherited | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "err"),
+    [
+        ("print('a line', file=sys.stderr); write('from C++'); sys.exit(3)", 3, {"a line", "from C++"}),
+        # Lines of the runtime are not shown if the command has ended by itself.
+        (f"write({FATAL!r}); print('error: mine', file=sys.stderr); sys.exit(2)", 2, {"error: mine"}),
+        (
+            f"supervisor.joined(); write({HEARTBEAT!r}); os.abort()",
+            75,
+            {"error: lost process 1, 2: it is gone, stopped or unreachable"},
+        ),
+        (
+            f"supervisor.joined(); write({COORDINATOR!r}); os.abort()",
+            75,
+            {"error: lost process 0, the coordinator: it is gone, stopped or unreachable"},
+        ),
+        (
+            f"supervisor.joining('process 1 of 2 at a:1, got 9 s'); write({NOT_ALL!r}); os.abort()",
+            2,
+            {
+                "error: mesh.init_timeout: must be enough for all processes to join, process 1 of 2 at a:1, got 9 s: one is "
+                "missing, or the coordinator cannot be reached"
+            },
+        ),
+        # An end that is not the runtime's: nothing is hidden.
+        (
+            "write('E1129 1 client.h:1] odd'); os.abort()",
+            134,
+            {"E1129 1 client.h:1] odd", "error: the process was ended by SIGABRT"},
+        ),
+        (f"supervisor.joined(); supervisor.ended(0); write({COORDINATOR!r}); os.abort()", 0, set()),
+        ("os.kill(os.getpid(), 9)", 137, {"error: the process was ended by SIGKILL"}),
+    ],
+)
+def test_an_end_is_one_line_and_a_status(body, status, err):
+    process = start(body)
+    _, written = process.communicate(timeout=60)
+    assert (process.returncode, set(written.splitlines())) == (status, err)
+
+
+def test_signals_reach_the_child_and_it_ends_with_its_parent():
+    body = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True))
+print(os.getpid(), flush=True)
+while True:
+    time.sleep(0.05)
+"""
+    process = start(body)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        assert process.stdout.readline() == "SIGTERM\n"
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while is_running(child):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_running(number: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{number}/cmdline").read_text())
+    except OSError:
+        return False
+
+
+def test_a_second_interrupt_kills():
+    process = start(
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 137
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["data.path=x"], {}, False),
+        (["mesh.fsdp=2"], {}, True),
+        ([], {"SLURM_STEP_NODELIST": "a"}, True),
+        ([], {"SLURM_JOB_ID": "1"}, False),
+        ([], {"WORLD_SIZE": "2"}, True),
+        (["mesh.fsdp=2"], {"FLOWDIT_CONSOLE_STDERR": "5"}, False),
+    ],
+)
+def test_who_gets_a_parent(arguments, environment, expected):
+    assert is_needed(arguments, environment) is expected
