@@ -102,7 +102,7 @@ def join_processes(config: ProcessConfig, *, ends_gracefully: bool = False) -> s
         return None
     count = "" if peers.num_processes is None else f" of {peers.num_processes}"
     number = "" if peers.process_id is None else f"process {peers.process_id}{count} at {peers.coordinator}, "
-    supervisor.joining(f"{number}got {config.init_timeout} s")
+    supervisor.joining(f"{number}after {config.init_timeout} s")
     jax.config.update("jax_enable_preemption_service", ends_gracefully)
     _initialize(peers, config)
     supervisor.joined()

@@ -38,13 +38,14 @@ _ENDED = "flowdit: ended with "
 
 # Lines of the runtime that are kept back: its errors, their further lines, and stack traces.
 _HELD = re.compile(
-    r"[EFW]\d{4} .*(client\.h|coordination_|preemption_|distributed_)|\*\*\* Check failure|    @ +0x|RPC: /xla|\s*$"
+    r"[EFW]\d{4} .*(client\.h|coordination_|preemption_|distributed_|add_port)|\*\*\* Check failure|    @ +0x|RPC: /xla|\s*$"
     r"|\d+$|The (following )?tasks |Additional GRPC error|:[A-Z_]+:|=== Source Location|external/|# of tasks that reached|The first task at"
 )
 _KEPT_LINES = 400
 
 # What the runtime says, in words for users; the first that matches counts. {0} is its first group.
 _WHILE_JOINING = (
+    (r"Failed to add port", "mesh.coordinator: its port must be free on the host of the first process, {where}"),
     (
         r"Unexpected task registered with task=(\d+)",
         "mesh.process_id: the coordinator expects fewer processes, got {0}",
@@ -55,7 +56,7 @@ _WHILE_JOINING = (
     ),
     (
         r"DEADLINE_EXCEEDED|Deadline Exceeded|UNAVAILABLE",
-        "mesh.init_timeout: must be enough for all processes to join, {where}: one is missing, or the coordinator cannot "
+        "mesh.init_timeout: not all processes have joined, {where}: one is missing, or the coordinator cannot "
         "be reached",
     ),
 )
@@ -101,8 +102,8 @@ def supervise() -> NoReturn:
     report = _Report(read)
     status = child.wait()
     report.finish()
-    if status == -signal.SIGABRT:
-        status = report.explain_abort()
+    if status in (-signal.SIGABRT, -signal.SIGSEGV):  # the second, where the coordinator's port is taken
+        status = report.explain_abort(status)
     elif status < 0:
         print(f"error: the process was ended by {signal.Signals(-status).name}", file=sys.stderr)
     os._exit(128 - status if status < 0 else status)
@@ -138,8 +139,8 @@ class _Report:
         """Wait for the rest; processes that the child has started may keep the pipe open."""
         self._reader.join(timeout=1)
 
-    def explain_abort(self) -> int:
-        """Report the abort of the child in one line, and return the exit status."""
+    def explain_abort(self, status: int) -> int:
+        """Report the abort of the child in one line, and return the exit status; `status` is that of the child."""
         if self._status is not None:  # it was already leaving
             return self._status
         text = "\n".join(self._lines)
@@ -148,8 +149,9 @@ class _Report:
                 numbers = [", ".join(re.findall(r"\d+", group)) for group in found.groups()]
                 print(f"error: {line.format(*numbers, where=self._where)}", file=sys.stderr)
                 return LOST if self._has_joined else 2
-        print(text, "error: the process was ended by SIGABRT", sep="\n", file=sys.stderr)
-        return -signal.SIGABRT
+        name = signal.Signals(-status).name
+        print(*filter(None, [text, f"error: the process was ended by {name}"]), sep="\n", file=sys.stderr)
+        return status
 
     def _read(self, read: int) -> None:
         with os.fdopen(read, errors="replace") as stream:

@@ -58,11 +58,20 @@ def start(body: str) -> subprocess.Popen[str]:
             {"error: lost process 0, the coordinator: it is gone, stopped or unreachable"},
         ),
         (
-            f"supervisor.joining('process 1 of 2 at a:1, got 9 s'); write({NOT_ALL!r}); os.abort()",
+            f"supervisor.joining('process 1 of 2 at a:1, after 9 s'); write({NOT_ALL!r}); os.abort()",
             2,
             {
-                "error: mesh.init_timeout: must be enough for all processes to join, process 1 of 2 at a:1, got 9 s: one is "
+                "error: mesh.init_timeout: not all processes have joined, process 1 of 2 at a:1, after 9 s: one is "
                 "missing, or the coordinator cannot be reached"
+            },
+        ),
+        (
+            "supervisor.joining('process 0 of 2 at a:1, after 9 s'); write('E1129 1 add_port.cc:83] Failed to add port'); "
+            "os.kill(os.getpid(), 11)",
+            2,
+            {
+                "error: mesh.coordinator: its port must be free on the host of the first process, "
+                "process 0 of 2 at a:1, after 9 s"
             },
         ),
         # An end that is not the runtime's: nothing is hidden.

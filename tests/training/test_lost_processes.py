@@ -125,7 +125,7 @@ def test_a_missing_process_is_one_line(tiny_data, tmp_path):
     with processes(tiny_data, tmp_path / "run", ["mesh.init_timeout=1", "mesh.num_processes=2"]) as (alone,):
         finished = finish(alone)
     assert finished.status == 2
-    assert re.fullmatch(r"error: mesh.init_timeout: .* process 0 of 2 at \S+, got 1 s: .*\n", finished.err)
+    assert re.fullmatch(r"error: mesh.init_timeout: .* process 0 of 2 at \S+, after 1 s: .*\n", finished.err)
     assert not (tmp_path / "run").exists()
 
 
