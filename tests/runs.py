@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -125,6 +126,13 @@ def start(*command: str, devices: int = 1, **environment: str) -> subprocess.Pop
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_address() -> str:
+    """`host:port` for `mesh.coordinator`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def finish(process: subprocess.Popen[str]) -> Finished:

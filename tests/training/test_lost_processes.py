@@ -5,20 +5,24 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from runs import FAST, REPOSITORY, Finished, assert_same_checkpoint, finish, metrics, start, steps_of, wait_for_line
-
-
-def coordinator() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+from runs import (
+    FAST,
+    REPOSITORY,
+    Finished,
+    assert_same_checkpoint,
+    finish,
+    free_address,
+    metrics,
+    start,
+    steps_of,
+    wait_for_line,
+)
 
 
 @contextlib.contextmanager
@@ -31,7 +35,7 @@ def processes(data: Path, run: Path, *own: Sequence[str], stage: int = 1) -> Ite
         f"data.path={data}",
         f"train.checkpoint_dir={run}",
     ]
-    settings += [f"mesh.coordinator={coordinator()}", f"mesh.num_processes={len(own)}"]
+    settings += [f"mesh.coordinator={free_address()}", f"mesh.num_processes={len(own)}"]
     started = [start(script, *settings, f"mesh.process_id={i}", *more) for i, more in enumerate(own)]
     try:
         yield started
