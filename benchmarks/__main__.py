@@ -10,7 +10,18 @@ import time
 # All references run on the CPU, so JAX does too. JAX reads this when the benchmarks below import it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-BENCHMARKS = ("loader", "compile", "sampler", "checkpoint", "parts", "train_step", "text", "memory", "convert")
+BENCHMARKS = (
+    "loader",
+    "compile",
+    "sampler",
+    "checkpoint",
+    "parts",
+    "train_step",
+    "text",
+    "memory",
+    "convert",
+    "restart",
+)
 PACKAGES = ("jax", "jaxlib", "torch", "diffusers", "numpy", "grain", "array-record", "orbax-checkpoint")
 
 

@@ -40,7 +40,7 @@ class ProcessConfig:
     process_id: int | None = None
     devices_per_process: int | None = None
     init_timeout: int = 120
-    heartbeat_timeout: int = 20
+    heartbeat_timeout: int = 12
 
 
 class Launched(NamedTuple):
