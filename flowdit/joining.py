@@ -104,10 +104,15 @@ def join_processes(config: ProcessConfig, *, ends_gracefully: bool = False) -> s
     number = "" if peers.process_id is None else f"process {peers.process_id}{count} at {peers.coordinator}, "
     supervisor.joining(f"{number}after {config.init_timeout} s")
     jax.config.update("jax_enable_preemption_service", ends_gracefully)
-    _initialize(peers, config)
+    try:
+        _initialize(peers, config)
+    except ValueError:
+        if config.multi_process is None and peers.by == "Cloud TPU":  # a single host that JAX does not know
+            return None
+        raise
     supervisor.joined()
     leaving.watch_others()
-    leaving.require_equal("num_processes", peers.num_processes, config.init_timeout)
+    leaving.require_same_count(peers.num_processes, config.init_timeout)
     return f"{jax.process_count()} processes, found by {peers.by}"
 
 

@@ -54,15 +54,14 @@ def finish() -> None:
     supervisor.ended(0)
 
 
-def require_equal(name: str, value: Any, timeout: float) -> None:
-    """Raise `ValueError` unless the setting `mesh.<name>` of this process is the first one's."""
-    ours, key = json.dumps(value), f"flowdit/{name}"
-    number = distributed.global_state.process_id
+def require_same_count(count: int | None, timeout: float) -> None:
+    """Raise `ValueError` unless `mesh.num_processes` is that of the first process: JAX's runtime does not compare it."""
+    number, key = distributed.global_state.process_id, "flowdit/num_processes"
     if number == 0:
-        _client().key_value_set(key, ours)
-    elif (first := _client().blocking_key_value_get(key, int(1000 * timeout))) != ours:
+        _client().key_value_set(key, str(count))
+    elif (first := _client().blocking_key_value_get(key, int(1000 * timeout))) != str(count):
         raise ValueError(
-            f"mesh.{name}: must be equal in all processes, got {first} in process 0 and {ours} in {number}"
+            f"mesh.num_processes: must be equal in all processes, got {first} in process 0 and {count} in process {number}"
         )
 
 

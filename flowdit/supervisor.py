@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import importlib.util
 import os
 import re
 import signal
@@ -83,7 +84,8 @@ def is_needed(arguments: Iterable[str], environment: Mapping[str, str]) -> bool:
 
 def is_tpu_host(environment: Mapping[str, str]) -> bool:
     """Whether this host has TPUs, and may be one of several."""
-    return "TPU_WORKER_HOSTNAMES" in environment or any(map(os.path.exists, _TPU_DEVICES))
+    has_devices = any(map(os.path.exists, _TPU_DEVICES)) and importlib.util.find_spec("libtpu") is not None
+    return "TPU_WORKER_HOSTNAMES" in environment or has_devices
 
 
 def supervise() -> NoReturn:
