@@ -24,6 +24,7 @@ from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
 from flowdit.optim import OptimConfig
 from flowdit.sharding import MeshConfig
+from flowdit.storage import require_local
 from flowdit.tracking import WandbConfig
 
 
@@ -260,6 +261,7 @@ class SampleConfig:
         """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks the others."""
         check_processes(self.mesh)
         require("columns", self.columns, self.columns >= 1, "must be at least 1")
+        require_local("out", self.out)
         given = [name for name in ("prompt", "prompts", "prompts_file") if getattr(self, name) is not None]
         if len(given) > 1:
             raise FieldError(

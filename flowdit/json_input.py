@@ -15,6 +15,7 @@ from etils import epath
 from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from flowdit.fields import listed, shown
+from flowdit.storage import reason
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 """Types must match, except that a float may be an integer; NaN and unknown keys are refused."""
@@ -40,7 +41,7 @@ def read_json(file: epath.PathLike) -> Any:
     try:
         return json.loads(epath.Path(file).read_text(encoding="utf-8"))
     except OSError as problem:
-        raise InputError(f"{file}: cannot be read: {problem.strerror}") from problem
+        raise InputError(f"{file}: cannot be read: {reason(problem)}") from problem
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{file}: is not JSON: {problem}") from None
 

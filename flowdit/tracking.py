@@ -13,15 +13,18 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from flowdit.errors import first_line
 from flowdit.fields import require_choice
 from flowdit.hardware import peak_flops
+from flowdit.line_files import open_lines
+from flowdit.storage import is_remote, reason
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +73,16 @@ class Tracker:
         self.folder = folder
         self.primary = primary
         self._warned: set[str] = set()
+        self._metrics = open_lines(folder / METRICS) if primary else None
         self._wandb = start_wandb(wandb_config, folder, run_config, run_id) if primary else None
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write one line of `metrics.jsonl` and one W&B entry."""
-        if not self.primary:
+        if self._metrics is None:
             return
         entry = {"step": step, "time": round(time.time(), 3), **values}
         with self.warns_only(METRICS):
-            append_line(self.folder / METRICS, json.dumps(entry))
+            self._metrics.append(json.dumps(entry))
         self._to_wandb(step, values)
 
     @contextlib.contextmanager
@@ -90,8 +94,7 @@ class Tracker:
             if name is None:
                 raise
             if name not in self._warned:
-                reason = problem.strerror or problem
-                logger.warning("%s cannot be written (%s): continuing without it", self.folder / name, reason)
+                logger.warning("%s cannot be written (%s): continuing without it", self.folder / name, reason(problem))
             self._warned.add(name)
 
     def report(self, step: int, report: Report) -> None:
@@ -103,10 +106,17 @@ class Tracker:
         if report.images:
             self._to_wandb(step, report.images)
 
+    def flush(self) -> None:
+        """Wait until the lines so far are stored, so that a checkpoint is never newer than its lines."""
+        if self._metrics is not None:
+            self._metrics.flush()
+
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
         if self._wandb is None:
             return
         # The run is over: unsent data are in W&B's folder, and after an error the process must exit soon.
@@ -121,37 +131,26 @@ class Tracker:
         try:
             import wandb
 
-            shown = {name: wandb.Image(str(v)) if isinstance(v, os.PathLike) else v for name, v in values.items()}
+            shown = {name: wandb.Image(_opened(v)) if isinstance(v, os.PathLike) else v for name, v in values.items()}
             self._wandb.log(shown, step=step)
         except Exception as problem:  # no error of W&B may end a training run
             logger.warning("wandb: logging failed (%s): continuing with metrics.jsonl only", first_line(problem))
             self._wandb = None
 
 
+def _opened(path: os.PathLike) -> Any:
+    """What W&B takes as an image: the path of a local file, the image itself from an object store."""
+    if not is_remote(path):
+        return str(path)
+    with epath.Path(path).open("rb") as file:
+        image = Image.open(file)  # type: ignore[arg-type]
+        image.load()
+    return image
+
+
 def _finish(wandb_run: Any) -> None:
     with contextlib.suppress(Exception):
         wandb_run.finish()
-
-
-def append_line(file: epath.PathLike, line: str) -> None:
-    """Append a line to a JSONL file whose last line may be truncated, by a full disk or a kill.
-
-    A truncated line is removed, as it would corrupt the new one as well.
-    """
-    with open(file, "ab+") as stream:  # local: epath opens no file for reading and appending
-        stream.truncate(_end_of_last_line(stream))
-        stream.write(f"{line}\n".encode())
-
-
-def _end_of_last_line(stream: BinaryIO, block: int = 1 << 16) -> int:
-    end = stream.seek(0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - block)
-        stream.seek(start)
-        if (found := stream.read(end - start).rfind(b"\n")) >= 0:
-            return start + found + 1
-        end = start
-    return 0
 
 
 def start_wandb(config: WandbConfig, folder: epath.Path, run_config: dict[str, Any], run_id: str) -> Any:
@@ -162,7 +161,13 @@ def start_wandb(config: WandbConfig, folder: epath.Path, run_config: dict[str, A
 
     # Without a limit, a lost network would keep a finished run from exiting.
     settings = wandb.Settings(init_timeout=config.init_timeout, finish_timeout=300, silent=True)
-    arguments = dict(project=config.project, name=config.name, config=run_config, dir=str(folder), id=run_id)
+    arguments = dict(
+        project=config.project,
+        name=config.name,
+        config=run_config,
+        dir=None if is_remote(folder) else str(folder),
+        id=run_id,
+    )
     mode = config.mode
     if mode == "online" and not _has_login():
         logger.info("wandb: no login found (run `wandb login`): logging offline")

@@ -29,7 +29,7 @@ from flowdit.processes import from_first
 from flowdit.sized import PRESETS, choose_sizes
 from flowdit.sweep import end_sweep, job
 from flowdit.training.loop import train
-from flowdit.training.resume import PROCESS_FIELDS, is_in_use, require_run
+from flowdit.training.resume import PROCESS_FIELDS, is_in_use, require_run, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _stage2(composed: DictConfig) -> None:
 
 def _train(composed: DictConfig, network: str) -> None:
     refuse_unknown(composed, Config)
-    folder = epath.Path(composed.train.checkpoint_dir)
+    folder = run_folder(composed.train.checkpoint_dir)
     join_others(composed, ends_gracefully=True)
     if composed.train.is_restore is None:
         composed.train.is_restore = from_first(lambda: is_in_use(folder))

@@ -18,6 +18,9 @@ ALL_FILES = [
 LAYERS = {
     "arrays": 0,
     "errors": 0,
+    "stores": 0,
+    "storage": 0,
+    "line_files": 0,
     "hashing": 0,
     "fields": 0,
     "supervisor": 0,

@@ -17,6 +17,7 @@ from pydantic import RootModel
 from flowdit.fields import listed
 from flowdit.hashing import file_sha256
 from flowdit.json_input import InputError, parse_file
+from flowdit.storage import files_in, has_been_committed, reason, rename
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("state", "model_ema", "dataset", "meta")
@@ -40,7 +41,9 @@ def list_steps(folder: epath.Path) -> list[int]:
     """Finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir())
+    return sorted(
+        int(p.name) for p in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name) and has_been_committed(p)
+    )
 
 
 def what_is_in(folder: epath.Path, model_files: Sequence[str] = ()) -> str:
@@ -65,9 +68,7 @@ def what_is_in(folder: epath.Path, model_files: Sequence[str] = ()) -> str:
 def set_aside(step_folder: epath.Path) -> None:
     """Rename to `<step>.damaged` instead of deleting, as the files may still be useful."""
     target = step_folder.with_name(f"{step_folder.name}.damaged")
-    with contextlib.suppress(OSError):
-        target.rmtree(missing_ok=True)
-    step_folder.rename(target)
+    rename(step_folder, target)
 
 
 def write_checksums(step_folder: epath.PathLike) -> None:
@@ -94,7 +95,7 @@ def verify_files(step_folder: epath.PathLike, items: Sequence[str] = ITEMS) -> N
         try:
             found = file_sha256(files[name])
         except OSError as problem:
-            raise CheckpointError(f"{step_folder / name}: cannot be read: {problem.strerror}") from problem
+            raise CheckpointError(f"{step_folder / name}: cannot be read: {reason(problem)}") from problem
         if found != expected:
             raise DamagedCheckpoint(f"{step_folder / name}: content differs from its checksum")
 
@@ -108,11 +109,9 @@ def _read_checksums(file: epath.Path) -> dict[str, str]:
         raise (CheckpointError if is_disk else DamagedCheckpoint)(str(problem)) from problem
 
 
-def _files(step_folder: epath.Path, items: Sequence[str] = ITEMS) -> dict[str, Path]:
+def _files(step_folder: epath.Path, items: Sequence[str] = ITEMS) -> dict[str, Path | epath.Path]:
     """The files of the items by relative name.
 
     Orbax's own file is written again after the checksums, and other tools may add folders (.git), so both are excluded.
     """
-    local = Path(step_folder)  # epath finds no files in sub-folders, and takes a pipe for a file
-    paths = [p for item in items for p in sorted((local / item).rglob("*")) if p.is_file()]
-    return {p.relative_to(local).as_posix(): p for p in paths}
+    return {f"{item}/{name}": path for item in items for name, path in files_in(step_folder / item).items()}

@@ -29,6 +29,7 @@ from flowdit.errors import first_line
 from flowdit.fields import listed
 from flowdit.processes import from_first, wait_for_all
 from flowdit.sharding import parameter_shardings
+from flowdit.storage import absolute, connect
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def _restore_arrays(item_folder: epath.Path, targets: dict[str, Any]) -> dict[st
     Arrays of auxiliary losses may be missing or additional on disk: those in common are read.
     """
     # The handler directly, as the checkpointer warns that an item has no metadata of a step.
-    stored: Any = ocp.StandardCheckpointHandler().metadata(item_folder.resolve())
+    stored: Any = ocp.StandardCheckpointHandler().metadata(absolute(item_folder))
     stored = getattr(stored, "tree", stored)
     found = {name: shape_text(leaf.shape) for name, leaf in stored.items()}
     wanted = {name: shape_text(leaf.shape) for name, leaf in targets.items()}
@@ -61,7 +62,7 @@ def _restore_arrays(item_folder: epath.Path, targets: dict[str, Any]) -> dict[st
         raise CheckpointError(str(problem)) from None
     if added_or_removed:
         return _restore_some(item_folder, _without(targets, added_or_removed))
-    return ocp.StandardCheckpointer().restore(item_folder.resolve(), targets)
+    return ocp.StandardCheckpointer().restore(absolute(item_folder), targets)
 
 
 def _without(arrays: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def _restore_some(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str,
     restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
     request = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(item_folder.resolve(), args=request)
+        return checkpointer.restore(absolute(item_folder), args=request)
 
 
 def _restore_step(step_folder: epath.Path, template: State, fresh: Fresh) -> Restored[State]:
@@ -158,7 +159,7 @@ def newest_intact(folder: epath.PathLike) -> epath.Path:
 
     Raises `CheckpointError` for a run folder without an intact checkpoint.
     """
-    folder = epath.Path(folder)
+    folder = connect(folder)
     if (folder / "meta").is_dir() or not list_steps(folder):
         return folder
     found = folder / str(_newest_intact(folder)[0])

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +15,13 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from flowdit.checkpoint import object_stores
 from flowdit.checkpoint.files import CheckpointError, list_steps, write_checksums
 from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.names import named_arrays, split_state
 from flowdit.errors import first_line
 from flowdit.processes import any_process
+from flowdit.storage import absolute, free_bytes, has_been_committed, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,18 @@ class CheckpointWriter:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
-            cleanup_tmp_directories=True,
+            # In an object store Orbax would remove the previews, too: they are folders without a last object.
+            cleanup_tmp_directories=not is_remote(folder),
+            atomicity_options=object_stores.atomicity(folder),
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._write_checksums,
                 # In the background, threads would wait for minutes for folders that cannot be created.
                 create_directories_asynchronously=False,
             ),
         )
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        if jax.process_index() == 0:
+            object_stores.remove_unfinished(folder)
+        self._manager = ocp.CheckpointManager(absolute(folder), options=options)
 
     def reached(self, step: int, state: Any, dataset: dict[str, Any]) -> None:
         """Remember the state of the run. It may be donated to the next step, after which this is called again."""
@@ -103,7 +108,7 @@ class CheckpointWriter:
     def last_good(self) -> epath.Path | None:
         """The newest finished checkpoint; waits for a running save."""
         self._failure = self._failure or self._settle()
-        steps = list_steps(self.folder)
+        steps = self._finished_steps()
         return self.folder / str(steps[-1]) if steps else None
 
     def reached_preemption(self, step: int) -> bool:
@@ -158,7 +163,7 @@ class CheckpointWriter:
         try:
             self._manager.wait_until_finished()
         except Exception as problem:
-            if not (self.folder / str(step)).is_dir():
+            if not self._is_finished(step):
                 return self._failed(step, problem)
             # The folder has its name, so it is complete; older ones are deleted after that.
             logger.warning("an old checkpoint cannot be deleted: %s", first_line(problem))
@@ -175,16 +180,29 @@ class CheckpointWriter:
         self._writing = None
         if jax.process_index() == 0:  # a partial checkpoint may fill the disk
             with contextlib.suppress(OSError):
-                self._temporary(step).rmtree(missing_ok=True)
+                if not (is_remote(self.folder) and has_been_committed(self.folder / str(step))):
+                    self._temporary(step).rmtree(missing_ok=True)
         self._look_again()
-        good = [s for s in list_steps(self.folder) if s != step]
+        good = [s for s in self._finished_steps() if s != step]
         last = self.folder / str(good[-1]) if good else "none"
         return CheckpointError(
             f"checkpoint {self.folder / str(step)}: could not be written: {first_line(problem)}; last good: {last}"
         )
 
     def _temporary(self, step: int) -> epath.Path:
-        return self.folder / f"{step}{TEMPORARY_SUFFIX}"
+        """The folder of an unfinished checkpoint; in an object store its own, without the last object."""
+        return self.folder / (str(step) if is_remote(self.folder) else f"{step}{TEMPORARY_SUFFIX}")
+
+    def _is_finished(self, step: int) -> bool:
+        with contextlib.suppress(OSError):  # of a store that does not answer
+            return has_been_committed(self.folder / str(step))
+        return False
+
+    def _finished_steps(self) -> list[int]:
+        try:
+            return list_steps(self.folder)
+        except OSError:  # of a store that does not answer
+            return sorted(self._manager.all_steps())
 
     def _write_checksums(self) -> None:
         # Orbax calls this when all items are on disk and before it renames the temporary folder, so that a finished
@@ -203,8 +221,8 @@ def checkpoint_bytes(state: Any, meta: RunMeta) -> int:
 def check_free_space(folder: epath.Path, state: Any, meta: RunMeta) -> None:
     """Raise `CheckpointError` if there is not enough disk space for a checkpoint of this state (or of its shapes)."""
     needed = checkpoint_bytes(state, meta)
-    free = shutil.disk_usage(folder).free  # of a local disk
-    if free < needed:
+    free = free_bytes(folder)
+    if free is not None and free < needed:
         raise CheckpointError(
             f"train.checkpoint_dir: a checkpoint needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free"
         )

@@ -131,7 +131,8 @@ class Text(Conditioning):
         if data.text_cache is None:
             reader = TokenizedCaptions(self.encoder.tokenize, data.long_caption_prob)
         else:
-            options = {"data": data.path, "verify_hashes": data.verify_hashes, "hash_limit": data.hash_limit}
+            options = {"data": data.path, "local_dir": data.local_dir}
+            options |= {"verify_hashes": data.verify_hashes, "hash_limit": data.hash_limit}
             reader = open_cache(data.text_cache, manifest, split, self.encoder, data.long_caption_prob, **options)
         self.training.readers[split] = reader
         return reader

@@ -32,7 +32,7 @@ class DataConfig:
     """Settings of the training data and its loader.
 
     Attributes:
-        path: folder made by `python -m flowdit.prepare`.
+        path: folder made by `python -m flowdit.prepare`, also in an object store (`s3://`, `gs://`).
         num_threads: threads of a process that read and decode batches.
         prefetch: batches prefetched ahead of the training step.
         verify_hashes: compare the hashes of all shards with the manifest when a run starts; for small sets they are
@@ -43,6 +43,8 @@ class DataConfig:
             ends the run. Each process counts its own, from its start.
         stall_timeout: seconds of waiting for a batch after which a warning names the files and records that are being
             read; repeated after twice the time, and so on; 0: never.
+        local_dir: folder on a local disk for copies of the shards, if `path` or `text_cache` is in an object store
+            (`s3://`, `gs://`); null: `flowdit/data` in the user's cache folder, `~/.cache`.
     """
 
     path: str = "???"
@@ -53,6 +55,7 @@ class DataConfig:
     text_cache: str | None = None
     max_bad_records: int = 0
     stall_timeout: float = 60.0
+    local_dir: str | None = None
 
     @property
     def hash_limit(self) -> int:
@@ -160,7 +163,7 @@ def open_source(
 ) -> Source:
     """Open the records of `split` ("train" or "validation") with fields of `schema` and captions read by `text`.
 
-    Latents must have the manifest's `latent_dtype`.
+    Latents must have the manifest's `latent_dtype`. `folder` is local (`data.mirror` copies shards of object stores).
 
     Raises `ValueError` naming the file if a shard is missing, truncated, not an ArrayRecord file, or has another number
     of records than in the manifest, and `RecordError` if the first record breaks a rule.

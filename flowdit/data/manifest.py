@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from flowdit.fields import require
 from flowdit.hashing import file_sha256, sha256
 from flowdit.json_input import STRICT, Count, InputError, Listed, parse_file
+from flowdit.storage import connect
 
 FILE_NAME = "dataset.json"
 SCHEMA_VERSION = 1
@@ -143,7 +144,7 @@ class Manifest:
     @classmethod
     def read(cls, folder: epath.PathLike) -> "Manifest":
         """Read the manifest in `folder`. Raises `ManifestError` with one line if it is missing or invalid."""
-        path = epath.Path(folder) / FILE_NAME
+        path = connect(folder) / FILE_NAME
         if not path.is_file():
             missing = f"no {FILE_NAME} in it" if path.parent.is_dir() else "no such folder"
             raise ManifestError(f"{folder}: {missing}; `python -m flowdit.prepare` makes a data set")
@@ -190,7 +191,7 @@ def verify_shards(
     """`verify`, for the shards of any manifest."""
     hashes = hashes or sum(shard.bytes for shard in shards) <= limit
     for shard in shards:
-        path = Path(folder) / shard.file  # which ArrayRecord reads from a local disk
+        path = Path(folder) / shard.file  # a local disk: those of an object store are copied (`data.mirror`)
         if not path.is_file():
             raise _changed(path, "is missing")
         if (size := path.stat().st_size) != shard.bytes:

@@ -37,6 +37,7 @@ from flowdit.fields import FREE_TEXT, require, require_choice, under
 from flowdit.models.text_encoder import DTYPES as TEXT_DTYPES
 from flowdit.models.text_encoder import TextConfig, TextEncoder, load_text_encoder
 from flowdit.models.vae import AutoencoderKL, load_vae
+from flowdit.storage import require_local
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class PrepareConfig:
             value = getattr(self, name)
             require(name, value, value is None or value >= 1, "must be at least 1")
         require("vae_check", self.vae_check, self.vae_check >= 0, "must be 0 (no check) or more")
+        require_local("out", self.out)
+        require_local("text_cache", self.text_cache)
         require("max_rejected", self.max_rejected, 0 <= self.max_rejected <= 1, "must be in [0, 1]")
         require_choice("dtype", self.dtype, ("float16", "float32"))
         require_choice("text_dtype", self.text_dtype, TEXT_DTYPES)

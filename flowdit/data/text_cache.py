@@ -25,13 +25,15 @@ from flowdit.data.manifest import (
     Shard,
     check_different,
     read_manifest,
-    verify_shards,
 )
+from flowdit.data.mirror import provide_shards
 from flowdit.data.plan import former_ids
 from flowdit.data.record_files import RecordFiles, check_files
 from flowdit.data.records import RecordError
+from flowdit.fields import about
 from flowdit.json_input import STRICT, Count, Listed
 from flowdit.models.text_encoder import TextEncoder
+from flowdit.storage import connect
 
 FILE_NAME = "text_features.json"
 SCHEMA_VERSION = 1
@@ -177,6 +179,7 @@ def open_cache(
     long_caption_prob: float,
     *,
     data: epath.PathLike | None = None,
+    local_dir: str | None = None,
     verify_hashes: bool = False,
     hash_limit: int = HASH_LIMIT_BYTES,
 ) -> CachedCaptions:
@@ -184,9 +187,11 @@ def open_cache(
     licence is accepted if its folder `data` is given.
 
     Raises `ValueError` with one line if there is no cache, it was made by another encoder or from other data, or a
-    shard is missing or changed (hashes are compared as in `manifest.verify`).
+    shard is missing or changed (hashes are compared as in `manifest.verify`). Shards of an object store are copied to
+    `local_dir` (`data.mirror`).
     """
-    folder = epath.Path(folder)
+    with about("data.text_cache"):
+        folder = connect(folder)
     if not (folder / FILE_NAME).is_file():
         raise ValueError(
             f"data.text_cache: {folder} has no {FILE_NAME}; `python -m flowdit.prepare text_encoder=...` makes it"
@@ -194,7 +199,7 @@ def open_cache(
     cache = read_manifest(CacheManifest, folder / FILE_NAME)
     cache.check_made_by(folder, encoder, manifest, () if data is None else former_ids(data))
     shards = [shard for shard in cache.shards if shard.split == split]
-    verify_shards(folder, shards, hashes=verify_hashes, limit=hash_limit)
-    paths = [Path(folder) / shard.file for shard in shards]  # ArrayRecord reads local files
+    local = provide_shards(folder, shards, local_dir, hashes=verify_hashes, limit=hash_limit)
+    paths = [local / shard.file for shard in shards]
     check_files(paths, shards)
     return CachedCaptions(FeatureCache(paths, cache, [shard.records for shard in shards]), long_caption_prob)

@@ -37,6 +37,7 @@ from flowdit.interop.portable import (
     write_single,
 )
 from flowdit.interop.torch_files import ENTRIES, SUFFIXES
+from flowdit.storage import is_remote, require_local
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class ConvertConfig(ForeignConfig):
         is_single = self.target_format == "safetensors"
         rule = f"must {'' if is_single else 'not '}end in {SINGLE} with to={self.to}"
         require("target", self.target, is_single == (Path(self.target).suffix == SINGLE), rule)
+        require_local("target", self.target)
         require("target", self.target, not epath.Path(self.target).exists(), "must not exist")
         if self.target_format == "diffusers" and self.image not in ("draw", "none") and not Path(self.image).is_file():
             raise ValueError(f"image: must be draw, none or an image file, got {self.image!r}")
@@ -118,6 +120,8 @@ def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = N
     source = newest_intact(found)
     if (source / "meta").is_dir():
         return read_checkpoint(source, weights, is_verified=source != found)
+    if is_remote(source):
+        raise ValueError(f"{source}: must be a checkpoint (<run>/<step>) or a run folder, {what_is_in(source)}")
     path = Path(source)  # safetensors and torch read local files
     if path.is_file():
         single = read_single(path) if path.suffix == SINGLE else None

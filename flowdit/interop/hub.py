@@ -9,6 +9,7 @@ import huggingface_hub
 from etils import epath
 
 from flowdit.errors import first_line
+from flowdit.storage import connect, is_remote
 
 # Data only: code in a repository is neither downloaded nor run.
 ITEMS = ("meta/*", "model_ema/*", "state/*", "dataset/*", "_CHECKPOINT_METADATA")  # of a flowdit checkpoint
@@ -19,9 +20,11 @@ UNUSED = ("text_encoder*/*", "safety_checker/*", "image_encoder/*")  # parts of 
 
 def find_source(name: str) -> epath.Path:
     """The local file or folder `name`, or else a download from the hub. Raises `ValueError` if there is neither."""
-    path = epath.Path(name)
+    path = connect(name)
     if path.exists():
         return path
+    if is_remote(path):
+        raise ValueError(f"there is no checkpoint or run folder {name}")
     is_local = path.parent != epath.Path() and path.parent.is_dir()
     if is_local or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"there is no file or folder {name}")

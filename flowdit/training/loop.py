@@ -72,6 +72,7 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                 check_diverged(values, settings.max_skipped_in_row, writer)
             if is_due(step, settings.save_every) or last or stopping or (due and writer.has_failed()):
                 with progress.paused(), watchdog.paused():
+                    tracker.flush()
                     writer.save(wait=last or stopping)
             if stopping:
                 break
@@ -90,9 +91,10 @@ def saying_how_to_resume(writer: CheckpointWriter, num_steps: int, command: str)
     try:
         yield
     finally:
-        steps = list_steps(writer.folder)
-        if command and steps and steps[-1] < num_steps:
-            logger.info("resume with: %s", command)
+        with contextlib.suppress(OSError):  # of an object store that is gone; the error of the run says so
+            steps = list_steps(writer.folder)
+            if command and steps and steps[-1] < num_steps:
+                logger.info("resume with: %s", command)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -18,8 +18,10 @@ from flowdit.checkpoint.restore import Found, restore_newest
 from flowdit.conditioning import Conditioning, kind_of
 from flowdit.config import Config
 from flowdit.data.loader import TrainStream
+from flowdit.fields import about
 from flowdit.joining import ProcessConfig
 from flowdit.sharding import init_sharded
+from flowdit.storage import connect, reason
 from flowdit.training.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,12 @@ FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_pro
 # Fields of the processes and not of the run, which may continue on another machine.
 PROCESS_FIELDS = tuple(f"mesh.{field.name}" for field in dataclasses.fields(ProcessConfig))
 STARTING_FIELDS = ("train.is_restore", "train.profile", *PROCESS_FIELDS)
+
+
+def run_folder(checkpoint_dir: str) -> epath.Path:
+    """The run folder, which need not exist. Raises `FieldError` for an object store that cannot be used."""
+    with about("train.checkpoint_dir"):
+        return connect(checkpoint_dir)
 
 
 def is_in_use(folder: epath.Path) -> bool:
@@ -62,7 +70,7 @@ def prepare_folder(folder: epath.Path, is_restore: bool | None) -> bool:
         probe.touch()
         probe.unlink()
     except OSError as problem:
-        raise CheckpointError(f"train.checkpoint_dir: {folder} cannot be written: {problem.strerror}") from None
+        raise CheckpointError(f"train.checkpoint_dir: {folder} cannot be written: {reason(problem)}") from None
     return bool(list_steps(folder))
 
 

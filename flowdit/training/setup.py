@@ -20,9 +20,9 @@ from flowdit.checkpoint.restore import Found, abstract_state
 from flowdit.checkpoint.writer import check_free_space
 from flowdit.conditioning import Batch, Conditioning
 from flowdit.config import Config
-from flowdit.data import manifest as data_manifest
 from flowdit.data.loader import DataConfig, DataSet, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
+from flowdit.data.mirror import local_folder, provide_shards
 from flowdit.data.schema import LATENTS, record_schema
 from flowdit.diffusion.objective import Objective
 from flowdit.fields import about
@@ -33,7 +33,7 @@ from flowdit.sharding import check_batch_size, init_sharded, make_mesh
 from flowdit.training.agreement import require_one_data_set, require_shared_folder
 from flowdit.training.evaluations import Evaluation, make_evaluations
 from flowdit.training.objective import make_objective
-from flowdit.training.resume import prepare_folder, resume
+from flowdit.training.resume import prepare_folder, resume, run_folder
 from flowdit.training.start import Start, drift_figures, initial_model, load_start
 from flowdit.training.step import TrainState, TrainStep, image_flops, init_state, make_train_step
 
@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
 def start_run(config: Config, found: Found | None = None) -> Run:
     """Check all settings, then build or restore the state, from `found` if given. Raises one-line `ValueError`s."""
-    train, folder = config.train, epath.Path(config.train.checkpoint_dir)
+    train, folder = config.train, run_folder(config.train.checkpoint_dir)
     manifest = open_manifest(config.data)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, train.batch_size, train.gradient_accum)
@@ -160,14 +160,16 @@ def make_stream(config: Config, source: Source) -> TrainStream:
 
 
 def open_manifest(config: DataConfig) -> Manifest:
-    """Read the data set's manifest and verify its shards. Raises `ValueError` naming file and rule.
+    """Read the data set's manifest, and verify its shards or copy them to the local disk.
 
-    All processes must call it, and read the same data set.
+    All processes must call it, and read the same data set. Raises `ValueError` naming file and rule.
     """
     with about("data.path"):
         manifest = Manifest.read(config.path)
-        data_manifest.verify(config.path, manifest, hashes=config.verify_hashes, limit=config.hash_limit)
     require_one_data_set(manifest.id)
+    options = {"hashes": config.verify_hashes, "limit": config.hash_limit}
+    with about("data.path"):
+        provide_shards(config.path, manifest.shards, config.local_dir, **options)
     return manifest
 
 
@@ -181,8 +183,10 @@ def open_data(config: Config, manifest: Manifest, conditioning: Conditioning) ->
                 raise ValueError(f"auxiliary.{loss.name}: reads the field {name} as {field}, others as {others}")
     schema = record_schema(manifest.latent_shape, fields, manifest.has_latent_std)
 
+    folder = local_folder(config.data.path, manifest.shards, config.data.local_dir)
+
     def source(split: str) -> Source:
         options = {"schema": schema, "text": conditioning.reader(split), "max_bad_records": config.data.max_bad_records}
-        return open_source(config.data.path, manifest, split, **options)
+        return open_source(folder, manifest, split, **options)
 
     return DataSet(manifest, source("train"), source("validation") if manifest.num_records("validation") else None)

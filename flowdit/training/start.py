@@ -8,7 +8,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
 from flowdit.checkpoint.meta import RunMeta, read_meta
@@ -22,6 +21,7 @@ from flowdit.fields import about, content_of
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.models.reparameterise import check_compatible, drift, reparameterise, without_sizes
 from flowdit.sharding import dotted_name
+from flowdit.storage import connect
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def load_start(
     """
     assert config.train.init_from is not None
     with about("train.init_from"):
-        given = epath.Path(config.train.init_from)
+        given = connect(config.train.init_from)
         folder = newest_intact(given)
         stored = read_meta(folder, is_verified=folder != given)
         with content_of(folder):

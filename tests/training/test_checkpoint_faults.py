@@ -33,7 +33,8 @@ from flowdit.checkpoint import writer as checkpoint_writer
 from flowdit.checkpoint.files import DamagedCheckpoint, verify_files, write_checksums
 from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.writer import checkpoint_bytes
-from flowdit.tracking import Progress, append_line
+from flowdit.line_files import append_line
+from flowdit.tracking import Progress
 from flowdit.training import loop
 
 SLOW_STEPS = """

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 from etils import epath
 
+from flowdit.storage import written_locally
 from flowdit.training.evaluations.base import Evaluation, Report
 from flowdit.training.step import TrainState
 
@@ -19,6 +22,7 @@ class Profile(Evaluation):
         if jax.process_count() > 1:  # traces are named after the host, which processes may share
             self._path /= f"process_{jax.process_index()}"
         self._first, self._last = first, last
+        self._files = contextlib.ExitStack()
         self._is_tracing = False
 
     def is_due(self, step: int, is_last: bool) -> bool:
@@ -31,7 +35,7 @@ class Profile(Evaluation):
         if self._is_tracing:
             self.close()
             return Report(line=f"profile of steps {self._first} to {step}: {self._path}")
-        jax.profiler.start_trace(self._path)
+        jax.profiler.start_trace(self._files.enter_context(written_locally(self._path)))
         self._first, self._is_tracing = step + 1, True
         return Report()
 
@@ -40,7 +44,8 @@ class Profile(Evaluation):
             return
         self._is_tracing = False
         try:
-            jax.profiler.stop_trace()  # which also writes
+            with self._files:
+                jax.profiler.stop_trace()  # which also writes
         except jax.errors.JaxRuntimeError as problem:
             self._last = 0  # so that it is not tried again at each step
             raise OSError(str(problem).partition("\n")[0]) from problem
