@@ -164,10 +164,10 @@ def find_peers(config: ProcessConfig, environment: Mapping[str, str]) -> Peers |
             f"mesh.coordinator: must be host:port of the first process, as {launched.by} has started "
             f"{launched.size} processes without telling it, got null"
         )
-    if launched is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= environment.keys():
-        return Peers("Kubernetes", None, None, None, None)
     if launched is None and supervisor.is_tpu_host(environment):
         return Peers("Cloud TPU", None, None, None, None)
+    if launched is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= environment.keys():
+        return Peers("Kubernetes", None, None, None, None)
     return Peers("JAX's cluster detection", None, None, None, local_rank) if config.multi_process else None
 
 

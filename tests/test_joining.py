@@ -40,6 +40,11 @@ HERE = ProcessConfig(coordinator="host0:1234")
             Peers("Kubernetes", None, None, None, None),
         ),
         (ProcessConfig(), {"KUBERNETES_SERVICE_HOST": "a"}, None),
+        (
+            ProcessConfig(),  # TPUs in Kubernetes
+            {"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": "a,b"},
+            Peers("Cloud TPU", None, None, None, None),
+        ),
         (ProcessConfig(), {"TPU_WORKER_HOSTNAMES": "a,b"}, Peers("Cloud TPU", None, None, None, None)),
     ],
 )
