@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from flowdit import json_input, leaving
+from flowdit import json_input, leaving, supervisor
 from flowdit.cli import signal_name
 from flowdit.command_help import help_text
 from flowdit.errors import first_line
@@ -81,6 +81,13 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+class Unfinished(SystemExit):
+    """The end of a run that was stopped in order before its last step, with a status that schedulers start again."""
+
+    def __init__(self) -> None:
+        super().__init__(supervisor.LOST)
+
+
 def run_command(job: Callable[[], None], command: Command) -> None:
     """Run a Hydra entry point with one-line errors, also for the configuration. After an error the process exits."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise Hydra's errors, to shorten them here
@@ -94,6 +101,9 @@ def run_command(job: Callable[[], None], command: Command) -> None:
             sys.argv[1:] = for_hydra(sys.argv[1:], command.settings())
             require_own_folders(sys.argv[1:], command.folder)
             job()
+    except Unfinished:
+        leaving.finish(supervisor.LOST)
+        raise  # the processes part in order, as at the end of a complete run
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt as stop:

@@ -38,6 +38,8 @@ class TrainConfig:
         gradient_accum: micro-batches per step, computed sequentially; divides `batch_size`.
         is_restore: continue the run in `checkpoint_dir` from its newest intact checkpoint; null: if `checkpoint_dir` holds
             one, else start it, for job scripts that are started again.
+        requeue: end with exit status 75, and not 0, if a signal has stopped the run before its last step, so that a
+            scheduler starts it again.
         checkpoint_dir: the run folder: checkpoints, `metrics.jsonl`, previews.
         save_every: steps between checkpoints; 0: only the last step, which is always saved.
         keep_last: number of newest checkpoints that are kept.
@@ -74,6 +76,7 @@ class TrainConfig:
     batch_size: int = 256
     gradient_accum: int = 1
     is_restore: bool | None = False
+    requeue: bool = False
     checkpoint_dir: str = "checkpoints"
     save_every: int = 5_000
     keep_last: int = 3

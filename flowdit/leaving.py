@@ -38,20 +38,21 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _is_one_of_several() -> bool:
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
     return _client() is not None and distributed.global_state.num_processes > 1
 
 
 def watch_others() -> None:
     """Start the thread that ends this process after the end of another one."""
-    if _is_one_of_several():
+    if is_one_of_several():
         threading.Thread(target=_watch, name="watch-others", daemon=True).start()
 
 
-def finish() -> None:
-    """This process has done its work: from now on the end of others does not matter."""
+def finish(status: int = 0) -> None:
+    """This process has done its work and ends with `status`: from now on the end of others does not matter."""
     _finished.set()
-    supervisor.ended(0)
+    supervisor.ended(status)
 
 
 def require_same_count(count: int | None, timeout: float) -> None:
@@ -67,7 +68,7 @@ def require_same_count(count: int | None, timeout: float) -> None:
 
 def tell_others(line: str, status: int) -> None:
     """Before this process ends with an error: make the others end with its `line` and `status`."""
-    if not _is_one_of_several():
+    if not is_one_of_several():
         return
     _finished.set()
     number = distributed.global_state.process_id
@@ -79,7 +80,7 @@ def tell_others(line: str, status: int) -> None:
 
 def explain(problem: BaseException) -> tuple[str, int] | None:
     """If the end of other processes has caused `problem`, a line that names them and the exit status; otherwise None."""
-    if not _is_one_of_several() or not _is_of_connection(problem):
+    if not is_one_of_several() or not _is_of_connection(problem):
         return None
     _finished.set()  # from now on here, and not in the thread
     with contextlib.suppress(Exception):

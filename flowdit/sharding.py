@@ -75,7 +75,7 @@ class MeshConfig(ProcessConfig):
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over all devices of all processes."""
-    return jax.make_mesh(_mesh_shape(config, jax.device_count()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(mesh_shape(config, jax.device_count()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def make_local_mesh() -> Mesh:
@@ -84,12 +84,13 @@ def make_local_mesh() -> Mesh:
     return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of devices that share a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def _mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Devices along each axis. Raises `ValueError` unless they are `num_devices` together."""
     for axis in ("fsdp", "tensor"):
         if (value := getattr(config, axis)) < 1:
             raise ValueError(f"mesh.{axis}: must be at least 1, got {value}")
@@ -101,7 +102,7 @@ def _mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     return data, config.fsdp, config.tensor
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, gradient_accum: int) -> None:
+def check_batch_size(mesh: Mesh | AbstractMesh, batch_size: int, gradient_accum: int) -> None:
     """Raise `ValueError` unless every micro-batch can be split evenly over the devices that share batches."""
     if batch_size < 1:
         raise ValueError(f"train.batch_size: must be at least 1, got {batch_size}")

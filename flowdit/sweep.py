@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from flowdit import leaving
 from flowdit.command import (
     USER_ERRORS,
     console_is_set_up,
@@ -70,6 +71,9 @@ def _job_of_sweep() -> Iterator[None]:
         try:
             yield
         except Exception as problem:
+            if leaving.is_one_of_several():  # the others may be waiting for this one, so they end as well
+                with user_errors():
+                    raise
             is_mistake = isinstance(problem, USER_ERRORS)
             line = f"job {number}: {one_line(problem)}"
             if is_mistake and not wants_traceback():

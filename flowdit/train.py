@@ -21,7 +21,7 @@ from flowdit import conditioning
 from flowdit.checkpoint.files import CheckpointError, list_steps
 from flowdit.checkpoint.meta import RunMeta, newest_meta, verified_meta
 from flowdit.checkpoint.restore import find_newest
-from flowdit.command import Command, join_others, run_command
+from flowdit.command import Command, Unfinished, join_others, run_command
 from flowdit.composition import continued, naming_the_preset, typed_overrides
 from flowdit.config import Config, refuse_unknown, register_schemas, resolve
 from flowdit.models.config import MODELS
@@ -97,6 +97,8 @@ def _train(composed: DictConfig, network: str) -> None:
         is_complete = train(config, found, _resume_command(network, folder))
     if not is_complete:
         end_sweep()
+        if config.train.requeue:
+            raise Unfinished
 
 
 def _stored_meta(folder: epath.Path) -> RunMeta | None:

@@ -130,6 +130,9 @@ SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
 SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig}
 REQUIRED = {"sample": ["checkpoint=x"], "convert": ["source=x", "target=y"], "prepare": []}
 SETTINGS = {name: settings_of(schema) for name, schema in SCHEMAS.items()}
+COMMAND = re.compile(
+    r"\btrain_(stage[12])\.py|python -m flowdit\.(\w+)|(?:^|again\.sh |(=\"))flowdit ([\w-]+)|launch/(slurm|mpirun)\.sh"
+)
 # The one adds settings to the package, which its commands use; the other quotes a command that is refused.
 SHOWN = [each for each in PAGES if each.name not in ("extending.md", "decisions.md")]
 
@@ -142,13 +145,16 @@ def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
     blocks = [code.replace("\\\n", " ") for _, language, code in BLOCK.findall(page.read_text()) if not language]
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
     for line in [*"\n".join(blocks).splitlines(), *inline]:
-        command = re.search(r"\btrain_(stage[12])\.py|python -m flowdit\.(\w+)|^flowdit ([\w-]+)", line)
+        command = COMMAND.search(line)
         if command is None:
             continue
-        stage, module, name = command.groups()
-        name = f"train-{stage}" if stage else module or name
-        arguments = [a for a in shlex.split(line[command.end() :], comments=True) if "=" in a]
-        may_be_partial = line in inline or "train.is_restore=true" in arguments
+        stage, module, quote, name, script = command.groups()
+        name = "train-stage1" if script else f"train-{stage}" if stage else module or name
+        given = line[command.end() :].partition('"')[0] if quote else line[command.end() :]
+        arguments = [a for a in shlex.split(given, comments=True) if "=" in a]
+        if "--multirun" in line:  # the first run of a sweep
+            arguments = [a.replace("${hydra:job.num}", "0").partition(",")[0] for a in arguments]
+        may_be_partial = bool(script) or line in inline or "train.is_restore=true" in arguments
         yield TRAINING.get(name, name), [*(REQUIRED.get(name, ["data.path=x"]) if may_be_partial else []), *arguments]
 
 

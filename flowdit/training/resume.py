@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
 # Fields of the processes and not of the run, which may continue on another machine.
 PROCESS_FIELDS = tuple(f"mesh.{field.name}" for field in dataclasses.fields(ProcessConfig))
-STARTING_FIELDS = ("train.is_restore", "train.profile", *PROCESS_FIELDS)
+STARTING_FIELDS = ("train.is_restore", "train.requeue", "train.profile", *PROCESS_FIELDS)
 
 
 def run_folder(checkpoint_dir: str) -> epath.Path:

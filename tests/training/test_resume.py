@@ -77,12 +77,14 @@ def test_resume_is_exact(tiny_data, whole_run, tmp_path, stops, number):
     for stop in stops:
         with pytest.MonkeyPatch.context() as patch:
             stop_after(patch, stop - at, number)
-            finished = train_here(tiny_data, run, f"train.is_restore={'true' if at else 'false'}")
-        assert (finished.status, finished.err) == (0, "")
+            requeue = number == signal.SIGTERM
+            finished = train_here(tiny_data, run, "train.is_restore=null", f"train.requeue={str(requeue).lower()}")
+        assert (finished.status, finished.err) == (75 if requeue else 0, "")
         assert f"stopped by signal; checkpoint: {run / str(stop)}" in finished.out
         assert steps_of(run)[-1] == stop
         at = stop
-    finished = train_here(tiny_data, run, "train.is_restore=true")
+    finished = train_here(tiny_data, run, "train.is_restore=true", "train.requeue=true")
+    assert finished.status == 0
     assert f"resumed from {run / str(at)}" in finished.out
     assert_same_checkpoint(run / str(NUM_STEPS), whole_run / str(NUM_STEPS))
     assert metrics(run, "train/loss") == metrics(whole_run, "train/loss")
