@@ -45,7 +45,7 @@ start() { # has no effect where the unit is running
   command=$(printf '%q ' "${RUN[@]}" train.is_restore=null train.requeue=true)
   on_hosts all "mkdir -p flowdit-source && python3 -m venv venv && sudo systemctl reset-failed flowdit || true" &&
     tpus tpu-vm scp --recurse --worker=all flowdit pyproject.toml README.md LICENSE "$NAME:flowdit-source/" &&
-    on_hosts all "venv/bin/pip install --quiet './flowdit-source[tpu]'" &&
+    on_hosts all "venv/bin/pip install --quiet './flowdit-source[tpu,gcs]'" &&
     on_hosts all "systemctl is-active --quiet flowdit || sudo systemd-run --unit=flowdit --uid=\$(id -u) \
 --working-directory=\$HOME --setenv=PATH=\$HOME/venv/bin:\$PATH --setenv=HOME=\$HOME \
 --setenv=JAX_COMPILATION_CACHE_DIR=\$HOME/jax-cache --property=Restart=on-failure --property=RestartSec=10 \
