@@ -80,6 +80,20 @@ def _to_bytes(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
+def own_share(sizes: Mapping[str, int]) -> list[str]:
+    """The names that this process works on: each is given to one process, so that the sums of their sizes are similar.
+
+    All processes must pass the same names and sizes.
+    """
+    shares: list[list[str]] = [[] for _ in range(jax.process_count())]
+    sums = [0] * len(shares)
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = sums.index(min(sums))
+        shares[least].append(name)
+        sums[least] += sizes[name]
+    return shares[jax.process_index()]
+
+
 def any_process(value: bool) -> bool:
     """Whether `value` is true on any process. All processes must call it."""
     if jax.process_count() == 1:

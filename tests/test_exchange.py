@@ -1,19 +1,20 @@
-"""What processes tell each other."""
+"""What processes tell each other, and how they share work."""
 
 import json
 import socket
 
+import jax
 from runs import finish, start
 
-from flowdit.processes import gather
+from flowdit.processes import gather, own_share
 
 EXCHANGE = """
 import json, sys
-from flowdit.processes import gather, join_processes
-from flowdit.sharding import MeshConfig
+import jax
+from flowdit.processes import gather
 
 address, count, index = json.loads(sys.argv[1])
-join_processes(MeshConfig(coordinator=address, num_processes=count, process_id=index))
+jax.distributed.initialize(address, count, index)
 values = [None, {"name": "\\u00e9" * 3000}, [1.5, "short"]]
 print(gather(values[index]) == values, gather(index), flush=True)
 """
@@ -36,3 +37,14 @@ def test_values_of_different_sizes_reach_all_processes_in_order():
     finally:
         for process in processes:
             process.kill()
+
+
+def test_shares_are_balanced_and_cover_everything(monkeypatch):
+    sizes = {"a": 5, "b": 4, "c": 3, "d": 3, "e": 3, "empty": 0}
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    shares = []
+    for i in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        shares.append(own_share(sizes))
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    assert sorted(sum(sizes[name] for name in share) for share in shares) == [5, 6, 7]

@@ -6,10 +6,12 @@ Orbax restores flipped bits without an error, so `checksums.json` holds the SHA-
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from pydantic import RootModel
@@ -17,9 +19,13 @@ from pydantic import RootModel
 from flowdit.fields import listed
 from flowdit.hashing import file_sha256
 from flowdit.json_input import InputError, parse_file
+from flowdit.processes import from_first, gather, own_share
 from flowdit.storage import files_in, has_been_committed, reason, rename
 
 CHECKSUMS = "checksums.json"
+TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
+SHARE = "checksums.{}.json"
+"""The checksums of one process, until all are written to `CHECKSUMS`."""
 ITEMS = ("state", "model_ema", "dataset", "meta")
 MAX_INSPECTED = 1000
 """Up to this number of entries of a folder are inspected for an error message."""
@@ -71,11 +77,30 @@ def set_aside(step_folder: epath.Path) -> None:
     rename(step_folder, target)
 
 
+def write_share(step_folder: epath.PathLike, process: int) -> None:
+    """Record the SHA-256 of the arrays that a process has written, for `write_checksums`.
+
+    Orbax keeps them in a folder of that process, in every item, and does not change them again.
+    """
+    step_folder, sums = epath.Path(step_folder), {}
+    for item in step_folder.iterdir():
+        name = item.name.removesuffix(TEMPORARY_SUFFIX)  # which an item has while others are written
+        own = f"ocdbt.process_{process}"
+        sums |= {f"{name}/{own}/{file}": file_sha256(path) for file, path in files_in(item / own).items()}
+    (step_folder / SHARE.format(process)).write_text(json.dumps(sums))
+
+
 def write_checksums(step_folder: epath.PathLike) -> None:
-    """Record the SHA-256 of every file of a checkpoint's items."""
+    """Record the SHA-256 of every file of a checkpoint's items. Files that a process has recorded are not read again."""
     step_folder = epath.Path(step_folder)
-    sums = {name: file_sha256(path) for name, path in _files(step_folder).items()}
+    shares = [path for path in step_folder.iterdir() if fnmatch.fnmatch(path.name, SHARE.format("*"))]
+    known: dict[str, str] = {}
+    for share in shares:
+        known |= json.loads(share.read_text())
+    sums = {name: known.get(name) or file_sha256(path) for name, path in _files(step_folder).items()}
     (step_folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    for share in shares:
+        share.unlink()
 
 
 def verify_files(step_folder: epath.PathLike, items: Sequence[str] = ITEMS) -> None:
@@ -84,6 +109,36 @@ def verify_files(step_folder: epath.PathLike, items: Sequence[str] = ITEMS) -> N
     Only the files of `items` are read. An existing file that cannot be read raises `CheckpointError`, as the cause may be the disk and not the checkpoint.
     """
     step_folder = epath.Path(step_folder)
+    expected = _expected(step_folder, items)
+    _compare(step_folder, expected, _hash_files(step_folder, expected))
+
+
+def find_damage(step_folder: epath.Path) -> str | None:
+    """The message of the `DamagedCheckpoint` that `verify_files` raises for this checkpoint, or None if it is intact.
+
+    Every process hashes a share of the files. All processes must call it, and get the same result or `ValueError`.
+    """
+
+    def list_files() -> tuple[dict[str, str], dict[str, int], str | None]:
+        try:
+            expected = _expected(step_folder)
+        except DamagedCheckpoint as problem:
+            return {}, {}, str(problem)
+        return expected, {name: (step_folder / name).stat().length for name in expected}, None
+
+    expected, sizes, damage = from_first(list_files)
+    found: dict[str, Any] = {}
+    for part in gather(_hash_files(step_folder, own_share(sizes))):
+        found |= part
+    try:
+        _compare(step_folder, expected, found)
+    except DamagedCheckpoint as problem:
+        return str(problem)
+    return damage
+
+
+def _expected(step_folder: epath.Path, items: Sequence[str] = ITEMS) -> dict[str, str]:
+    """The recorded SHA-256 of every file, after a comparison of the names."""
     recorded, files = _read_checksums(step_folder / CHECKSUMS), _files(step_folder, items)
     others = set(ITEMS) - set(items)
     recorded = {name: checksum for name, checksum in recorded.items() if name.split("/")[0] not in others}
@@ -91,12 +146,25 @@ def verify_files(step_folder: epath.PathLike, items: Sequence[str] = ITEMS) -> N
         raise DamagedCheckpoint(f"{step_folder / name}: file is missing")
     for name in sorted(files.keys() - recorded.keys()):
         raise DamagedCheckpoint(f"{step_folder / name}: file is not listed in {CHECKSUMS}")
-    for name, expected in recorded.items():
+    return recorded
+
+
+def _hash_files(step_folder: epath.Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The `sha256` of files by name, or why one `cannot be read`."""
+    found = {}
+    for name in names:
         try:
-            found = file_sha256(files[name])
+            found[name] = {"sha256": file_sha256(step_folder / name)}
         except OSError as problem:
-            raise CheckpointError(f"{step_folder / name}: cannot be read: {reason(problem)}") from problem
-        if found != expected:
+            found[name] = {"cannot be read": reason(problem)}
+    return found
+
+
+def _compare(step_folder: epath.Path, expected: dict[str, str], found: dict[str, dict[str, str]]) -> None:
+    for name, checksum in expected.items():
+        if (problem := found[name].get("cannot be read")) is not None:
+            raise CheckpointError(f"{step_folder / name}: cannot be read: {problem}")
+        if found[name]["sha256"] != checksum:
             raise DamagedCheckpoint(f"{step_folder / name}: content differs from its checksum")
 
 

@@ -16,13 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flowdit.arrays import check_arrays, shape_text
-from flowdit.checkpoint.files import (
-    CheckpointError,
-    DamagedCheckpoint,
-    list_steps,
-    set_aside,
-    verify_files,
-)
+from flowdit.checkpoint.files import CheckpointError, find_damage, list_steps, set_aside
 from flowdit.checkpoint.meta import RunMeta, read_json_item, verified_meta
 from flowdit.checkpoint.names import from_named, is_auxiliary, named_arrays, split_state
 from flowdit.errors import first_line
@@ -105,9 +99,18 @@ class Found:
 def find_newest(folder: epath.Path) -> Found:
     """Find the newest intact checkpoint; damaged newer ones are logged.
 
-    The first process reads all files and broadcasts the answer. Raises `CheckpointError` if no step can be read.
+    All processes must call it: each reads a share of the files, and all get the same answer. Raises `CheckpointError`
+    if no step can be read.
     """
-    return Found(*from_first(lambda: _newest_intact(folder)))
+    damaged: dict[str, str] = {}
+    for step in from_first(lambda: list_steps(folder)[::-1]):
+        if (reason := find_damage(folder / str(step))) is not None:
+            damaged[str(step)] = reason
+            continue
+        for name, reason in damaged.items() if jax.process_index() == 0 else ():
+            logger.warning("checkpoint %s is damaged and skipped: %s", folder / name, reason)
+        return Found(step, list(damaged))
+    raise CheckpointError(f"{folder}: no checkpoint can be read: {listed(list(damaged.values()), limit=3, length=300)}")
 
 
 def restore_newest(
@@ -140,29 +143,15 @@ def _check_step(step_folder: epath.Path, step: int, check_meta: Callable[[RunMet
     check_meta(meta)
 
 
-def _newest_intact(folder: epath.Path) -> tuple[int, list[str]]:
-    damaged: dict[str, str] = {}
-    for step in reversed(list_steps(folder)):
-        try:
-            verify_files(folder / str(step))
-        except DamagedCheckpoint as problem:
-            damaged[str(step)] = str(problem)
-            continue
-        for name, reason in damaged.items():
-            logger.warning("checkpoint %s is damaged and skipped: %s", folder / name, reason)
-        return step, list(damaged)
-    raise CheckpointError(f"{folder}: no checkpoint can be read: {listed(list(damaged.values()), limit=3, length=300)}")
-
-
 def newest_intact(folder: epath.PathLike) -> epath.Path:
     """The newest intact checkpoint of a run folder, verified and logged; other folders are returned unchanged.
 
-    Raises `CheckpointError` for a run folder without an intact checkpoint.
+    All processes must call it. Raises `CheckpointError` for a run folder without an intact checkpoint.
     """
     folder = connect(folder)
     if (folder / "meta").is_dir() or not list_steps(folder):
         return folder
-    found = folder / str(_newest_intact(folder)[0])
+    found = folder / str(find_newest(folder).step)
     logger.info("%s: the newest intact checkpoint of the run", found)
     return found
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flowdit.checkpoint import object_stores
-from flowdit.checkpoint.files import CheckpointError, list_steps, write_checksums
+from flowdit.checkpoint.files import TEMPORARY_SUFFIX, CheckpointError, list_steps, write_checksums, write_share
 from flowdit.checkpoint.meta import RunMeta
 from flowdit.checkpoint.names import named_arrays, split_state
 from flowdit.errors import first_line
@@ -25,7 +26,8 @@ from flowdit.storage import absolute, free_bytes, has_been_committed, is_remote
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
+WRITTEN = "async_write_complete"
+"""Part of the name of Orbax's barrier at which a process waits when all its arrays are on disk."""
 # Indices, checksums, file system blocks of small files, and the log and images written at the same time.
 SPARE_BYTES = 8 << 20
 
@@ -59,6 +61,7 @@ class CheckpointWriter:
             atomicity_options=object_stores.atomicity(folder),
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._write_checksums,
+                barrier_sync_fn=self._barrier() if jax.process_count() > 1 else None,
                 # In the background, threads would wait for minutes for folders that cannot be created.
                 create_directories_asynchronously=False,
             ),
@@ -204,9 +207,21 @@ class CheckpointWriter:
         except OSError:  # of a store that does not answer
             return sorted(self._manager.all_steps())
 
+    def _barrier(self) -> Callable[..., None]:
+        """Orbax's barrier between its background threads; at the one after writing, each hashes its files first."""
+        barrier = ocp.multihost.get_barrier_sync_fn()
+
+        def hash_and_wait(*, key: str, timeout_ms: int) -> None:
+            if WRITTEN in key and self._writing is not None:
+                with contextlib.suppress(OSError):  # the first process reads what was not hashed
+                    write_share(self._temporary(self._writing), jax.process_index())
+            barrier(key=key, timeout_ms=timeout_ms)
+
+        return hash_and_wait
+
     def _write_checksums(self) -> None:
-        # Orbax calls this when all items are on disk and before it renames the temporary folder, so that a finished
-        # checkpoint always has its checksums.
+        # Orbax calls this in the first process when all items are on disk and before it renames the temporary folder,
+        # so that a finished checkpoint always has its checksums.
         assert self._writing is not None
         if jax.process_index() == 0:
             write_checksums(self._temporary(self._writing))

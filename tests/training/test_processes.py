@@ -10,17 +10,21 @@ import pytest
 from damage import flip_bit
 from runs import FAST, Finished, error_line, finish, metrics, start, steps_of, train_here
 
-from flowdit.checkpoint.files import verify_files
+from flowdit.checkpoint.files import CHECKSUMS, TEMPORARY_SUFFIX, verify_files
 
 PAIR = """
 import json, sys
 from pathlib import Path
 import jax
 from flowdit import train
-from flowdit.training import loop, setup
+from flowdit.checkpoint import files
 from flowdit.checkpoint.restore import restore_newest
+from flowdit.training import loop, setup
 
 cluster, folder, tasks = json.loads(sys.argv[1])
+hashed = []
+file_sha256 = files.file_sha256
+files.file_sha256 = lambda file: (hashed.append(str(file)), file_sha256(file))[1]
 
 def start_and_keep_layout(config, found):
     global layout
@@ -32,6 +36,8 @@ loop.start_run = start_and_keep_layout
 for stage, *arguments in tasks:
     sys.argv = [stage, *arguments, *cluster]
     getattr(train, stage)()
+    print("hashed", json.dumps(hashed), flush=True)
+    hashed.clear()
 for run in sorted(Path(folder).iterdir()):
     restored = restore_newest(run, layout, lambda meta: None, lambda names: {})
     print("restored", run.name, int(restored.state.step), flush=True)
@@ -107,7 +113,36 @@ def test_console_and_log_are_the_first_process_s(pair):
     first, second = (process.out.splitlines() for process in pair[1])
     assert next(line for line in first if line.startswith("model: ")).endswith("'tensor': 1}")
     # Two threads may write Gloo's line in parts.
-    assert [line for line in second if "peer ranks" not in line and not line.startswith(("[Gloo]", "restored"))] == []
+    own = ("[Gloo]", "restored", "hashed")
+    assert [line for line in second if "peer ranks" not in line and not line.startswith(own)] == []
+
+
+def hashed_in(process: Finished, step_folder: Path) -> list[list[str]]:
+    """The files of a checkpoint that each task of a process has hashed."""
+    lines = [line.removeprefix("hashed ") for line in process.out.splitlines() if line.startswith("hashed ")]
+    files = [[file.replace(TEMPORARY_SUFFIX, "") for file in json.loads(line)] for line in lines]
+    prefix = f"{step_folder}/"
+    return [sorted(file.removeprefix(prefix) for file in some if file.startswith(prefix)) for some in files]
+
+
+def test_processes_hash_what_they_have_written(pair):
+    step_folder = pair[0] / "1" / "6"
+    names = json.loads((step_folder / CHECKSUMS).read_text())
+    theirs = sorted(name for name in names if "/ocdbt.process_1/" in name)
+    assert hashed_in(pair[1][1], step_folder)[0] == theirs and len(theirs) > 2
+    assert hashed_in(pair[1][0], step_folder)[0] == sorted(names.keys() - set(theirs))
+    assert not list(step_folder.glob("checksums.*.json"))
+
+
+def test_verifying_is_shared(whole_run, pair):
+    # All read the settings in the newest metadata, before they join.
+    arrays = [
+        [name for name in hashed_in(process, pair[0] / "resumed" / "4")[2] if name[:4] != "meta"] for process in pair[1]
+    ]
+    names = json.loads((whole_run / "4" / CHECKSUMS).read_text())
+    assert sorted([*arrays[0], *arrays[1]]) == sorted(name for name in names if name[:4] != "meta")
+    sizes = [sum((whole_run / "4" / name).stat().st_size for name in share) for share in arrays]
+    assert max(sizes) < 0.6 * sum(sizes)
 
 
 def test_checkpoint_of_two_processes_is_restored_in_one(tiny_data, pair, tmp_path):
