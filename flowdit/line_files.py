@@ -11,15 +11,16 @@ from typing import BinaryIO
 
 from etils import epath
 
+from flowdit import stores
 from flowdit.storage import is_remote, reason
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.1
+UPLOAD_SHARE = 0.1
 """Fraction of the time, at most, in which a file is being uploaded."""
 RETRY_SECONDS = 5.0
-FLUSH_SECONDS = 60.0
-"""How long the end of a run, and a checkpoint, wait for the lines before them."""
+FLUSH_SECONDS = stores.PATIENCE + 30.0
+"""How long the end of a run, and a checkpoint, wait for the lines before them: longer than one request may take."""
 
 
 class LineFile:
@@ -66,7 +67,9 @@ class UploadedLines(LineFile):
         with self._changed:
             self._is_flushing = True
             self._changed.notify_all()
-            self._changed.wait_for(self._is_stored, FLUSH_SECONDS)
+            if not self._changed.wait_for(self._is_stored, FLUSH_SECONDS):
+                cause = self._failure or "no answer"
+                logger.warning("%s cannot be written (%s): going on, its last lines are kept", self.file, cause)
             self._is_flushing = False
 
     def close(self) -> None:
@@ -94,7 +97,7 @@ class UploadedLines(LineFile):
             began = time.monotonic()
             try:
                 self.file.write_bytes(content)
-            except OSError as problem:
+            except Exception as problem:  # the thread must go on, whatever a store's client raises
                 if not self._failure:
                     logger.warning("%s cannot be written (%s): tried again", self.file, reason(problem))
                 self._failure = reason(problem)
@@ -104,8 +107,12 @@ class UploadedLines(LineFile):
                 if not self._failure:
                     self._stored = len(content)
                     self._changed.notify_all()
-                pause = RETRY_SECONDS if self._failure else (time.monotonic() - began) / SHARE
-                self._changed.wait_for(lambda: self._is_closed or (self._is_flushing and not self._is_stored()), pause)
+                pause = RETRY_SECONDS if self._failure else (time.monotonic() - began) / UPLOAD_SHARE
+                self._changed.wait_for(self._is_urgent, pause)
+
+    def _is_urgent(self) -> bool:
+        """Whether the next upload must not wait; one that has failed is not tried again at once."""
+        return self._is_closed or (self._is_flushing and not self._failure and not self._is_stored())
 
 
 def open_lines(file: epath.Path) -> LineFile:

@@ -35,15 +35,15 @@ def require_local(field: str, path: str | None) -> None:
 
 
 def connect(path: epath.PathLike) -> epath.Path:
-    """`path` as an `epath.Path`. Its object store is asked once in a process whether it can be used.
+    """`path` as an `epath.Path`. Its object store is asked once in a process whether the folder can be used.
 
     Raises `ValueError` with one line: the package that is missing, no credentials, no such bucket, no answer.
     """
     if is_remote(path):
         scheme, _, rest = str(path).partition("://")
-        bucket = rest.partition("/")[0]
+        bucket, _, folder = rest.partition("/")
         try:
-            _ask(scheme, bucket)
+            _ask(scheme, bucket, folder)
         except FileNotFoundError:
             raise ValueError(f"{path}: there is no bucket {bucket}") from None
         except PermissionError as problem:
@@ -54,8 +54,8 @@ def connect(path: epath.PathLike) -> epath.Path:
 
 
 @functools.cache  # not of errors
-def _ask(scheme: str, bucket: str) -> None:
-    stores.first_request(scheme, bucket)
+def _ask(scheme: str, bucket: str, folder: str) -> None:
+    stores.first_request(scheme, bucket, folder)  # of the folder: credentials may be limited to it
 
 
 def reason(problem: Exception) -> str:

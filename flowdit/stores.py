@@ -1,7 +1,7 @@
 """File systems of object stores for fsspec: those of s3fs and gcsfs, which wait for a store that does not answer.
 
-Every request of these file systems goes through one method. Here it is repeated while the store is busy or away, and
-its errors are `OSError`s. s3fs itself gives up after seconds, with errors of other libraries.
+Their requests go through one method, but for the bodies of downloads. Here all are repeated while the store is busy or
+away, and their errors are `OSError`s. s3fs itself gives up after seconds, with errors of other libraries.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ class Patient:
                     raise _as_os_error(problem) from problem
             await asyncio.sleep(delay)
             delay = min(2 * delay, 5.0)
+
+    async def _get_file(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._repeated(super()._get_file, *args, **kwargs)  # type: ignore[misc]
+
+    async def _cat_file(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._repeated(super()._cat_file, *args, **kwargs)  # type: ignore[misc]
 
     def _may_pass(self, problem: Exception) -> bool:
         """Whether an error can be over after a while: of the network, of an overloaded server."""
@@ -121,14 +127,14 @@ def _gcs() -> type:
     return GCS
 
 
-def first_request(scheme: str, bucket: str) -> None:
-    """List one object of a bucket, with less patience. Raises `OSError` if that cannot be done."""
+def first_request(scheme: str, bucket: str, folder: str) -> None:
+    """List one object of a folder, with less patience. Raises `OSError` if that cannot be done."""
     files = file_system(scheme)
     files.patience = START_PATIENCE
     try:
         if scheme == "s3":
-            files.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
+            files.call_s3("list_objects_v2", Bucket=bucket, Prefix=folder, MaxKeys=1)
         else:
-            files.call("GET", "b/{}/o", bucket, maxResults=1)
+            files.call("GET", "b/{}/o", bucket, prefix=folder, maxResults=1)
     finally:
         files.patience = PATIENCE

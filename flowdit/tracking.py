@@ -107,7 +107,7 @@ class Tracker:
             self._to_wandb(step, report.images)
 
     def flush(self) -> None:
-        """Wait until the lines so far are stored, so that a checkpoint is never newer than its lines."""
+        """Wait until the lines so far are stored, so that a checkpoint is not newer than its lines."""
         if self._metrics is not None:
             self._metrics.flush()
 

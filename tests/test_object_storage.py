@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from etils import epath
 from object_store import ObjectStore
 from runs import (
     FAST,
@@ -95,12 +96,13 @@ def test_a_run_in_a_store_equals_a_local_one_and_falls_back(store, tiny_data, wh
     store.files.pipe(array, bytes(content))
     store.files.pipe("bucket/run/9/state/array", b"of a killed save")
     store.files.pipe("bucket/run/samples/00000002.png", b"not of a checkpoint")
+    store.files.pipe("bucket/run/7/metrics.jsonl", b"of another run in this folder")
     again = train_here(data, "s3://bucket/run", "train.is_restore=true")
     assert again.status == 0, again.err
     assert f"checkpoint s3://bucket/run/6 is damaged and skipped: s3://{array}: content differs" in again.out
     assert "resumed from s3://bucket/run/4" in again.out
     run = store.download("run", tmp_path / "again")
-    assert sorted(p.name for p in run.iterdir()) == ["2", "4", "6", "6.damaged", "metrics.jsonl", "samples"]
+    assert sorted(p.name for p in run.iterdir()) == ["2", "4", "6", "6.damaged", "7", "metrics.jsonl", "samples"]
     assert (run / "6.damaged" / array.partition("/6/")[2]).read_bytes() == content
     assert not (run / "6.damaged" / storage.COMMITTED).exists()
     assert_same_checkpoint(run / "6", whole_run / "6")
@@ -142,6 +144,21 @@ def test_lines_that_cannot_be_stored_are_left_in_a_local_file(store, caplog, mon
 
 def provided(data: str, manifest: Manifest) -> Path:
     return mirror.provide_shards(data, manifest.shards, None)
+
+
+def test_lines_that_are_refused_are_not_uploaded_without_a_pause(store, monkeypatch):
+    monkeypatch.setattr("flowdit.line_files.FLUSH_SECONDS", 0.5)
+    uploads = []
+
+    def refuse(self, content):
+        uploads.append(len(content))
+        raise RuntimeError("of a client")
+
+    monkeypatch.setattr(type(epath.Path("s3://bucket/metrics.jsonl")), "write_bytes", refuse)
+    lines = UploadedLines(epath.Path("s3://bucket/metrics.jsonl"))
+    lines.append("{}")
+    lines.flush()
+    assert len(uploads) == 1
 
 
 def test_shards_are_copied_once_and_checked(store, tiny_data, tmp_path, monkeypatch):

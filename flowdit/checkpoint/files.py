@@ -24,9 +24,11 @@ from flowdit.storage import files_in, has_been_committed, reason, rename
 
 CHECKSUMS = "checksums.json"
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
-SHARE = "checksums.{}.json"
+PART_OF_CHECKSUMS = "checksums.{}.json"
 """The checksums of one process, until all are written to `CHECKSUMS`."""
 ITEMS = ("state", "model_ema", "dataset", "meta")
+STEP_NAME = re.compile("0|[1-9][0-9]*")
+"""The name of the folder of a step."""
 MAX_INSPECTED = 1000
 """Up to this number of entries of a folder are inspected for an error message."""
 
@@ -47,9 +49,7 @@ def list_steps(folder: epath.Path) -> list[int]:
     """Finished checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(
-        int(p.name) for p in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name) and has_been_committed(p)
-    )
+    return sorted(int(p.name) for p in folder.iterdir() if STEP_NAME.fullmatch(p.name) and has_been_committed(p))
 
 
 def what_is_in(folder: epath.Path, model_files: Sequence[str] = ()) -> str:
@@ -87,13 +87,13 @@ def write_share(step_folder: epath.PathLike, process: int) -> None:
         name = item.name.removesuffix(TEMPORARY_SUFFIX)  # which an item has while others are written
         own = f"ocdbt.process_{process}"
         sums |= {f"{name}/{own}/{file}": file_sha256(path) for file, path in files_in(item / own).items()}
-    (step_folder / SHARE.format(process)).write_text(json.dumps(sums))
+    (step_folder / PART_OF_CHECKSUMS.format(process)).write_text(json.dumps(sums))
 
 
 def write_checksums(step_folder: epath.PathLike) -> None:
     """Record the SHA-256 of every file of a checkpoint's items. Files that a process has recorded are not read again."""
     step_folder = epath.Path(step_folder)
-    shares = [path for path in step_folder.iterdir() if fnmatch.fnmatch(path.name, SHARE.format("*"))]
+    shares = [path for path in step_folder.iterdir() if fnmatch.fnmatch(path.name, PART_OF_CHECKSUMS.format("*"))]
     known: dict[str, str] = {}
     for share in shares:
         known |= json.loads(share.read_text())
@@ -106,7 +106,8 @@ def write_checksums(step_folder: epath.PathLike) -> None:
 def verify_files(step_folder: epath.PathLike, items: Sequence[str] = ITEMS) -> None:
     """Raise `DamagedCheckpoint` naming the first file that is missing, was not recorded, or differs from its checksum.
 
-    Only the files of `items` are read. An existing file that cannot be read raises `CheckpointError`, as the cause may be the disk and not the checkpoint.
+    Only the files of `items` are read. An existing file that cannot be read raises `CheckpointError`, as the cause may be
+    the disk and not the checkpoint.
     """
     step_folder = epath.Path(step_folder)
     expected = _expected(step_folder, items)

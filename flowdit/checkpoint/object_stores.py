@@ -15,6 +15,7 @@ from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from flowdit import stores
+from flowdit.checkpoint.files import ITEMS, STEP_NAME, TEMPORARY_SUFFIX
 from flowdit.storage import has_been_committed, is_remote
 
 _build_kvstore_tspec = tensorstore_utils.build_kvstore_tspec
@@ -51,12 +52,21 @@ def _s3_driver() -> dict[str, Any]:
 
 
 def remove_unfinished(folder: epath.Path) -> None:
-    """Remove what killed saves have left in a run folder of an object store: numbered folders without the last object."""
+    """Remove what killed saves have left in a run folder of an object store: steps without the last object.
+
+    Folders that hold anything but parts of a checkpoint stay: they may be runs with numbers for names.
+    """
     if not is_remote(folder) or not folder.is_dir():
         return
     for path in folder.iterdir():
-        if path.name.isdigit() and not has_been_committed(path):
+        if STEP_NAME.fullmatch(path.name) and not has_been_committed(path) and all(map(_is_part, path.iterdir())):
             path.rmtree(missing_ok=True)
+
+
+def _is_part(path: epath.Path) -> bool:
+    """Whether a file or folder in a step's folder is one that a save writes."""
+    name = path.name
+    return name.startswith(("_CHECKPOINT_METADATA", "checksums")) or name.removesuffix(TEMPORARY_SUFFIX) in ITEMS
 
 
 def atomicity(folder: os.PathLike) -> ocp.options.AtomicityOptions:

@@ -87,6 +87,8 @@ def _download(source: epath.Path, target: Path, shard: Shard, is_checked: bool) 
         download(source, partial)
     except FileNotFoundError:
         raise ManifestError(f"{source}: is missing: the data changed since it was prepared") from None
+    except OSError as problem:
+        raise ManifestError(f"{source}: cannot be copied to {target}: {reason(problem)}") from None
     if (size := partial.stat().st_size) != shard.bytes:
         raise ManifestError(f"{source}: must have {shard.bytes} bytes, has {size}")
     if is_checked and (digest := file_sha256(partial)) != shard.sha256:

@@ -55,8 +55,8 @@ def require_run(folder: epath.Path) -> None:
 def prepare_folder(folder: epath.Path, is_restore: bool | None) -> bool:
     """Create the run folder; True if there is a checkpoint to resume from.
 
-    A folder in use is never overwritten; with None its run is resumed, if it holds one. Resuming a run that does not exist is an error, as the path is probably
-    mistyped. A run that ended before its first checkpoint starts again from step 0.
+    A folder in use is never overwritten; with None its run is resumed, if it holds one. Resuming a run that does not exist
+    is an error, as the path is probably mistyped. A run that ended before its first checkpoint starts again from step 0.
     """
     if is_restore:
         require_run(folder)
@@ -84,10 +84,10 @@ def resume(
     meta: RunMeta,
     found: Found | None,
 ) -> tuple[TrainState, RunMeta]:
-    """Restore the newest intact checkpoint, `found` or else searched, and move the stream to the batch after it. Logs changed settings.
+    """Restore the newest intact checkpoint, `found` or else searched, and move the stream to the batch after it.
 
-    Returns its state, and `meta` with the id of the resumed run.
-    Parameters of auxiliary losses that are not in the checkpoint are taken from `build_state`.
+    Logs changed settings. Returns its state, and `meta` with the id of the resumed run. Parameters of auxiliary losses
+    that are not in the checkpoint are taken from `build_state`.
     """
 
     def check(stored: RunMeta) -> None:
