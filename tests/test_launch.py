@@ -100,17 +100,19 @@ def test_the_settings_of_every_file_compose(file):
 
 
 PAGE = (REPOSITORY / "docs" / "scaling.md").read_text()
-MACHINES = re.findall(r"^\| (.*?) \| (\d+) \| (.*?) \| (\d+)\b.*? \|", PAGE, re.MULTILINE)
+ROW = r"^\| .*? \| (\d+) \| (.*?) \| (\d+)\b.*? \| (\d+) \| (\d+) x (\d+) \|"
+MACHINES = re.findall(ROW, PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("machine", "devices", "settings", "images"), MACHINES, ids=lambda value: value.split(":")[0])
-def test_the_settings_by_machine_divide_evenly(machine, devices, settings, images):
+@pytest.mark.parametrize(("devices", "settings", "images", "batch", "data", "fsdp"), MACHINES)
+def test_the_settings_by_machine_divide_evenly(devices, settings, images, batch, data, fsdp):
     register_schemas()
     arguments = ["experiment=imagenet256_xl2", *(settings.strip("`").split() if "=" in settings else ())]
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         config = resolve(compose("config", for_hydra(arguments, settings_of(Config))), Config)
     config.check()
     shape = mesh_shape(config.mesh, int(devices))
+    assert shape == (int(data), int(fsdp), 1) and config.train.batch_size == int(batch)
     train, mesh = config.train, AbstractMesh(shape, AXES)
     check_batch_size(mesh, train.batch_size, train.gradient_accum)
     assert train.batch_size // train.gradient_accum // batch_shards(mesh) == int(images)
@@ -118,7 +120,7 @@ def test_the_settings_by_machine_divide_evenly(machine, devices, settings, image
 
 
 def test_every_kind_of_machine_has_settings():
-    assert [int(devices) for _, devices, *_ in MACHINES] == [1, 8, 32, 16, 256]
+    assert [int(devices) for devices, *_ in MACHINES] == [1, 8, 32, 16, 256]
 
 
 def test_skypilot_s_file_has_its_structure():
