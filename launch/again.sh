@@ -25,7 +25,11 @@ for ((restart = 0; ; restart++)); do
     wait "$child"
     status=$?
   done
-  if [[ -n $stopped ]] || ((status != 75 && status < 128)) || ((restart == MAX_RESTARTS)); then
+  case $status in
+    75 | 9 | 15 | 129 | 1[3-9]? | 2??) ;; # MPICH's mpirun ends with the signal's number itself
+    *) exit "$status" ;;
+  esac
+  if [[ -n $stopped ]] || ((restart == MAX_RESTARTS)); then
     exit "$status"
   fi
   echo "again.sh: status $status, restart $((restart + 1)) of at most $MAX_RESTARTS" >&2

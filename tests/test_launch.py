@@ -193,7 +193,8 @@ def start_script(
 
 
 @pytest.mark.parametrize(
-    ("statuses", "final", "runs"), [("75 KILL 0", 0, 3), ("2 0", 2, 1), ("1 0", 1, 1), ("75 75 75 75", 75, 3)]
+    ("statuses", "final", "runs"),
+    [("75 KILL 0", 0, 3), ("9 143 0", 0, 3), ("2 0", 2, 1), ("1 0", 1, 1), ("75 75 75 75", 75, 3)],
 )
 def test_a_command_is_started_again_after_75_and_kills_alone(tmp_path, statuses, final, runs):
     (tmp_path / "statuses").write_text(statuses)
