@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from flowdit import json_input, leaving, supervisor
+from flowdit import json_input, leaving
 from flowdit.cli import signal_name
 from flowdit.command_help import help_text
 from flowdit.errors import first_line
@@ -32,7 +32,7 @@ from flowdit.settings import Setting, settings_of
 
 logger = logging.getLogger(__name__)
 
-PLACES = {"data.path", "train.checkpoint_dir"}
+PLACES = {"data.path", "data.local_dir", "train.checkpoint_dir"}
 """Settings that may differ between the processes of a run: what is there is compared instead."""
 
 # The end of Hydra messages, with advice that does not apply here: internal paths, types, and appending with +.
@@ -82,10 +82,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Unfinished(SystemExit):
-    """The end of a run that was stopped in order before its last step, with a status that schedulers start again."""
+    """The end of a run that was stopped in order before its last step."""
 
-    def __init__(self) -> None:
-        super().__init__(supervisor.LOST)
+    code: int
 
 
 def run_command(job: Callable[[], None], command: Command) -> None:
@@ -101,8 +100,8 @@ def run_command(job: Callable[[], None], command: Command) -> None:
             sys.argv[1:] = for_hydra(sys.argv[1:], command.settings())
             require_own_folders(sys.argv[1:], command.folder)
             job()
-    except Unfinished:
-        leaving.finish(supervisor.LOST)
+    except Unfinished as end:
+        leaving.finish(end.code)
         raise  # the processes part in order, as at the end of a complete run
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ class ProcessConfig:
         coordinator: `host:port` of the first process, which the others can reach; first choice, before any launcher.
         num_processes: number of processes that meet at `coordinator`; null: as the launcher says.
         process_id: number of this process, from 0; null: as the launcher says.
-        devices_per_process: GPUs (or CPU devices) of each of several processes on one host, in their order; null: all
-            devices of the host, or under Slurm, Open MPI and torchrun one for each process.
+        devices_per_process: GPUs (or CPU devices) of each of several processes on one host, in their order; null: one
+            GPU where a launcher has numbered the processes of a host (Slurm, MPI, torchrun), else all of the host.
         init_timeout: seconds to wait for the other processes at the start.
         heartbeat_timeout: seconds without a sign of life after which another process is lost and this one ends, with
             exit status 75.
@@ -43,6 +44,10 @@ class ProcessConfig:
     heartbeat_timeout: int = 12
 
 
+class UnknownCluster(ValueError):
+    """JAX recognises no cluster."""
+
+
 class Launched(NamedTuple):
     """What a launcher has told this process in environment variables; `local_rank` is its number on the host."""
 
@@ -53,7 +58,7 @@ class Launched(NamedTuple):
 
 
 class Peers(NamedTuple):
-    """Where the processes meet. None: JAX finds it. `by` says who knew."""
+    """Where the processes meet. None: JAX finds it. `by` says who knew; `local_rank` is a launcher's."""
 
     by: str
     coordinator: str | None
@@ -83,6 +88,8 @@ def check_processes(config: ProcessConfig) -> None:
             if (value := getattr(config, name)) is not None:
                 raise ValueError(f"mesh.coordinator: must be given together with mesh.{name}={value}")
         return
+    if config.multi_process is False:
+        raise ValueError(f"mesh.multi_process: must not be false with mesh.coordinator={config.coordinator}, got false")
     host, _, port = config.coordinator.rpartition(":")
     if not re.fullmatch(r"[^\s:]+|\[[0-9a-fA-F:]+\]", host) or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"mesh.coordinator: must be host:port, got {config.coordinator!r}")
@@ -100,20 +107,20 @@ def join_processes(config: ProcessConfig, *, ends_gracefully: bool = False) -> s
         jax.config.update("jax_num_cpu_devices", config.devices_per_process)
     if peers is None:
         return None
-    count = "" if peers.num_processes is None else f" of {peers.num_processes}"
-    number = "" if peers.process_id is None else f"process {peers.process_id}{count} at {peers.coordinator}, "
+    of_all = "" if peers.num_processes is None else f" of {peers.num_processes}"
+    number = "" if peers.process_id is None else f"process {peers.process_id}{of_all} at {peers.coordinator}, "
     supervisor.joining(f"{number}after {config.init_timeout} s")
     jax.config.update("jax_enable_preemption_service", ends_gracefully)
     try:
         _initialize(peers, config)
-    except ValueError:
-        if config.multi_process is None and peers.by == "Cloud TPU":  # a single host that JAX does not know
-            return None
+    except UnknownCluster as problem:
+        if config.multi_process is None and _is_single_tpu_host(peers, os.environ):
+            return f"a process of its own: {problem}"
         raise
     supervisor.joined()
     leaving.watch_others()
     leaving.require_same_count(peers.num_processes, config.init_timeout)
-    return f"{jax.process_count()} processes, found by {peers.by}"
+    return f"{count} processes, found by {peers.by}" if (count := jax.process_count()) > 1 else None
 
 
 def _initialize(peers: Peers, config: ProcessConfig) -> None:
@@ -133,18 +140,29 @@ def _initialize(peers: Peers, config: ProcessConfig) -> None:
         reason = first_line(problem)
         if peers.coordinator is not None:
             raise ValueError(f"mesh.coordinator: {peers.coordinator} cannot be joined: {reason}") from problem
-        raise ValueError(
+        is_unknown = isinstance(
+            problem, ValueError
+        )  # JAX's answer without any cluster; others are of the cluster found
+        raise (UnknownCluster if is_unknown else ValueError)(
             f"mesh.multi_process: {peers.by} cannot say where the processes are (known are Slurm, Open MPI, Kubernetes, "
             "Cloud TPU and torchrun); give mesh.coordinator, mesh.num_processes and mesh.process_id, or false for a "
             f"process of its own: {reason}"
         ) from problem
 
 
+def _is_single_tpu_host(peers: Peers, environment: Mapping[str, str]) -> bool:
+    return peers.by == "Cloud TPU" and "," not in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
 def _local_devices(peers: Peers, count: int | None) -> list[int] | None:
-    if peers.local_rank is None or (count is None and peers.by != "torchrun"):
+    """The numbers of this process's GPUs on its host; None: all, or as JAX finds out from the cluster."""
+    if count is None and (peers.local_rank is None or peers.coordinator is None):
         return None
-    count = count or 1
-    return list(range(peers.local_rank * count, (peers.local_rank + 1) * count))
+    count, rank = count or 1, peers.local_rank or 0
+    if peers.local_rank is None and peers.process_id is not None:  # by hand: one host is filled after the other
+        processes_per_host = len(glob.glob("/dev/nvidia[0-9]*")) // count
+        rank = peers.process_id % (processes_per_host or peers.process_id + 1)
+    return list(range(rank * count, (rank + 1) * count))
 
 
 def find_peers(config: ProcessConfig, environment: Mapping[str, str]) -> Peers | None:
@@ -197,7 +215,7 @@ def _at_coordinator(config: ProcessConfig, launched: Launched | None) -> Peers:
         raise ValueError(f"mesh.{missing}: must be given together with {' and '.join(others)}")
     if not 0 <= number < count:
         raise ValueError(f"mesh.process_id: must be in [0, mesh.num_processes={count}), got {number}")
-    local_rank = number if launched is None else launched.local_rank
+    local_rank = None if launched is None else launched.local_rank
     return Peers("mesh.coordinator", config.coordinator, count, number, local_rank)
 
 

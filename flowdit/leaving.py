@@ -27,9 +27,8 @@ _ROLL_CALL_SECONDS = 5.0
 _NOTES = "flowdit/end/"
 _FAILED = f"{_NOTES}failed"
 _ROLL_CALL = f"{_NOTES}roll-call"
-_CONNECTION = re.compile(
-    r"Gloo|NCCL|CoordinationService|[Bb]arrier|heartbeat|Connection (closed|reset) by peer|Socket closed"
-)
+_CONNECTION = re.compile(r"Gloo \w+ failed|external/gloo|\bNCCL\b|nccl[A-Z]|CoordinationService|Barrier timed out")
+"""In the texts of errors of JAX and Orbax, which have no type of their own; also where another error quotes them."""
 _finished = threading.Event()
 
 

@@ -21,7 +21,7 @@ from flowdit.fields import about, called, listed, require
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
-from flowdit.processes import from_first
+from flowdit.processes import from_first, require_equal
 from flowdit.sharding import MeshConfig, make_mesh
 from flowdit.sweep import job
 
@@ -65,8 +65,9 @@ def _sample(composed: DictConfig) -> None:
     config.check()
     join_others(composed)
     check_settings(config.num_images, config.seed, config.batch_size)
-    from_first(lambda: check_folder(config) and None)
+    from_first(lambda: [str(path) for path in check_folder(config)])
     prompts = read_prompts(config)
+    require_equal({"prompts": prompts})  # a file may differ
     arguments: dict[str, Any] = {"labels": config.labels, "prompts": prompts}
     arguments["negative_prompt"] = config.negative_prompt
     with about("checkpoint"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
@@ -16,7 +16,6 @@ from flowdit.config import Config
 from flowdit.data.manifest import Manifest
 from flowdit.fields import FieldError, about
 from flowdit.hardware import this_machine
-from flowdit.joining import find_peers
 from flowdit.models.text_encoder import WORDLLAMA
 from flowdit.training.estimate import Condition
 from flowdit.training.small import choose
@@ -32,10 +31,9 @@ def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
 
     Raises `ValueError` for data that cannot be read, typed values that do not fit them, and several processes.
     """
-    if (peers := find_peers(config.mesh, os.environ)) is not None:
+    if (count := jax.process_count()) > 1:
         raise FieldError(
-            "mesh.multi_process",
-            f"must be false with this preset, which is for one process, {peers.by} has started several",
+            "mesh.multi_process", f"must be false with this preset, which is for one process, got {count} processes"
         )
     with about("data.path"):
         manifest = Manifest.read(config.data.path)

@@ -20,14 +20,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 LOST = 75
 """Exit status after the loss of another process, and of a watchdog: EX_TEMPFAIL of sysexits.h, so start again."""
 
-_STDERR = "FLOWDIT_CONSOLE_STDERR"
-"""Environment variable of the child: a file descriptor of the console's stderr."""
+_PARENT = "FLOWDIT_PARENT"
+"""Environment variable of the child: the number of its parent, and a file descriptor of the console's stderr."""
 _LAUNCHERS = ("SLURM_STEP_", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX", "WORLD_SIZE")
 """Beginnings of the environment variables that a launcher of several processes sets."""
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
@@ -43,6 +44,7 @@ _HELD = re.compile(
     r"|\d+$|The (following )?tasks |Additional GRPC error|:[A-Z_]+:|=== Source Location|external/|# of tasks that reached|The first task at"
 )
 _KEPT_LINES = 400
+_FATAL = "Terminating process because"
 
 # What the runtime says, in words for users; the first that matches counts. {0} is its first group.
 _WHILE_JOINING = (
@@ -73,10 +75,10 @@ _WHILE_RUNNING = (
 
 def is_needed(arguments: Iterable[str], environment: Mapping[str, str]) -> bool:
     """Whether the command may be one of several processes. The parent of a single one costs little."""
-    if _STDERR in environment:
+    if _PARENT in environment:
         return False
     return (
-        any(argument.startswith("mesh.") for argument in arguments)
+        any(argument.startswith(("mesh.", "--config")) for argument in arguments)
         or any(name.startswith(_LAUNCHERS) for name in environment)
         or is_tpu_host(environment)
     )
@@ -94,14 +96,14 @@ def supervise() -> NoReturn:
     console = os.dup(2)
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
-        env=os.environ | {_STDERR: str(console)},
+        env=os.environ | {_PARENT: f"{os.getpid()} {console}"},
         pass_fds=(console,),
         stderr=write,
         process_group=0,  # Ctrl-C reaches the child only through this process
     )
     os.close(write)
-    _forward_signals(child)
     report = _Report(read)
+    _forward_signals(child, report)
     status = child.wait()
     report.finish()
     if status in (-signal.SIGABRT, -signal.SIGSEGV):  # the second, where the coordinator's port is taken
@@ -111,18 +113,21 @@ def supervise() -> NoReturn:
     os._exit(128 - status if status < 0 else status)
 
 
-def _forward_signals(child: subprocess.Popen) -> None:
-    """SIGTERM, and the first Ctrl-C as SIGTERM, so that all processes save; a second Ctrl-C kills."""
-    interrupted = False
+def _forward_signals(child: subprocess.Popen, report: _Report) -> None:
+    """SIGTERM, Ctrl-C and Ctrl-Z. In a child that has joined others the first Ctrl-C is SIGTERM, the second kills."""
+    interrupts = 0
 
     def forward(number: int, _frame: object) -> None:
-        nonlocal interrupted
-        is_second = number == signal.SIGINT and interrupted
-        interrupted |= number == signal.SIGINT
+        nonlocal interrupts
+        if number == signal.SIGINT and report.has_joined:
+            interrupts += 1
+            number = signal.SIGTERM if interrupts == 1 else signal.SIGKILL
         with contextlib.suppress(ProcessLookupError):
-            child.send_signal(signal.SIGKILL if is_second else signal.SIGTERM)
+            child.send_signal(signal.SIGSTOP if number == signal.SIGTSTP else number)
+        if number == signal.SIGTSTP:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTSTP, signal.SIGCONT):
         signal.signal(number, forward)
 
 
@@ -132,7 +137,7 @@ class _Report:
     def __init__(self, read: int):
         self._lines = collections.deque[str](maxlen=_KEPT_LINES)
         self._where = ""
-        self._has_joined = False
+        self.has_joined = False
         self._status: int | None = None
         self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         self._reader.start()
@@ -146,11 +151,13 @@ class _Report:
         if self._status is not None:  # it was already leaving
             return self._status
         text = "\n".join(self._lines)
-        for pattern, line in _WHILE_RUNNING if self._has_joined else _WHILE_JOINING:
-            if found := re.search(pattern, text):
+        # While running only the runtime's last words count: its earlier errors need not have ended anything.
+        last = text[text.rfind(_FATAL) :] if _FATAL in text else ""
+        for pattern, line in _WHILE_RUNNING if self.has_joined else _WHILE_JOINING:
+            if found := re.search(pattern, last if self.has_joined else text):
                 numbers = [", ".join(re.findall(r"\d+", group)) for group in found.groups()]
                 print(f"error: {line.format(*numbers, where=self._where)}", file=sys.stderr)
-                return LOST if self._has_joined else 2
+                return LOST if self.has_joined else 2
         name = signal.Signals(-status).name
         print(*filter(None, [text, f"error: the process was ended by {name}"]), sep="\n", file=sys.stderr)
         return status
@@ -161,7 +168,7 @@ class _Report:
                 if line.startswith(_JOINING):
                     self._where = line.removeprefix(_JOINING).strip()
                 elif line.startswith(_JOINED):
-                    self._has_joined = True
+                    self.has_joined = True
                 elif line.startswith(_ENDED):
                     self._status = int(line.removeprefix(_ENDED))
                 elif _HELD.match(line):
@@ -177,13 +184,27 @@ _is_child = False
 def start_child() -> None:
     """In a supervised process, write to the console, and end with the parent. Must be called before other imports."""
     global _is_child
-    descriptor = os.environ.pop(_STDERR, None)
-    if descriptor is None:
+    if _PARENT not in os.environ:
         return
     _is_child = True
-    sys.stderr = os.fdopen(int(descriptor), "w", buffering=1, errors="backslashreplace")
+    parent, descriptor = map(int, os.environ.pop(_PARENT).split())
+    sys.stderr = os.fdopen(descriptor, "w", buffering=1, errors="backslashreplace")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _end_without(parent)  # it may have ended before
+    else:
+        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+
+
+def _end_without(parent: int) -> None:
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def _watch_parent(parent: int) -> None:
+    while True:
+        time.sleep(1)
+        _end_without(parent)
 
 
 def joining(where: str) -> None:

@@ -48,11 +48,12 @@ def is_job() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def end_sweep() -> None:
-    """After a signal: the jobs that would follow in this process are not started. Nothing without a sweep."""
-    if is_job() and _is_in_process():
+def ends_sweep() -> bool:
+    """Whether a signal to this run, a job of a sweep, should also keep the jobs after it from starting."""
+    is_last = is_job() and _is_in_process()
+    if is_last:
         logger.info("the sweep ends here, jobs after this one are not started")
-        sys.exit(0)
+    return is_last
 
 
 def _is_in_process() -> bool:

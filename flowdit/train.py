@@ -27,7 +27,8 @@ from flowdit.config import Config, refuse_unknown, register_schemas, resolve
 from flowdit.models.config import MODELS
 from flowdit.processes import from_first
 from flowdit.sized import PRESETS, choose_sizes
-from flowdit.sweep import end_sweep, job
+from flowdit.supervisor import LOST
+from flowdit.sweep import ends_sweep, job
 from flowdit.training.loop import train
 from flowdit.training.resume import PROCESS_FIELDS, is_in_use, require_run, run_folder
 
@@ -95,10 +96,8 @@ def _train(composed: DictConfig, network: str) -> None:
         elif is_restore:
             logger.info("%s has no checkpoint: the run starts again, with the settings of the command line", folder)
         is_complete = train(config, found, _resume_command(network, folder))
-    if not is_complete:
-        end_sweep()
-        if config.train.requeue:
-            raise Unfinished
+    if not is_complete and (config.train.requeue or ends_sweep()):
+        raise Unfinished(LOST if config.train.requeue else 0)
 
 
 def _stored_meta(folder: epath.Path) -> RunMeta | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowdit.joining import Peers, ProcessConfig, check_processes, find_peers
+from flowdit.joining import Peers, ProcessConfig, _local_devices, check_processes, find_peers
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "29500"}
 ELASTIC = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -18,7 +18,7 @@ HERE = ProcessConfig(coordinator="host0:1234")
         (
             ProcessConfig(coordinator="host0:1234", num_processes=2, process_id=1),
             {},
-            Peers("mesh.coordinator", "host0:1234", 2, 1, 1),
+            Peers("mesh.coordinator", "host0:1234", 2, 1, None),
         ),
         # The address is given, the numbers are the launcher's.
         (HERE, OPEN_MPI, Peers("mesh.coordinator", "host0:1234", 4, 3, 1)),
@@ -73,3 +73,22 @@ def test_where_processes_meet(config, environment, expected):
 def test_what_is_missing_is_named(config, environment, problem):
     with pytest.raises(ValueError, match=problem.replace("(", r"\(")):
         find_peers(config, environment)
+
+
+@pytest.mark.parametrize(
+    ("peers", "count", "expected"),
+    [
+        (Peers("mesh.coordinator", "a:1", 4, 3, 1), None, [1]),  # numbered on its host by a launcher
+        (Peers("mesh.coordinator", "a:1", 4, 3, 1), 2, [2, 3]),
+        (Peers("torchrun", "a:1", 4, 3, 1), None, [1]),
+        (Peers("mesh.coordinator", "a:1", 2, 1, None), None, None),  # by hand: all of the host
+        (Peers("mesh.coordinator", "a:1", 2, 1, None), 4, [4, 5, 6, 7]),
+        (Peers("mesh.coordinator", "a:1", 4, 3, None), 4, [4, 5, 6, 7]),  # the second process of the second host
+        (Peers("Slurm", None, None, None, 1), None, None),  # left to JAX: one
+        (Peers("Slurm", None, None, None, 1), 4, [4, 5, 6, 7]),
+        (Peers("Kubernetes", None, None, None, None), 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_gpus_of_a_process_on_a_host_with_eight(peers, count, expected, monkeypatch):
+    monkeypatch.setattr("glob.glob", lambda pattern: [f"/dev/nvidia{i}" for i in range(8)])
+    assert _local_devices(peers, count) == expected

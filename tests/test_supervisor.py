@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ NOT_ALL = (
 
 
 def start(body: str) -> subprocess.Popen[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "FLOWDIT_CONSOLE_STDERR"}
+    inherited = {name: value for name, value in os.environ.items() if name != "FLOWDIT_PARENT"}
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND + body],
         env=inherited | {"PYTHONPATH": str(REPOSITORY)},
@@ -74,6 +75,15 @@ def start(body: str) -> subprocess.Popen[str]:
                 "process 0 of 2 at a:1, after 9 s"
             },
         ),
+        # An error of the runtime that has not ended anything, long before another end.
+        (
+            "supervisor.joined(); write('E1129 1 coordination_service_agent.cc:1] coordination service'); os.abort()",
+            134,
+            {
+                "E1129 1 coordination_service_agent.cc:1] coordination service",
+                "error: the process was ended by SIGABRT",
+            },
+        ),
         # An end that is not the runtime's: nothing is hidden.
         (
             "write('E1129 1 client.h:1] odd'); os.abort()",
@@ -93,7 +103,8 @@ def test_an_end_is_one_line_and_a_status(body, status, err):
 def test_signals_reach_the_child_and_it_ends_with_its_parent():
     body = """
 import signal
-signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: print(signal.Signals(number).name, flush=True))
 print(os.getpid(), flush=True)
 while True:
     time.sleep(0.05)
@@ -103,25 +114,34 @@ while True:
     child = int(process.stdout.readline())
     for number in (signal.SIGTERM, signal.SIGINT):
         process.send_signal(number)
-        assert process.stdout.readline() == "SIGTERM\n"
+        assert process.stdout.readline() == f"{number.name}\n"
+    process.send_signal(signal.SIGTSTP)
+    wait_for(lambda: state(child) == state(process.pid) == "T")
+    process.send_signal(signal.SIGCONT)
+    wait_for(lambda: "T" not in (state(child), state(process.pid)))
     process.kill()
     process.wait()
+    wait_for(lambda: state(child) in ("", "Z"))
+
+
+def state(number: int) -> str:
+    """Of a process: "S", "T" (stopped), "Z" (ended, but not waited for), ...; empty if there is none."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
-    while is_running(child):
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def is_running(number: int) -> bool:
-    try:
-        return bool(Path(f"/proc/{number}/cmdline").read_text())
-    except OSError:
-        return False
-
-
-def test_a_second_interrupt_kills():
+def test_among_others_a_second_interrupt_kills():
     process = start(
-        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+        "supervisor.joined(); import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     )
     assert process.stdout is not None
     process.stdout.readline()
@@ -139,7 +159,8 @@ def test_a_second_interrupt_kills():
         ([], {"SLURM_STEP_NODELIST": "a"}, True),
         ([], {"SLURM_JOB_ID": "1"}, False),
         ([], {"WORLD_SIZE": "2"}, True),
-        (["mesh.fsdp=2"], {"FLOWDIT_CONSOLE_STDERR": "5"}, False),
+        (["--config-dir=x"], {}, True),
+        (["mesh.fsdp=2"], {"FLOWDIT_PARENT": "1 5"}, False),
     ],
 )
 def test_who_gets_a_parent(arguments, environment, expected):
