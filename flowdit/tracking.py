@@ -217,6 +217,8 @@ class Progress:
         self._peak = None if peak is None else peak * jax.device_count()
         self.image_flops = 0
         self._window: list[Any] = []
+        self.last_window: list[Any] = []
+        """The metrics of the steps of the last summary, on the host."""
         self._parts: list[str] = []
         self._seconds, self._since = 0.0, time.perf_counter()
         self._compiled = False
@@ -245,7 +247,7 @@ class Progress:
         counts all steps of the run so far, including skipped ones. A process's first summary has
         `train/first_step_seconds` instead of rates. `train/mfu` exists if the peak of the devices is known.
         """
-        window = jax.device_get(self._window)
+        window = self.last_window = jax.device_get(self._window)
         self._parts = [name for name in window[-1]["bins"] if name != "loss"]
         now = time.perf_counter()
         seconds = max(self._seconds + now - self._since, 1e-9)

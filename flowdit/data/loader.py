@@ -5,6 +5,7 @@ and decodes a process's share of a batch. Every process computes the same global
 state is the number of the next batch: a run may continue on any number of processes and loader threads.
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,6 +139,20 @@ class Source:
         numbers = {name: values for name, values in batch.items() if values.dtype != object}
         return numbers | self.text.read(indices, records, draws)
 
+    def places(self, indices: Sequence[int], draws: Float64[np.ndarray, " n"]) -> list[tuple[Path, int]]:
+        """File, and number within it, of the records that `read_batch` returns for `indices` and `draws`."""
+        if self.bad_records.limit:
+            indices = [self._stand_in(index, draws[row : row + 1]) for row, index in enumerate(indices)]
+        return [self._files.place(index) for index in indices]
+
+    def _stand_in(self, index: int, draw: Float64[np.ndarray, "1"]) -> int:
+        """The first readable record from `index` on, without counting bad ones."""
+        for i in range(index, index + len(self)):
+            with contextlib.suppress(RecordError):
+                self._read_batch([i % len(self)], draw)
+                return i % len(self)
+        return index
+
     def _refuse_unless_allowed(self, problem: RecordError) -> None:
         if not self.bad_records.limit:
             self.bad_records.add(problem)
@@ -212,15 +227,10 @@ class TrainStream(Iterator[Batch]):
         self._options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
-        def read(number: int, batch: np.ndarray) -> Batch:
-            thread = threading.get_ident()
-            self._reading[thread] = number
-            try:
-                return source.read_batch(batch[rows].tolist(), _draws([seed, number], batch_size)[rows])
-            finally:
-                del self._reading[thread]
-
-        self._dataset = indices.batch(batch_size, drop_remainder=True).map_with_index(read)
+        self._batches = indices.batch(batch_size, drop_remainder=True)
+        self._source = source
+        self._rows = rows
+        self._dataset = self._batches.map_with_index(self._read)
         self.waiting_for: int | None = None
         """The number of the batch that `next` is waiting for."""
         self._reading: dict[int, int] = {}  # batch numbers by thread
@@ -234,6 +244,27 @@ class TrainStream(Iterator[Batch]):
             self.waiting_for = None
         self._next_batch += 1
         return batch
+
+    def _read(self, number: int, batch: np.ndarray) -> Batch:
+        thread = threading.get_ident()
+        self._reading[thread] = number
+        try:
+            return self._source.read_batch(batch[self._rows].tolist(), self._draws(number)[self._rows])
+        finally:
+            del self._reading[thread]
+
+    def _draws(self, number: int) -> Float64[np.ndarray, " batch"]:
+        return _draws([self._identity["seed"], number], self._identity["batch_size"])
+
+    def read(self, number: int) -> Batch:
+        """This process's rows of batch `number`, outside of the stream's order."""
+        batch = self._dataset[number]
+        assert batch is not None  # only filters remove elements
+        return batch
+
+    def places(self, number: int) -> list[tuple[Path, int]]:
+        """File, and number within it, of every record of the global batch `number`."""
+        return self._source.places(np.asarray(self._batches[number]).tolist(), self._draws(number))
 
     def describe_reading(self, number: int) -> str:
         """What is being read at this moment for batch `number`, with files and records, and the numbers of others."""

@@ -7,12 +7,14 @@ the velocity v = dx_t/dt = noise - x_0 (rectified flow, Liu et al. 2023; Esser e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from flowdit.models.observe import collect, observe
 
 VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
@@ -70,13 +72,14 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null: Any, rate: float) ->
 class Prediction(NamedTuple):
     """The network's output for one noised example, and its mean squared velocity error in float32.
 
-    `hidden` holds the tokens after the requested blocks, by depth.
+    `hidden` holds the tokens after the requested blocks, by depth; `observed` the norms of `models.observe`, if any.
     """
 
     x_t: Float[Array, "channels height width"]
     velocity: Float[Array, "channels height width"]
     error: Float[Array, ""]
     hidden: dict[int, Float[Array, "tokens dim"]] = {}
+    observed: Mapping[str, Any] = {}
 
 
 def predict(
@@ -92,8 +95,11 @@ def predict(
     With `depths`, `hidden` holds the tokens after these blocks.
     """
     x_t = interpolate(x_0, noise, t)
-    velocity, hidden = model.run(x_t, t, condition, depths=depths) if depths else (model(x_t, t, condition), {})
-    return Prediction(x_t, velocity, jnp.square(velocity - velocity_target(x_0, noise)).mean(), hidden)
+    with collect() as observed:
+        observe("input", x_t)
+        velocity, hidden = model.run(x_t, t, condition, depths=depths) if depths else (model(x_t, t, condition), {})
+    error = jnp.square(velocity - velocity_target(x_0, noise)).mean()
+    return Prediction(x_t, velocity, error, hidden, observed)
 
 
 def guided_velocity(

@@ -30,12 +30,13 @@ class Parameters(NamedTuple):
 class Losses(NamedTuple):
     """For every example: the total loss, its summands by name (for logging), and the flow time.
 
-    `parts` is empty if the total is the only loss.
+    `parts` is empty if the total is the only loss. `observed` holds the norms of `models.observe`, if any.
     """
 
     total: Float[Array, " batch"]
     parts: dict[str, Float[Array, " batch"]]
     t: Float[Array, " batch"]
+    observed: Mapping[str, Any] = {}
 
 
 @runtime_checkable
@@ -101,7 +102,7 @@ class FlowMatching:
             views = View(batch, drawn.x_0, predicted.x_t, drawn.t, predicted.velocity, predicted.hidden)
             losses = batch_losses(auxiliary, parameters.auxiliary[auxiliary.name], views, step)
             total, parts = total + auxiliary.weight * losses, parts | {auxiliary.name: losses}
-        return Losses(total, {"velocity": predicted.error, **parts} if parts else {}, drawn.t)
+        return Losses(total, {"velocity": predicted.error, **parts} if parts else {}, drawn.t, predicted.observed)
 
     def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:
         """The flow-matching errors at `validation_times`, one time after the other to save memory."""

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flowdit.models.config import DiTConfig
 from flowdit.models.layers import Linear, TimeEmbedding, time_embedding, xavier_linear, zero_linear
+from flowdit.models.observe import observe
 from flowdit.models.trunk import (
     Block,
     BlockInputs,
@@ -62,6 +63,7 @@ class DiT(eqx.Module):
     ) -> Output:
         """Velocity, and the tokens after the blocks `depths`. See `run_blocks` for `depths`, `route` and `key`."""
         condition = self.time_embed(t) + self.class_table[label]
+        observe("condition", condition)
         x, angles = embed_patches(x_t, self.patch_embed, self.settings, self.blocks.attention.head_dim)
         hidden = run_blocks(
             self.blocks,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flowdit.models.attention import attend
+from flowdit.models.observe import observe_logits
 from flowdit.models.positions import rotate
 from flowdit.sharding import ParameterSpec
 
@@ -139,6 +140,7 @@ class SelfAttention(eqx.Module):
         if self.value_mix is not None:
             of_first, of_own = self.value_mix
             mixed = of_first * (value if first_value is None else first_value) + of_own * value
+        observe_logits("self_attention_logit", query, key)
         return self.out(attend(query, key, mixed).reshape(x.shape)), value
 
 
@@ -163,6 +165,7 @@ class CrossAttention(eqx.Module):
         key, value = jnp.split(self.key_value(text).reshape(text.shape[0], 2 * self.num_heads, -1), 2, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        observe_logits("cross_attention_logit", query, key, mask)
         return self.out(attend(query, key, value, mask).reshape(x.shape))
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flowdit.models.config import PixArtConfig
 from flowdit.models.layers import MLP, Linear, TimeEmbedding, normal_linear, time_embedding, xavier_linear, zero_linear
+from flowdit.models.observe import observe
 from flowdit.models.trunk import (
     Block,
     BlockInputs,
@@ -95,8 +96,10 @@ class PixArt(eqx.Module):
     ) -> Output:
         """Velocity, and the tokens after the blocks `depths`. See `run_blocks` for `depths`, `route` and `key`."""
         embedding = self._embed_time_and_size(t, condition)
+        observe("condition", embedding)
         modulation = gather(self.time_block)(jax.nn.silu(embedding)).reshape(6, -1)
         text = self.caption_proj(self._caption(condition))
+        observe("caption_proj", text)
         x, angles = embed_patches(x_t, self.patch_embed, self.settings, self.blocks.attention.head_dim)
         hidden = run_blocks(
             self.blocks,

@@ -27,6 +27,7 @@ from flowdit.models.layers import (
     unpatchify,
     zero_linear,
 )
+from flowdit.models.observe import Observed, collect, note, observe
 from flowdit.models.positions import Positions
 from flowdit.sharding import REPLICATED, ParameterSpec, gather, is_gathering, keep_all_but_gathered
 
@@ -69,11 +70,18 @@ class Block(eqx.Module):
         norm = NORMS[self.norm]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(inputs.modulation)
         attended, value = self.attention(modulate(norm(x), shift_a, scale_a), inputs.angles, first_value)
+        observe("self_attention", attended)
         x = x + gate_a[None] * attended
         if self.cross_attention is not None:
             assert inputs.text is not None and inputs.mask is not None
-            x = x + self.cross_attention(x, inputs.text, inputs.mask)
-        return x + gate_m[None] * self.mlp(modulate(norm(x, self.mlp_norm_eps), shift_m, scale_m)), value
+            attended = self.cross_attention(x, inputs.text, inputs.mask)
+            observe("cross_attention", attended)
+            x = x + attended
+        mixed = self.mlp(modulate(norm(x, self.mlp_norm_eps), shift_m, scale_m))
+        observe("mlp", mixed)
+        x = x + gate_m[None] * mixed
+        observe("tokens", x)
+        return x, value
 
     def _modulation(self, given: Array) -> Float[Array, "6 dim"] | list[Float[Array, " dim"]]:
         if self.table is not None:
@@ -156,17 +164,19 @@ def run_blocks(
     cuts |= {1} if mixes_values else set()
     cuts |= {route.start, route.stop} if route else set()
 
-    hidden, first_value = {}, None
+    hidden, observed, first_value = {}, [], None
     for start, stop in itertools.pairwise(sorted(cuts)):
         part = blocks if (start, stop) == (0, count) else _cut(blocks, start, stop)
         tokens = None
         if route and key is not None and route.start <= start < route.stop:
             tokens = jax.random.permutation(key, x.shape[0])[: route.keep]
         is_first = mixes_values and start == 0
-        x, value = _run_part(part, x, inputs, first_value, tokens, remat=remat, return_value=is_first)
+        x, value, seen = _run_part(part, x, inputs, first_value, tokens, remat=remat, return_value=is_first)
+        observed.append(seen)
         first_value = value if is_first else first_value
         if stop in wanted:
             hidden[stop] = x
+    note("blocks", jax.tree.map(lambda *parts: jnp.concatenate(parts), *observed))
     return Hidden(x, hidden)
 
 
@@ -200,25 +210,29 @@ def _run_part(
     *,
     remat: str,
     return_value: bool,
-) -> tuple[Float[Array, "tokens dim"], Values | None]:
-    """Scan over consecutive blocks, on `tokens` alone where they are given; with `return_value` also the last values."""
+) -> tuple[Float[Array, "tokens dim"], Values | None, Observed]:
+    """Scan over consecutive blocks, on `tokens` alone where they are given; with `return_value` also the last values.
+
+    What was observed has a leading axis over the blocks.
+    """
     whole = x
     if tokens is not None:
         x = x[tokens]
         first_value = None if first_value is None else first_value[tokens]
         inputs = inputs._replace(angles=None if inputs.angles is None else inputs.angles[tokens])
 
-    def body(x: Array, block: Block) -> tuple[Array, Values | None]:
-        x, value = gather(block)(x, inputs, first_value)
-        return x, value if return_value else None
+    def body(x: Array, block: Block) -> tuple[Array, tuple[Values | None, Observed]]:
+        with collect() as observed:
+            x, value = gather(block)(x, inputs, first_value)
+        return x, (value if return_value else None, observed)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     elif is_gathering():
         body = jax.checkpoint(body, policy=keep_all_but_gathered, prevent_cse=False)
-    x, values = jax.lax.scan(body, x, blocks)
+    x, (values, observed) = jax.lax.scan(body, x, blocks)
     x = x if tokens is None else whole.at[tokens].set(x)
-    return x, None if values is None else values[-1]
+    return x, None if values is None else values[-1], observed
 
 
 class TrunkSettings(NamedTuple):
@@ -246,6 +260,7 @@ def embed_patches(
 ) -> tuple[Float[Array, "tokens dim"], Float[Array, "tokens half"] | None]:
     """Patches through `linear` in the dtype of the parameters; their positions are added, or returned as rotary angles."""
     x = linear(patchify(x_t, settings.patch_size).astype(linear.weight.dtype))
+    observe("patch_embed", x)
     height, width = (side // settings.patch_size for side in x_t.shape[1:])
     if settings.positions.kind == "rope":
         return x, jnp.asarray(settings.positions.angles(head_dim, height, width))
@@ -262,4 +277,5 @@ def project_velocity(
     """The final layer: norm, modulation by (shift, scale), and projection to patches of a float32 latent."""
     shift, scale = modulation
     patches = linear(modulate(NORMS[settings.norm](x), shift, scale))
+    observe("final_linear", patches)
     return unpatchify(patches, settings.patch_size, latent_shape).astype(jnp.float32)

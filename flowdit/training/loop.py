@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 
 import jax
+from etils import epath
 
 from flowdit.checkpoint.files import list_steps
 from flowdit.checkpoint.restore import Found
@@ -19,6 +20,7 @@ from flowdit.data.loader import DataSet
 from flowdit.processes import totals
 from flowdit.sharding import prefetch_to_device
 from flowdit.tracking import Progress, Tracker
+from flowdit.training.diagnosis import FOLDER
 from flowdit.training.evaluations import closing
 from flowdit.training.setup import Run, start_run
 from flowdit.training.watchdog import Watchdog
@@ -69,7 +71,11 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                 values = progress.summary(step) | totals(run.conditioning.figures() | bad_records(run.data))
                 tracker.log(step, values)
                 logger.info(progress.line(step, values))
-                check_diverged(values, settings.max_skipped_in_row, writer)
+                if skipped := run.diagnosis.step_to_explain(step, progress.last_window):
+                    number = data_state["next_batch"] - 1 - (step - skipped.step)
+                    with progress.paused(), watchdog.paused(), tracker.warns_only(FOLDER):
+                        run.diagnosis.explain(skipped, state.parameters, number)
+                check_diverged(values, settings.max_skipped_in_row, writer, run.diagnosis.file)
             if is_due(step, settings.save_every) or last or stopping or (due and writer.has_failed()):
                 with progress.paused(), watchdog.paused():
                     tracker.flush()
@@ -123,15 +129,18 @@ def announce(run: Run, start: int, num_steps: int) -> None:
         logger.info("compiling the training step, then steps %d to %d", start + 1, num_steps)
 
 
-def check_diverged(values: dict[str, float], limit: int, writer: CheckpointWriter) -> None:
+def check_diverged(
+    values: dict[str, float], limit: int, writer: CheckpointWriter, explanation: epath.Path | None
+) -> None:
     """Raise `TrainingDiverged` if the last `limit` steps were all skipped; the weights are those before them."""
     if values["train/skipped_in_row"] >= limit:
         # Not saved: restarts that diverge again would remove the earlier checkpoints through `train.keep_last`.
         writer.forget()
         good = writer.last_good() or "none was saved yet"
+        why = "" if explanation is None else f"; see {explanation}"
         raise TrainingDiverged(
             f"train.max_skipped_in_row: the last {int(values['train/skipped_in_row'])} steps had a loss or gradient that "
-            f"was not finite and were skipped (limit {limit}): resume with a lower optim.learning_rate; last good checkpoint: {good}"
+            f"was not finite and were skipped (limit {limit}): resume with a lower optim.learning_rate; last good checkpoint: {good}{why}"
         )
 
 

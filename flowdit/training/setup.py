@@ -31,6 +31,7 @@ from flowdit.optim import Optimizer, make_optimizer
 from flowdit.processes import from_first
 from flowdit.sharding import check_batch_size, init_sharded, make_mesh
 from flowdit.training.agreement import require_one_data_set, require_shared_folder
+from flowdit.training.diagnosis import Diagnosis, make_diagnose
 from flowdit.training.evaluations import Evaluation, make_evaluations
 from flowdit.training.objective import make_objective
 from flowdit.training.resume import prepare_folder, resume, run_folder
@@ -54,6 +55,7 @@ class Run(NamedTuple):
     data: DataSet
     train_step: TrainStep
     image_flops: Callable[[Batch], int]
+    diagnosis: Diagnosis
     evaluations: list[Evaluation]
     meta: RunMeta
     figures: dict[str, float]
@@ -103,6 +105,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
         )
     else:
         state = init_sharded(mesh, build_state, start)
+    diagnose = make_diagnose(objective, config.seed, train.gradient_accum, compute, mesh)
     figures = drift_figures(start, state.model, manifest.latent_shape, train)
     # Without auxiliary losses, as adding or removing one would make the total jump.
     plain = dataclasses.replace(objective, auxiliary=())
@@ -115,6 +118,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
         data=data,
         train_step=_train_step(config, optimizer, objective, compute, mesh),
         image_flops=functools.partial(image_flops, plain, compute, template.parameters),
+        diagnosis=Diagnosis(folder, mesh, stream, conditioning.encode, diagnose),
         evaluations=evaluations,
         meta=meta,
         figures=figures,

@@ -84,6 +84,16 @@ def loss_and_grads(
     return join_micro_batches(losses), grads
 
 
+def example_keys(seed: int, step: Int[Array, ""], batch: Batch) -> Key[Array, " batch"]:
+    """A key for each example of the batch of a step, from the number of steps before it."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(jax.tree.leaves(batch)[0]))
+
+
+def laid_out(mesh: Mesh | None, grads: Parameters) -> Parameters:
+    """Gradients at the owners of their parameters: reduce-scatter instead of all-reduce."""
+    return grads if mesh is None else jax.lax.with_sharding_constraint(grads, parameter_shardings(mesh, grads))
+
+
 def image_flops(objective: Objective, compute: Compute, parameters: Parameters, batch: Batch) -> int:
     """Training FLOPs of one image of `batch`. Parameters may be shapes; nothing is compiled or run."""
 
@@ -118,12 +128,11 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), len(jax.tree.leaves(batch)[0]))
+        keys = example_keys(seed, state.step, batch)
         losses, grads = loss_and_grads(
             objective, state.parameters, batch, keys, step=state.step, gradient_accum=gradient_accum, compute=compute
         )
-        if mesh is not None:  # reduce-scatter to the owners of the parameters instead of all-reduce
-            grads = jax.lax.with_sharding_constraint(grads, parameter_shardings(mesh, grads))
+        grads = laid_out(mesh, grads)
         loss, grad_norm = losses.total.mean(), optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
