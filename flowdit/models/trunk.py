@@ -164,7 +164,8 @@ def run_blocks(
     cuts |= {1} if mixes_values else set()
     cuts |= {route.start, route.stop} if route else set()
 
-    hidden, observed, first_value = {}, [], None
+    hidden, first_value = {}, None
+    observed = []
     for start, stop in itertools.pairwise(sorted(cuts)):
         part = blocks if (start, stop) == (0, count) else _cut(blocks, start, stop)
         tokens = None

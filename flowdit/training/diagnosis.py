@@ -161,22 +161,21 @@ class Diagnosis:
     def explain(self, skipped: Skipped, parameters: Parameters, batch_number: int) -> None:
         """Compute again with `parameters`, write the file and log a line. All processes must call it.
 
-        Problems become a warning; only `OSError`s of the file are raised.
+        Problems become a warning.
         """
         self._explained += 1
         try:
             findings = self._findings(skipped, parameters, batch_number)
-            places = self._stream.places(batch_number) if jax.process_index() == 0 else []
-        except Exception as problem:  # memory, or a disk that has lost the batch: the run goes on
-            logger.warning("step %d was skipped and could not be explained: %s", skipped.step, first_line(problem))
-            return
-        file = self._folder / f"{skipped.step}.json"
-        if jax.process_index() == 0:
-            report = make_report(skipped, findings, [{"file": str(shard), "record": n} for shard, n in places])
-            logger.warning("%s; details: %s", summary(report), file)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(report, indent=1))
-        self.file = file
+            file = self._folder / f"{skipped.step}.json"
+            if jax.process_index() == 0:
+                records = [{"file": str(shard), "record": n} for shard, n in self._stream.places(batch_number)]
+                report = make_report(skipped, findings, records)
+                logger.warning("%s; details: %s", summary(report), file)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(report, indent=1))
+            self.file = file
+        except Exception as problem:  # memory, or a disk or store that is lost: the run goes on
+            logger.warning("step %d was skipped and cannot be explained: %s", skipped.step, first_line(problem))
 
     def _findings(self, skipped: Skipped, parameters: Parameters, batch_number: int) -> Findings:
         rows, problem = None, None
@@ -309,7 +308,8 @@ def _as_json(value: Any) -> Any:
 
 def summary(report: Mapping[str, Any]) -> str:
     """The report in a line: the first value that is not finite, and the worst examples."""
-    first, examples, since = report["first_not_finite"], report["examples"], report["updates_of_the_weights_since"]
+    first, examples = report["first_not_finite"], report["examples"]
+    since = report["updates_of_the_weights_since"]
     later = f" with the weights {since} updates later" if since else ""
     if first is None:
         found = f"a second pass{later} was finite"

@@ -20,7 +20,6 @@ from flowdit.data.loader import DataSet
 from flowdit.processes import totals
 from flowdit.sharding import prefetch_to_device
 from flowdit.tracking import Progress, Tracker
-from flowdit.training.diagnosis import FOLDER
 from flowdit.training.evaluations import closing
 from flowdit.training.setup import Run, start_run
 from flowdit.training.watchdog import Watchdog
@@ -73,7 +72,7 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                 logger.info(progress.line(step, values))
                 if skipped := run.diagnosis.step_to_explain(step, progress.last_window):
                     number = data_state["next_batch"] - 1 - (step - skipped.step)
-                    with progress.paused(), watchdog.paused(), tracker.warns_only(FOLDER):
+                    with progress.paused(), watchdog.paused():
                         run.diagnosis.explain(skipped, state.parameters, number)
                 check_diverged(values, settings.max_skipped_in_row, writer, run.diagnosis.file)
             if is_due(step, settings.save_every) or last or stopping or (due and writer.has_failed()):

@@ -78,12 +78,10 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
     if data.validation is None and train.validate_every:
         logger.info("no validation records: no validation loss")
-    start = None
-    if train.init_from and not list_steps(folder):
-        start = load_start(config, manifest, conditioning, meta, mesh)
+    is_first_start = train.init_from and not list_steps(folder)
+    start = load_start(config, manifest, conditioning, meta, mesh) if is_first_start else None
     resuming = from_first(lambda: prepare_folder(folder, train.is_restore))
     require_shared_folder(folder)
-
     optimizer = make_optimizer(config.optim, train.num_steps)
 
     def build_state(start: Start | None) -> TrainState:
