@@ -247,7 +247,8 @@ class Progress:
         counts all steps of the run so far, including skipped ones. A process's first summary has
         `train/first_step_seconds` instead of rates. `train/mfu` exists if the peak of the devices is known.
         """
-        window = self.last_window = jax.device_get(self._window)
+        window = jax.device_get(self._window)
+        self.last_window = window
         self._parts = [name for name in window[-1]["bins"] if name != "loss"]
         now = time.perf_counter()
         seconds = max(self._seconds + now - self._since, 1e-9)
