@@ -229,7 +229,7 @@ def end_process(status: int) -> None:
 
 def silence_libraries() -> None:
     """Suppress the error logs of libraries, hundreds of lines of tracebacks, which would hide the error line."""
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # Errors of threads, and of callbacks after their loop has ended; our own errors are printed elsewhere.
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
