@@ -42,8 +42,8 @@ class DataConfig:
         text_cache: folder of text features written by `prepare`; null: the text encoder runs in the training loop.
         max_bad_records: damaged records per split that are reported and replaced by the next readable one; one more
             ends the run. Each process counts its own, from its start.
-        stall_timeout: seconds of waiting for a batch after which a warning names the files and records that are being
-            read; repeated after twice the time, and so on; 0: never.
+        stall_timeout: seconds of waiting for a batch, or for a checkpoint to be stored, after which a warning names the
+            files and records that are being read, or the checkpoint; repeated after twice the time, and so on; 0: never.
         local_dir: folder on a local disk for copies of the shards, if `path` or `text_cache` is in an object store
             (`s3://`, `gs://`); null: `flowdit/data` in the user's cache folder, `~/.cache`.
     """

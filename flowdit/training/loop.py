@@ -76,7 +76,7 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                         run.diagnosis.explain(skipped, state.parameters, number)
                 check_diverged(values, settings.max_skipped_in_row, writer, run.diagnosis.file)
             if is_due(step, settings.save_every) or last or stopping or (due and writer.has_failed()):
-                with progress.paused(), watchdog.paused():
+                with progress.paused(), watchdog.paused(f"saving step {step} in {run.folder}"):
                     tracker.flush()
                     writer.save(wait=last or stopping)
             if stopping:

@@ -66,47 +66,49 @@ class StepClock:
             self.restart()
         return self.limit is not None and self.seconds > self.limit
 
-    def restart(self) -> None:
+    def restart(self, finished: int | None = None) -> None:
+        """Count from now on; steps that have `finished` in a pause are not timed."""
         self.seconds = 0.0
+        self._finished = self._finished if finished is None else finished
 
 
 class StallClock:
-    """Counts the seconds that the loop waits for a batch, and warns. `timeout` is `data.stall_timeout`."""
+    """Counts the seconds that the main thread waits for one thing, and warns. `timeout` is `data.stall_timeout`."""
 
-    def __init__(self, timeout: float, stream: TrainStream):
+    def __init__(self, timeout: float):
         self._timeout = timeout
-        self._stream = stream
-        self._number: int | None = None
-        self._start(None)
+        self._thing: str | None = None
+        self._seconds, self._next_warning = 0.0, timeout
 
-    def _start(self, number: int | None) -> None:
-        self._number = number
-        self._seconds, self._next_warning = 0.0, self._timeout
+    def tick(self, elapsed: float, thing: str | None, details: Callable[[], str] = str) -> None:
+        """Note that the main thread waits for `thing`, or for nothing.
 
-    def tick(self, elapsed: float) -> None:
-        """Warn after the time-out, twice the time-out, and so on; and once the batch is there."""
+        Warns after the time-out, twice the time-out, and so on; and once the wait is over.
+        """
         self._seconds += elapsed
-        number = self._stream.waiting_for
-        if number != self._number:
+        if thing != self._thing:
             if self._next_warning > self._timeout:
-                logger.warning("batch %d came after %.0f s", self._number, self._seconds)
-            self._start(number)
-        elif number is not None and self._timeout and self._seconds >= self._next_warning:
-            reading = self._stream.describe_reading(number)
-            logger.warning("waiting for batch %d for %.0f s (data.stall_timeout): %s", number, self._seconds, reading)
+                logger.warning("%s: over after %.0f s", self._thing, self._seconds)
+            self._thing = thing
+            self._seconds, self._next_warning = 0.0, self._timeout
+        elif thing is not None and self._timeout and self._seconds >= self._next_warning:
+            more = f": {text}" if (text := details()) else ""
+            logger.warning("%s for %.0f s (data.stall_timeout)%s", thing, self._seconds, more)
             self._next_warning *= 2
 
 
 class Watchdog:
-    """As a context manager around the loop, the thread with both clocks. Without time-outs it does nothing."""
+    """As a context manager around the loop, the thread with the clocks. Without time-outs it does nothing."""
 
     def __init__(self, step_timeout: float | None, stall_timeout: float, stream: TrainStream, folder: epath.Path):
         self._steps = StepClock(step_timeout)
-        self._stall = StallClock(stall_timeout, stream)
+        self._stream = stream
+        self._batches, self._saves = StallClock(stall_timeout), StallClock(stall_timeout)
         self._folder = folder
         self._running: collections.deque[Any] = collections.deque()
         self._first, self._finished = 0, 0
-        self._paused = False
+        self._is_paused = False
+        self._storing: str | None = None
         self._ended = threading.Event()
         self._tick_seconds = min([1.0, *(seconds / 10 for seconds in (step_timeout, stall_timeout) if seconds)])
         self._is_on = step_timeout != 0 or stall_timeout > 0
@@ -124,15 +126,18 @@ class Watchdog:
             self._finished += 1
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time within as that of a step. All steps must have finished."""
+    def paused(self, storing: str | None = None) -> Iterator[None]:
+        """Do not count the time within as that of a step. All steps must have finished.
+
+        `storing` says what is being stored, for a warning if the storage stalls.
+        """
         self._finished += len(self._running)
         self._running.clear()
-        self._paused = True
+        self._is_paused, self._storing = True, storing
         try:
             yield
         finally:
-            self._paused = False
+            self._is_paused, self._storing = False, None
 
     def __enter__(self) -> Watchdog:
         self._watched = threading.get_ident()
@@ -152,12 +157,18 @@ class Watchdog:
             now = time.monotonic()
             # While the whole process is stopped (Ctrl-Z), this thread is too, and nothing is to be counted.
             elapsed, before = min(now - before, 2 * self._tick_seconds), now
-            self._stall.tick(elapsed)
-            if self._paused:
-                self._steps.restart()
+            self._tick_stalls(elapsed)
+            if self._is_paused:
+                self._steps.restart(self._finished)
             elif self._steps.tick(elapsed, self._finished):
                 self._expire()
                 return
+
+    def _tick_stalls(self, elapsed: float) -> None:
+        number = self._stream.waiting_for
+        thing = None if number is None else f"waiting for batch {number}"
+        self._batches.tick(elapsed, thing, lambda: self._stream.describe_reading(number))
+        self._saves.tick(elapsed, self._storing)
 
     def _expire(self) -> None:
         """End the process, after saying where its threads are; a disk or console that hangs may be the cause."""
@@ -171,7 +182,8 @@ class Watchdog:
             file = self._folder / FOLDER / f"{last}-process{jax.process_index()}.txt"
             if _within(5.0, lambda: _write(file, f"{line}\n\n{_tracebacks(stacks)}")):
                 line += f"; tracebacks of all threads: {file}"
-            _within(5.0, lambda: os.write(2, f"error: {line}\n".encode()))
+            number = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+            _within(5.0, lambda: os.write(2, f"error: {number}{line}\n".encode()))
             _within(5.0, lambda: leaving.tell_others(line, LOST))
         finally:
             os._exit(LOST)
@@ -180,10 +192,9 @@ class Watchdog:
         package = os.path.dirname(flowdit.__file__)
         own = next((place for place in stack if place.startswith(package)), None)
         places = " -> ".join(dict.fromkeys([*filter(None, [own]), *stack[:1]])) or "unknown"
-        process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
         last = self._first + self._finished - 1
         return (
-            f"{process}mesh.step_timeout: no step has finished for {self._steps.seconds:.0f} s after step {last} "
+            f"mesh.step_timeout: no step has finished for {self._steps.seconds:.0f} s after step {last} "
             f"(limit {self._steps.limit:.0f} s); the main thread was in {places}"
         )
 

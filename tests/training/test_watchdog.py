@@ -12,7 +12,6 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from runs import error_line, finish, start, train_here
 from test_processes import settings
 
-from flowdit.data.loader import TrainStream
 from flowdit.tracking import Progress, Report
 from flowdit.training import setup, watchdog
 from flowdit.training.evaluations import Evaluation
@@ -49,27 +48,23 @@ def test_many_steps_between_two_looks_share_the_time():
     assert expired_after(clock, 4000) == watchdog.LEAST_SECONDS + 1
 
 
-class FakeStream(TrainStream):
-    waiting_for: int | None = None
-
-    def __init__(self):
-        pass
-
-    def describe_reading(self, number):
-        return f"reading {number}"
-
-
 def test_a_stall_is_reported_at_growing_intervals_and_its_end_once(messages):
-    stream = FakeStream()
-    clock = StallClock(10.0, stream)
-    for waiting in (0, None, *[1] * 100, 2, 2, None):
-        stream.waiting_for = waiting
-        clock.tick(1.0)
-    waits = [re.sub(r" \(data.stall_timeout\)", "", line) for line in messages()]
-    assert waits == [
-        *(f"waiting for batch 1 for {n} s: reading 1" for n in (10, 20, 40, 80)),
-        "batch 1 came after 100 s",
+    clock = StallClock(10.0)
+    for number in (0, None, *[1] * 100, 2, 2, None):
+        clock.tick(1.0, None if number is None else f"waiting for batch {number}", lambda: "its files")
+    assert messages() == [
+        *(f"waiting for batch 1 for {n} s (data.stall_timeout): its files" for n in (10, 20, 40, 80)),
+        "waiting for batch 1: over after 100 s",
     ]
+
+
+def test_steps_that_finish_in_pauses_are_not_timed():
+    """With a save after every step, the first look at the clock after it would time the step with a second."""
+    clock = StepClock(None)
+    for step in range(1, 10):
+        assert not any(clock.tick(1.0, step - 1) for _ in range(299))
+        clock.restart(step)  # in the pause
+    assert expired_after(clock, 9) is None
 
 
 @pytest.fixture
@@ -152,7 +147,7 @@ def test_a_stalled_read_is_named_with_file_and_records(tiny_data, tmp_path, monk
     for line in lines[:2]:
         assert line.startswith("warning: waiting for batch 0 for ")
         assert f"{tiny_data}/train-0.array_record records {min(stalled)}, " in line
-    assert lines[2].startswith("warning: batch 0 came after ")
+    assert lines[2].startswith("warning: waiting for batch 0: over after ")
 
 
 @pytest.mark.parametrize(
