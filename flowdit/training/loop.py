@@ -74,7 +74,8 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                     number = data_state["next_batch"] - 1 - (step - skipped.step)
                     with progress.paused(), watchdog.paused():
                         run.diagnosis.explain(skipped, state.parameters, number)
-                check_diverged(values, settings.max_skipped_in_row, writer, run.diagnosis.file)
+                with watchdog.paused():  # it waits for the last save
+                    check_diverged(values, settings.max_skipped_in_row, writer, run.diagnosis.file)
             if is_due(step, settings.save_every) or last or stopping or (due and writer.has_failed()):
                 with progress.paused(), watchdog.paused(f"saving step {step} in {run.folder}"):
                     tracker.flush()
@@ -139,7 +140,8 @@ def check_diverged(
         why = "" if explanation is None else f"; see {explanation}"
         raise TrainingDiverged(
             f"train.max_skipped_in_row: the last {int(values['train/skipped_in_row'])} steps had a loss or gradient that "
-            f"was not finite and were skipped (limit {limit}): resume with a lower optim.learning_rate; last good checkpoint: {good}{why}"
+            f"was not finite and were skipped (limit {limit}): resume with a lower optim.learning_rate; last good "
+            f"checkpoint: {good}{why}"
         )
 
 

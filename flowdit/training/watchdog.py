@@ -166,8 +166,11 @@ class Watchdog:
 
     def _tick_stalls(self, elapsed: float) -> None:
         number = self._stream.waiting_for
-        thing = None if number is None else f"waiting for batch {number}"
-        self._batches.tick(elapsed, thing, lambda: self._stream.describe_reading(number))
+        if number is None:
+            self._batches.tick(elapsed, None)
+        else:
+            reading = functools.partial(self._stream.describe_reading, number)
+            self._batches.tick(elapsed, f"waiting for batch {number}", reading)
         self._saves.tick(elapsed, self._storing)
 
     def _expire(self) -> None:

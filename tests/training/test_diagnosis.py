@@ -25,7 +25,8 @@ from flowdit.models.compute import FLOAT32, Compute
 from flowdit.models.dit import DiT, build_dit
 from flowdit.optim import OptimConfig, make_optimizer
 from flowdit.sharding import MeshConfig, init_sharded, make_mesh, shard_batch
-from flowdit.training.diagnosis import Diagnosis, Findings, Skipped, make_diagnose, make_report, summary
+from flowdit.training.diagnosis import Diagnosis, make_diagnose
+from flowdit.training.skipped_report import Findings, Skipped, make_report, summary
 from flowdit.training.step import init_state, make_train_step
 
 SKIPPED = Skipped(step=5, loss=float("nan"), grad_norm=float("nan"), updates_since=0)
