@@ -22,6 +22,8 @@ BENCHMARKS = (
     "convert",
     "restart",
 )
+LONG = ("long_run", "million")
+"""Only by name: they take minutes to hours, and gigabytes."""
 PACKAGES = ("jax", "jaxlib", "torch", "diffusers", "numpy", "grain", "array-record", "orbax-checkpoint")
 
 
@@ -34,10 +36,15 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"one of {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"one of {', '.join(BENCHMARKS + LONG)} (default: all but {', '.join(LONG)})",
+    )
     names = parser.parse_args().names or BENCHMARKS
-    if unknown := sorted(set(names) - set(BENCHMARKS)):
-        parser.error(f"name: must be one of {', '.join(BENCHMARKS)}, got {unknown[0]!r}")
+    if unknown := sorted(set(names) - {*BENCHMARKS, *LONG}):
+        parser.error(f"name: must be one of {', '.join(BENCHMARKS + LONG)}, got {unknown[0]!r}")
     print(f"Machine: {machine()}", flush=True)
     for name in names:
         start = time.perf_counter()

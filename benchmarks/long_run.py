@@ -33,7 +33,7 @@ SETTINGS = (
 Sample = dict[str, int]
 
 
-def usage(pid: int) -> Sample:
+def usage(pid: int | str = "self") -> Sample:
     """Resident memory in kB, open descriptors and threads of a process (Linux)."""
     status = Path(f"/proc/{pid}/status").read_text()
     resident = next(line for line in status.splitlines() if line.startswith("VmRSS:"))

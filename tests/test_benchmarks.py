@@ -5,11 +5,11 @@ import importlib
 import jax
 import pytest
 
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS, LONG
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", BENCHMARKS + LONG)
 def test_every_benchmark_can_be_imported(name):
     if name in ("parts", "train_step"):
         pytest.importorskip("torch", reason="needs torch")  # they compare with diffusers' class

@@ -1,8 +1,10 @@
 """Random access to the records of several ArrayRecord files; errors name file and record."""
 
 import bisect
+import contextlib
 import itertools
 import os
+import resource
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,7 @@ class RecordFiles:
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], check: Callable[[Mapping[str, Any]], None]):
         self._paths, self._check = paths, check
         self._ends = list(itertools.accumulate(counts))
+        _allow_open_files(len(paths))
         files = [_FileInstruction(os.fspath(path), 0, n, n) for path, n in zip(paths, counts, strict=True)]
         self._records = ArrayRecordDataSource(files)
 
@@ -98,6 +101,16 @@ _BEING_READ: dict[int, tuple[RecordFiles, Sequence[int]]] = {}
 def being_read() -> dict[int, str]:
     """Files and record numbers that the threads of this process are reading at this moment, by thread identifier."""
     return {thread: files.describe(indices) for thread, (files, indices) in _BEING_READ.copy().items()}
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files, often 1,024: all shards stay open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count
+    if soft != resource.RLIM_INFINITY:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):  # reading the shard says which file cannot be opened
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 class BadRecords:

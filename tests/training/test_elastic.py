@@ -7,7 +7,9 @@ import pytest
 from layouts import ORDER, Layout, assert_every_record_once, recorded, task, train_on
 from runs import NUM_STEPS, metrics, steps_of
 
-ONE, TWO, FOUR = Layout(1, 4), Layout(2, 2), Layout(4, 1)
+ONE = Layout(1, 4)
+TWO = Layout(2, 2)
+FOUR = Layout(4, 1)
 FSDP = ("mesh.fsdp=4",)
 OTHER_LOADER = ("data.num_threads=1", "data.prefetch=1")
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
