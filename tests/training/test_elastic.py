@@ -72,16 +72,14 @@ TEN_STEPS = ("train.num_steps=10", "train.save_every=0")
 @pytest.mark.parametrize("layout", [TWO, FOUR], ids=["2 processes", "4 processes"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_ten_steps_have_the_losses_of_one_process(tiny_data, tmp_path, stage, layout):
-    (tmp_path / "runs").mkdir()
-    names = {name: tmp_path / "runs" / name.replace(" ", "_") for name in MESHES}
-    tasks = [task(stage, tiny_data, names[name], *TEN_STEPS, *mesh) for name, mesh in MESHES.items()]
-    finished = train_on(layout, *tasks)
-    assert [process.status for process in finished] == [0] * layout.processes, finished[0].err
     alone = tmp_path / "alone"
     assert [process.status for process in train_on(Layout(1, 1), task(stage, tiny_data, alone, *TEN_STEPS))] == [0]
     expected = metrics(alone, "train/loss")
     assert sorted(expected) == list(range(1, 11))
-    for name, run in names.items():
+    for name, mesh in MESHES.items():
+        run = tmp_path / name.replace(" ", "_")
+        finished = train_on(layout, task(stage, tiny_data, run, *TEN_STEPS, *mesh))
+        assert [process.status for process in finished] == [0] * layout.processes, finished[0].err
         losses = metrics(run, "train/loss")
         assert losses.keys() == expected.keys()
         np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5, err_msg=name)
