@@ -193,6 +193,7 @@ def poisoned_data(tmp_path_factory):
 
 def explained(data: Path, run: Path, out: str) -> dict[str, Any]:
     """The only explanation of a run on `poisoned_data`, which must be right and in its output."""
+    assert (run / "skipped").is_dir(), out
     (file,) = (run / "skipped").iterdir()
     report = json.loads(file.read_text())
     step = int(file.stem)
