@@ -125,11 +125,14 @@ def test_sigterm_to_one_process_saves_on_all(tiny_data, tmp_path, receiver, stag
     assert list(metrics(run, "train/loss"))[-1] == last
 
 
-def test_a_missing_process_is_one_line(tiny_data, tmp_path):
-    with processes(tiny_data, tmp_path / "run", ["mesh.init_timeout=1", "mesh.num_processes=2"]) as (alone,):
-        finished = finish(alone)
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_missing_process_is_one_line(tiny_data, tmp_path, number):
+    alone = ["mesh.init_timeout=1", "mesh.num_processes=2", f"mesh.process_id={number}"]
+    with processes(tiny_data, tmp_path / "run", alone) as (process,):
+        finished = finish(process)
     assert finished.status == 2
-    assert re.fullmatch(r"error: mesh.init_timeout: .* process 0 of 2 at \S+, after 1 s: .*\n", finished.err)
+    line = rf"error: mesh.init_timeout: .* process {number} of 2 at \S+, after 1 s: .*\n"
+    assert re.fullmatch(line, finished.err), finished.err
     assert not (tmp_path / "run").exists()
 
 
