@@ -1,7 +1,4 @@
-"""The processes of a run: joining them, broadcasting decisions of the first one, and gathering values.
-
-Built on JAX: `jax.distributed` joins the processes, and they communicate by collectives over all devices.
-"""
+"""Decisions of the first process for all, and values of all processes, by collectives over all devices."""
 
 from __future__ import annotations
 
@@ -39,21 +36,26 @@ def from_first(decide: Callable[[], Any]) -> Any:
 
 
 def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
-    content = _to_bytes(answer)
+    content = json.dumps(answer)
     # All processes need the same shape, which only the first one knows.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    padded = np.resize(content, size)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(_padded(content, size))).tobytes())
 
 
 def gather(value: Any) -> list[Any]:
     """The values of all processes, in order, on all processes. They must be JSON. All processes must call it."""
     if jax.process_count() == 1:
         return [value]
-    content = _to_bytes(value)
-    sizes = multihost_utils.process_allgather(np.int32(len(content)))
-    rows = multihost_utils.process_allgather(np.resize(content, sizes.max()))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    content = json.dumps(value)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
+    rows = np.asarray(multihost_utils.process_allgather(_padded(content, int(sizes.max()))))
+    return [json.loads(row.tobytes()) for row in rows]
+
+
+def _padded(content: str, size: int) -> np.ndarray:
+    """ASCII text followed by spaces, `size` bytes or more: rounded up, as a collective is compiled for every shape."""
+    rounded = max(1024, 1 << (size - 1).bit_length())
+    return np.frombuffer(content.encode().ljust(rounded)[:rounded], np.uint8)
 
 
 def require_equal(values: Mapping[str, Any]) -> None:
@@ -74,10 +76,6 @@ def totals(counts: Mapping[str, int]) -> dict[str, int]:
     """Counts by name, summed over all processes; a name may be missing in some. All processes must call it."""
     every = gather(dict(counts))
     return {name: sum(some.get(name, 0) for some in every) for name in dict.fromkeys(itertools.chain(*every))}
-
-
-def _to_bytes(value: Any) -> np.ndarray:
-    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def own_share(sizes: Mapping[str, int]) -> list[str]:
