@@ -33,8 +33,9 @@ if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
   devices=("mesh.devices_per_process=$((SLURM_GPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))")
 fi
 
-# Each process ends by itself when another one is lost, so Slurm need not kill it, and the status stays 75.
-srun --kill-on-bad-exit=0 --wait=120 --label \
+# Each process ends by itself when another one is lost, so Slurm need not kill it, and the status stays 75. In Slurm
+# 22.05 and 23.02 srun does not take --cpus-per-task from the job.
+srun --kill-on-bad-exit=0 --wait=120 --label --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   "${RUN[@]}" train.is_restore=null train.requeue=true "${devices[@]}" "$@"
 status=$?
 

@@ -6,8 +6,9 @@
 #   launch/tpu_pod.sh delete   # delete the slice
 # Edit the lines below. Interrupting this script stops nothing: the hosts go on by themselves, and the script may be
 # started again at any time. On each host the run is the systemd unit `flowdit`, which starts it again after status 75
-# and after a kill; other errors are final.
+# and after a kill; other errors are final. After the reboot of a host this script starts all again.
 set -eu
+cd "$(dirname "$0")/.."
 NAME=${NAME:-flowdit}
 PROJECT=${PROJECT:-my-project}
 ZONE=${ZONE:-us-west4-a}
@@ -27,29 +28,55 @@ RUN=(
 
 tpus() { gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"; }
 on_hosts() { tpus tpu-vm ssh "$NAME" --worker="$1" --command="$2"; }
-state() { tpus queued-resources describe "$NAME" --format="value(state.state)" 2>/dev/null || echo NONE; }
-unit() { # its state and exit status on the first host
-  local show="systemctl show flowdit --value --property"
-  on_hosts 0 "echo \$($show=ActiveState) \$($show=ExecMainStatus)" || echo unreachable
+state() { # of the slice; NONE if there is none, nothing if gcloud cannot tell
+  local problem
+  {
+    problem=$(tpus queued-resources describe "$NAME" --format="value(state.state)" 2>&1 >&3) || case $problem in
+      *NOT_FOUND*) echo NONE ;;
+      *) echo "$problem" >&2 ;;
+    esac
+  } 3>&1
 }
-
 create() {
   # shellcheck disable=SC2086
   tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$VERSION" \
-    $CAPACITY
+    $CAPACITY || echo "no slice was created; again in $POLL s" >&2
 }
 delete() { tpus queued-resources delete "$NAME" --force --quiet; }
 
-start() { # has no effect where the unit is running
-  local command
+units() { # on each host "unit", its state and the exit status; it is dead before the first start and after a reboot
+  local show="systemctl show flowdit --value --property"
+  on_hosts all "echo unit \$($show=SubState) \$($show=ExecMainStatus)"
+}
+start() { # on all hosts; those that are running are stopped with a save, so that all have the same files
+  local command uv=.local/bin/uv # which brings Python 3.12; the hosts may have an older one
   command=$(printf '%q ' "${RUN[@]}" train.is_restore=null train.requeue=true)
-  on_hosts all "mkdir -p flowdit-source && python3 -m venv venv && sudo systemctl reset-failed flowdit || true" &&
+  on_hosts all "{ sudo systemctl stop flowdit; sudo systemctl reset-failed flowdit; } 2>/dev/null; \
+rm -rf flowdit-source; mkdir flowdit-source && curl -LsSf https://astral.sh/uv/install.sh | sh && \
+$uv venv --quiet --allow-existing --python 3.12 venv" &&
     tpus tpu-vm scp --recurse --worker=all flowdit pyproject.toml README.md LICENSE "$NAME:flowdit-source/" &&
-    on_hosts all "venv/bin/pip install --quiet './flowdit-source[tpu,gcs]'" &&
-    on_hosts all "systemctl is-active --quiet flowdit || sudo systemd-run --unit=flowdit --uid=\$(id -u) \
---working-directory=\$HOME --setenv=PATH=\$HOME/venv/bin:\$PATH --setenv=HOME=\$HOME \
---setenv=JAX_COMPILATION_CACHE_DIR=\$HOME/jax-cache --property=Restart=on-failure --property=RestartSec=10 \
---property='RestartPreventExitStatus=1 2' --property=StartLimitIntervalSec=0 --property=TimeoutStopSec=600 $command"
+    on_hosts all "$uv pip install --quiet --reinstall-package flowdit --python venv/bin/python \
+'./flowdit-source[tpu,gcs]'" &&
+    on_hosts all "sudo systemd-run --unit=flowdit --remain-after-exit --uid=\$(id -u) --working-directory=\$HOME \
+--setenv=PATH=\$HOME/venv/bin:\$PATH --setenv=HOME=\$HOME --setenv=JAX_COMPILATION_CACHE_DIR=\$HOME/jax-cache \
+--property=Restart=on-failure --property=RestartSec=10 --property='RestartPreventExitStatus=1 2' \
+--property=StartLimitIntervalSec=0 --property=TimeoutStopSec=600 \$HOME/venv/bin/$command"
+}
+watch() { # start the units where it is needed; exit when they have ended
+  local answer
+  answer=$(units) || return 0 # unreachable: again at the next poll
+  if [[ $answer == *"unit dead"* || ($answer == *"unit failed"* && -z $started) ]]; then
+    if start; then started=1; fi
+    return
+  fi
+  started=1
+  if [[ $answer =~ unit\ failed\ ([0-9]+) ]]; then
+    echo "the run has ended with status ${BASH_REMATCH[1]}; launch/tpu_pod.sh delete removes the slice"
+    exit "${BASH_REMATCH[1]}"
+  elif [[ $answer == *"unit exited"* && ${answer//unit exited/} != *unit* ]]; then
+    echo "the run is complete; launch/tpu_pod.sh delete removes the slice"
+    exit 0
+  fi
 }
 
 case ${1:-run} in
@@ -66,19 +93,9 @@ case ${1:-run} in
           ;;
         SUSPENDED | FAILED) # preempted: a slice cannot be used again
           started=""
-          delete
+          delete || echo "the slice was not deleted; again in $POLL s" >&2
           ;;
-        ACTIVE)
-          if [[ -z $started ]]; then
-            if start; then started=1; fi
-          else
-            read -r active status < <(unit)
-            if [[ $active == inactive || $active == failed ]]; then
-              echo "the run has ended with status $status; launch/tpu_pod.sh delete removes the slice"
-              exit "$status"
-            fi
-          fi
-          ;;
+        ACTIVE) watch ;;
       esac
       sleep "$POLL"
     done

@@ -202,11 +202,28 @@ def test_a_command_is_started_again_after_75_and_kills_alone(tmp_path, statuses,
     assert (ended.returncode, ended.stdout.count("run with")) == (final, runs)
 
 
+def test_a_command_is_not_started_again_after_a_signal_in_the_pause(tmp_path):
+    file, again = tmp_path / "pid", shlex.quote(str(LAUNCH / "again.sh"))
+    script = f"exec {again} bash -c 'echo $$ >$PID_FILE; echo run; exit 75' 2>&1"
+    environment = {"PAUSE": "1", "PID_FILE": str(file), "MAX_RESTARTS": "1"}
+    ended = start_script(tmp_path, "bash", "-c", script, stop_at="again.sh: status 75", **environment)
+    assert ended.returncode == 75 and ended.stdout.count("run\n") == 1 and "kill" not in ended.stdout
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(("status", "final"), [("0", 0), ("75", 75), ("KILL", 75), ("143", 75), ("2", 2), ("1", 1)])
+def test_skypilot_sees_75_after_a_kill(tmp_path, status, final):
+    (tmp_path / "statuses").write_text(status)
+    script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"].replace("~/venv/bin", str(tmp_path / "bin"))
+    assert start_script(tmp_path, "bash", "-c", script).returncode == final
+
+
 # Starts the tasks of a job step as Slurm does, on this machine, and returns the highest of their statuses. With
 # SIGNAL_AT, the beginning of a line, all get SIGTERM after it, as before the time limit of the job.
 SRUN = """
 import os, signal, subprocess, sys
 command = sys.argv[1:]
+assert "--cpus-per-task=" + os.environ["SLURM_CPUS_PER_TASK"] in command
 while command[0].startswith("--"):
     del command[0]
 count = int(os.environ["SLURM_NTASKS"])
@@ -241,6 +258,7 @@ def sbatch(tmp_path: Path, *settings: str, run: str = "flowdit", tasks: int = 1,
     while not starts or queued.exists():
         queued.unlink(missing_ok=True)
         job = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": str(tasks), "SLURM_RESTART_COUNT": str(len(starts))}
+        job |= {"SLURM_CPUS_PER_TASK": "8"}
         starts.append(start_script(tmp_path, "bash", script, *settings, **job, REQUEUED=str(queued), **environment))
         environment.pop("SIGNAL_AT", None)
     return starts
@@ -260,42 +278,70 @@ def test_slurm_does_not_queue_a_job_without_end(tmp_path):
     assert len(sbatch(tmp_path, MAX_RESTARTS="2")) == 3
 
 
-# Answers as gcloud: the first slice is preempted after it has started, the second one completes the run.
+# Answers as gcloud: with the next of the answers to the kind of call; one that begins with ERROR is a failure.
 GCLOUD = """
-import os, pathlib, sys
-folder = pathlib.Path(os.environ["STATE"])
-with open(folder / "calls", "a") as calls:
-    print(*sys.argv[1:], file=calls)
-line, created = " ".join(sys.argv[1:]), folder / "created"
-count = len(created.read_text()) if created.exists() else 0
-exists, polls = folder / "exists", folder / "polls"
-if "queued-resources create" in line:
-    created.write_text("x" * (count + 1))
-    exists.touch()
-    polls.write_text("")
-elif "queued-resources delete" in line:
-    exists.unlink()
-elif "queued-resources describe" in line:
-    if not exists.exists():
-        sys.exit(1)
-    polls.write_text(polls.read_text() + "x")
-    seen = len(polls.read_text())
-    print("WAITING_FOR_RESOURCES" if seen == 1 else "SUSPENDED" if count == 1 and seen > 3 else "ACTIVE")
-elif "ExecMainStatus" in line:
-    print("inactive 0" if count == 2 else "active 0")
+import json, os, re, sys
+path, line = os.environ["ANSWERS"], " ".join(sys.argv[1:])
+(kind,) = re.findall("describe|create|delete|scp|uv venv|uv pip|systemd-run|ExecMainStatus", line)[:1]
+answers = json.load(open(path))
+answers["calls"].append([kind, line])
+answer = answers[kind].pop(0) if answers.get(kind) else ""
+json.dump(answers, open(path, "w"))
+sys.exit(answer) if answer.startswith("ERROR") else print(answer)
 """
+STARTING = ["uv venv", "scp", "uv pip", "systemd-run"]
+
+
+def run_tpu_pod(tmp_path: Path, *units: str, **answers: list[str]) -> tuple[subprocess.CompletedProcess, dict, list]:
+    """Run tpu_pod.sh with these answers, `units` to the question for the units; its calls by kind, and their order."""
+    install(tmp_path / "bin", "gcloud", GCLOUD)
+    path = tmp_path / "answers"
+    states = {"describe": ["ACTIVE"] * len(units)}
+    path.write_text(json.dumps({"calls": [], "ExecMainStatus": units} | states | answers))
+    ended = start_script(tmp_path, LAUNCH / "tpu_pod.sh", ANSWERS=str(path), POLL="0")
+    calls = json.loads(path.read_text())["calls"]
+    return ended, dict(calls), [kind for kind, _ in calls if kind not in ("describe", "ExecMainStatus")]
+
+
+DEAD, RUNNING, COMPLETE = (
+    "unit dead 0\nunit dead 0",
+    "unit running 0\nunit auto-restart 75",
+    "unit exited 0\nunit exited 0",
+)
 
 
 def test_a_preempted_slice_is_made_again(tmp_path):
-    install(tmp_path / "bin", "gcloud", GCLOUD)
-    ended = start_script(tmp_path, LAUNCH / "tpu_pod.sh", STATE=str(tmp_path), POLL="0")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    calls = (tmp_path / "calls").read_text().splitlines()
-    steps = [re.search(r"(create|delete|scp|systemd-run|ExecMainStatus)", call) for call in calls]
-    starting = ["create", "scp", "systemd-run", "ExecMainStatus"]
-    assert [step[1] for step in steps if step] == [*starting, "delete", *starting]
-    (command, _) = (call.partition("TimeoutStopSec=600 ")[2] for call in calls if "systemd-run" in call)
-    assert command.startswith("flowdit train-stage1 ") and "train.requeue=true" in command
+    states = ["ERROR: NOT_FOUND: was not found", "WAITING_FOR_RESOURCES", *["ACTIVE"] * 3, "SUSPENDED", "DELETING"]
+    states += ["ERROR: NOT_FOUND: was not found", *["ACTIVE"] * 2]
+    ended, last, calls = run_tpu_pod(tmp_path, DEAD, RUNNING, RUNNING, DEAD, COMPLETE, describe=states)
+    assert (ended.returncode, ended.stderr) == (0, "") and "the run is complete" in ended.stdout
+    assert calls == ["create", *STARTING, "delete", "create", *STARTING]
+    command = last["systemd-run"].partition("TimeoutStopSec=600 ")[2]
+    assert command.startswith("$HOME/venv/bin/flowdit train-stage1 ") and "train.requeue=true" in command
+
+
+def test_an_answer_of_gcloud_that_is_an_error_changes_nothing(tmp_path):
+    states = ["ERROR: UNAVAILABLE", *["ERROR: NOT_FOUND"] * 2, *["SUSPENDED"] * 2, "ERROR: NOT_FOUND", *["ACTIVE"] * 4]
+    failing = {"create": ["ERROR: quota", ""], "delete": ["ERROR: UNAVAILABLE"], "scp": ["ERROR: no host"]}
+    ended, _, calls = run_tpu_pod(tmp_path, DEAD, DEAD, "ERROR: no host", COMPLETE, describe=states, **failing)
+    assert ended.returncode == 0
+    assert calls == ["create", "create", "delete", "delete", "create", *STARTING[:2], *STARTING]
+    for line in ("ERROR: UNAVAILABLE", "no slice was created; again", "the slice was not deleted; again"):
+        assert line in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("units", "status", "starts"),
+    [
+        ([RUNNING, COMPLETE], 0, 0),  # the script is started again: nothing is installed beside running processes
+        ([DEAD, RUNNING, "unit dead 0\nunit running 0", RUNNING, COMPLETE], 0, 2),  # the first host was booted
+        ([DEAD, "", "unit running 0\nunit failed 2"], 2, 1),
+        (["unit failed 2\nunit failed 2", RUNNING, "unit failed 75\nunit failed 75"], 75, 1),
+    ],
+)
+def test_the_units_are_started_where_they_are_not_known(tmp_path, units, status, starts):
+    ended, _, calls = run_tpu_pod(tmp_path, *units)
+    assert (ended.returncode, ended.stderr) == (status, "") and calls == STARTING * starts
 
 
 def tiny(data: Path, run: str, steps: int) -> str:
@@ -333,7 +379,7 @@ def test_mpirun_starts_processes_that_stop_with_a_save_and_go_on(tiny_data, tmp_
     assert first.returncode == 75 and "stopped by signal" in first.stdout, first.stderr
     second = start_script(tmp_path, "bash", script, kill_at="step 2", **environment)
     assert second.returncode == 0 and "again.sh: status " in second.stderr, second.stderr
-    assert steps_of(tmp_path / "run")[-1] == 300
+    assert steps_of(tmp_path / "run")[-1] == 300 and not (tmp_path / "pid").exists()
 
 
 @pytest.mark.slow
