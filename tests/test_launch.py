@@ -303,11 +303,9 @@ def run_tpu_pod(tmp_path: Path, *units: str, **answers: list[str]) -> tuple[subp
     return ended, dict(calls), [kind for kind, _ in calls if kind not in ("describe", "ExecMainStatus")]
 
 
-DEAD, RUNNING, COMPLETE = (
-    "unit dead 0\nunit dead 0",
-    "unit running 0\nunit auto-restart 75",
-    "unit exited 0\nunit exited 0",
-)
+DEAD = "unit dead 0\nunit dead 0"
+RUNNING = "unit running 0\nunit auto-restart 75"
+COMPLETE = "unit exited 0\nunit exited 0"
 
 
 def test_a_preempted_slice_is_made_again(tmp_path):
