@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from runs import (
     call,
     error_line,
     finish,
+    free_address,
     metrics,
     start,
     steps_of,
@@ -259,9 +259,7 @@ def test_a_killed_run_resumes_bit_identically(store, tiny_data, whole_run, tmp_p
 @pytest.mark.slow
 def test_two_processes_share_a_run_and_the_copies_of_shards(store, tiny_data, whole_run, tmp_path):
     data = store.upload(tiny_data, "data")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     settings = ("experiment=tiny", *FAST, f"data.path={data}", "train.checkpoint_dir=s3://bucket/run")
     settings += (f"mesh.coordinator={address}", "mesh.num_processes=2")
     script = str(REPOSITORY / "train_stage1.py")

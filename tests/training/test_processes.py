@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 from damage import flip_bit
-from runs import FAST, Finished, error_line, finish, metrics, start, steps_of, train_here
+from runs import FAST, Finished, error_line, finish, free_address, metrics, start, steps_of, train_here
 
 from flowdit.checkpoint.files import CHECKSUMS, TEMPORARY_SUFFIX, verify_files
 
@@ -46,9 +45,7 @@ for run in sorted(Path(folder).iterdir()):
 
 def run_pair(*tasks: tuple[str, ...], restore: Path) -> list[Finished]:
     """Run tasks one after another in two processes, then restore the newest checkpoints in `restore`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     cluster = [f"mesh.coordinator={address}", "mesh.num_processes=2"]
     processes = [
         start("-c", PAIR, json.dumps([[*cluster, f"mesh.process_id={i}"], str(restore), tasks]), devices=2)
