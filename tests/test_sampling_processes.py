@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 from runs import call, finish, free_address, start
 
 from flowdit.sample import main
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_images_of_one(whole_text_run, tmp_path):
     settings = (f"checkpoint={whole_text_run}", "num_images=3", "steps=2", "prompts=[red apple]", "overwrite=true")
     assert call(main, *settings, f"out={tmp_path / 'one'}").status == 0

@@ -152,6 +152,6 @@ def test_too_many_skipped_steps_end_the_run_and_report_the_last_good_checkpoint(
     settings = ("train.is_restore=true", "train.max_skipped_in_row=3", "train.save_every=0")
     line = error_line(train_here(tiny_data, run, *settings))
     assert line.startswith("error: train.max_skipped_in_row: the last 3 steps")
-    assert line.endswith(f"last good checkpoint: {run / '2'}")
+    assert line.endswith(f"last good checkpoint: {run / '2'}; see {run / 'skipped' / '3.json'}")
     assert steps_of(run) == [2]
     np.testing.assert_equal(stored_arrays(run / "2"), before)

@@ -125,7 +125,8 @@ def test_sigterm_to_one_process_saves_on_all(tiny_data, tmp_path, receiver, stag
     assert list(metrics(run, "train/loss"))[-1] == last
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_missing_process_is_one_line(tiny_data, tmp_path, number):
     alone = ["mesh.init_timeout=1", "mesh.num_processes=2", f"mesh.process_id={number}"]
     with processes(tiny_data, tmp_path / "run", alone) as (process,):
