@@ -1,22 +1,26 @@
 """What processes tell each other, and how they share work."""
 
 import json
-import socket
 
 import jax
-from runs import finish, start
+from runs import finish, free_address, start
 
 from flowdit.processes import gather, own_share
 
 EXCHANGE = """
 import json, sys
 import jax
-from flowdit.processes import gather
+from flowdit.processes import gather, require_equal, totals
 
 address, count, index = json.loads(sys.argv[1])
 jax.distributed.initialize(address, count, index)
 values = [None, {"name": "\\u00e9" * 3000}, [1.5, "short"]]
-print(gather(values[index]) == values, gather(index), flush=True)
+print(gather(values[index]) == values, gather(index), totals({"all": 1, f"of {index}": index}), flush=True)
+require_equal({"same": "x"})
+try:
+    require_equal({"same": "x", "seed": 0 if index < 2 else 7})
+except ValueError as problem:
+    print(problem, flush=True)
 """
 
 
@@ -24,16 +28,16 @@ def test_gather_with_one_process():
     assert gather({"a": 1}) == [{"a": 1}]
 
 
-def test_values_of_different_sizes_reach_all_processes_in_order():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+def test_values_are_gathered_summed_and_compared():
+    address = free_address()
     processes = [start("-c", EXCHANGE, json.dumps([address, 3, i])) for i in range(3)]
     try:
         for process in processes:
             finished = finish(process)
             assert finished.status == 0, finished.err
-            assert finished.out.splitlines()[-1] == "True [0, 1, 2]"
+            exchanged, refused = finished.out.splitlines()[-2:]
+            assert exchanged == "True [0, 1, 2] {'all': 3, 'of 0': 0, 'of 1': 1, 'of 2': 2}"
+            assert refused == "seed: must be equal in all processes, got 0 in process 0 and 7 in process 2"
     finally:
         for process in processes:
             process.kill()
