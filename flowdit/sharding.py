@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from flowdit.fields import require
 from flowdit.joining import ProcessConfig
@@ -249,10 +250,32 @@ def init_sharded(mesh: Mesh, build: Callable[..., Any], *arguments: Any) -> Any:
     return jax.jit(build, out_shardings=parameter_shardings(mesh, shapes))(*arguments)
 
 
+def own_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """The rows of a global batch that this process's devices need, ascending.
+
+    Processes whose devices share a part of the batch, as those along the axis `tensor` do, get the same rows.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    slices = {index[0].indices(batch_size)[:2] for index in parts if index is not None}
+    return np.concatenate([np.arange(start, stop) for start, stop in sorted(slices)])
+
+
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays split over the data and fsdp axes: the only host-to-device copy."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    """This process's rows (`own_rows`) -> global arrays split over the data and fsdp axes: the only host-to-device copy."""
+    sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+
+    def place(rows: np.ndarray) -> jax.Array:
+        size = len(rows) * shards // len(own_rows(mesh, shards))
+        numbers = own_rows(mesh, size)
+
+        def of_device(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = int(np.searchsorted(numbers, start))
+            return rows[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, of_device)
+
+    return {name: place(rows) for name, rows in batch.items()}
 
 
 def micro_batch(batch: Any, i: jax.Array, count: int) -> Any:

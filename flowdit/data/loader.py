@@ -16,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 from etils import epath
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 
 from flowdit.data.captions import TextReader
 from flowdit.data.manifest import HASH_LIMIT_BYTES, Manifest
@@ -204,10 +204,10 @@ class DataSet:
 
 
 class TrainStream(Iterator[Batch]):
-    """An endless stream of this process's rows of the global batches; every epoch is a new permutation.
+    """An endless stream of the `rows` (default: all) of the global batches; every epoch is a new permutation.
 
-    Batch number i, including the choice of captions, is a function of (seed, i): the rows of all processes together are
-    the same for any `process_count`, `num_threads` and `prefetch`. Batches continue across the end of an epoch, so that
+    Batch number i, including the choice of captions, is a function of (seed, i): a row is the same for any division of
+    the batch among processes, `num_threads` and `prefetch`. Batches continue across the end of an epoch, so that
     no record is dropped.
     """
 
@@ -219,17 +219,17 @@ class TrainStream(Iterator[Batch]):
         batch_size: int,
         num_threads: int = 4,
         prefetch: int = 4,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | Int[np.ndarray, " rows"] | None = None,
     ):
-        rows = process_rows(batch_size, process_index, process_count)
+        if batch_size < 1:
+            raise ValueError(f"train.batch_size: must be at least 1, got {batch_size}")
         self._identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
         self._options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
         self._batches = indices.batch(batch_size, drop_remainder=True)
         self._source = source
-        self._rows = rows
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._dataset = self._batches.map_with_index(self._read)
         self.waiting_for: int | None = None
         """The number of the batch that `next` is waiting for."""
@@ -302,31 +302,24 @@ class TrainStream(Iterator[Batch]):
         self._iterator = iter(self._dataset[next_batch:].to_iter_dataset(self._options))
 
 
-def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that belong to a process."""
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"train.batch_size: must be a positive multiple of {process_count} processes, got {batch_size}"
-        )
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
 def validation_batches(
-    source: Source, batch_size: int, limit: int | None = None, *, process_index: int = 0, process_count: int = 1
+    source: Source,
+    batch_size: int,
+    limit: int | None = None,
+    rows: Sequence[int] | Int[np.ndarray, " rows"] | None = None,
 ) -> Iterator[Batch]:
     """Yield at most `limit` evenly spaced records in a fixed order, each once and always with the same caption.
 
-    Every batch has `batch_size` rows (this process's share of them); `weight` float32 (rows,) is 1 for a record and 0
+    Every batch has `batch_size` rows, of which only `rows` are read (default: all); `weight` float32 (rows,) is 1 for a record and 0
     for the padding of the last batch.
     """
-    rows = process_rows(batch_size, process_index, process_count)
+    own = np.arange(batch_size) if rows is None else np.asarray(rows)
     count = min(len(source), limit or len(source))
     padded = np.arange(-(-count // batch_size) * batch_size)
     indices = np.minimum(padded, count - 1) * len(source) // count
     weights, draws = (padded < count).astype(np.float32), _draws(0, len(source))[indices]
     for start in range(0, len(padded), batch_size):
-        part = slice(start + rows.start, start + rows.stop)
+        part = start + own
         yield source.read_batch(indices[part].tolist(), draws[part]) | {"weight": weights[part]}
 
 

@@ -29,7 +29,7 @@ from flowdit.fields import about
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.optim import Optimizer, make_optimizer
 from flowdit.processes import from_first
-from flowdit.sharding import check_batch_size, init_sharded, make_mesh
+from flowdit.sharding import check_batch_size, init_sharded, make_mesh, own_rows
 from flowdit.training.agreement import require_one_data_set, require_shared_folder
 from flowdit.training.diagnosis import Diagnosis, make_diagnose
 from flowdit.training.evaluations import Evaluation, make_evaluations
@@ -74,7 +74,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
     compute = choose_compute(mesh, train.compute_dtype, shapes)
     evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
-    stream = make_stream(config, data.train)
+    stream = make_stream(config, data.train, mesh)
     meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
     if data.validation is None and train.validate_every:
         logger.info("no validation records: no validation loss")
@@ -148,7 +148,7 @@ def auxiliary_parameters(config: Config, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def make_stream(config: Config, source: Source) -> TrainStream:
+def make_stream(config: Config, source: Source, mesh: Mesh) -> TrainStream:
     """This process's share of the training batches."""
     return TrainStream(
         source,
@@ -156,8 +156,7 @@ def make_stream(config: Config, source: Source) -> TrainStream:
         batch_size=config.train.batch_size,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=own_rows(mesh, config.train.batch_size),
     )
 
 

@@ -113,7 +113,8 @@ def test_the_stream_is_the_same_on_any_layout_and_after_a_resume(folder, process
     source = opened(folder, limit=2)
     parts = []
     for i in range(processes):
-        layout = {"process_index": i, "process_count": processes, "num_threads": 4, "prefetch": 4}
+        share = 8 // processes
+        layout = {"rows": range(i * share, (i + 1) * share), "num_threads": 4, "prefetch": 4}
         stream = TrainStream(source, seed=3, batch_size=8, **layout)
         first = take(stream, 4)
         later = TrainStream(source, seed=3, batch_size=8, **layout | {"num_threads": 1})

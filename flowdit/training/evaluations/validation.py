@@ -14,7 +14,7 @@ from flowdit.config import TrainConfig
 from flowdit.data.loader import Source, validation_batches
 from flowdit.diffusion.objective import Objective
 from flowdit.models.compute import Compute
-from flowdit.sharding import shard_batch
+from flowdit.sharding import own_rows, shard_batch
 from flowdit.training.evaluations.base import Evaluation, Report
 from flowdit.training.step import TrainState, make_validation_step
 
@@ -41,9 +41,9 @@ class Validation(Evaluation):
         self._step = make_validation_step(objective, seed, compute, mesh)
 
     def __call__(self, step: int, state: TrainState) -> Report:
-        rows = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        rows = own_rows(self._mesh, self._batch_size)
         sums, weight = np.zeros(len(self._times)), 0.0
-        for i, batch in enumerate(validation_batches(self._source, self._batch_size, self._limit, **rows)):
+        for i, batch in enumerate(validation_batches(self._source, self._batch_size, self._limit, rows)):
             on_devices = self._encode(shard_batch(self._mesh, batch))
             batch_sums, batch_weight = jax.device_get(self._step(state.ema, on_devices, jnp.asarray(i)))
             sums, weight = sums + batch_sums, weight + float(batch_weight)
