@@ -58,7 +58,7 @@ sample: setup ## draw a grid from the pretrained model of the repository
 	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained overwrite=true num_images=2
 	@echo "the image: samples/pretrained/grid.png"
 
-test: $(VENV)/ready-test ## the whole test suite (about 15 minutes on two cores)
+test: $(VENV)/ready-test ## the test suite (a quarter of an hour or more on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/ready-test ## the slow tests: full-size models in every format
