@@ -24,6 +24,10 @@ class AttentionShape(NamedTuple):
     tokens: int
     key_tokens: int | None = None
 
+    def __str__(self) -> str:
+        to = f" to {self.key_tokens}" if self.key_tokens else ""
+        return f"head size {self.head_dim}, {self.tokens} tokens{to}"
+
 
 Kernels = frozenset[AttentionShape]
 """The shapes computed by cuDNN; all others use XLA."""
@@ -79,32 +83,48 @@ def choose_kernels(platform: str, dtype: str, shapes: Iterable[AttentionShape]) 
     trace (in JAX 0.10 even lengths and head sizes up to 128 divisible by 8), and wrong numbers are not detected. If JAX
     was built without cuDNN, tracing fails and XLA is used.
     """
-    if platform not in ("gpu", "cuda") or dtype != "bfloat16":
-        return NO_KERNELS
-    return frozenset(shape for shape in dict.fromkeys(shapes) if cudnn_computes(shape))
+    return frozenset(shape for shape in dict.fromkeys(shapes) if not why_not_cudnn(platform, dtype, shape))
+
+
+def describe_kernels(platform: str, dtype: str, shapes: Iterable[AttentionShape]) -> str:
+    """How each of `shapes` is computed, for the log; of those not by cuDNN, why. The arguments are `choose_kernels`'s."""
+    reasons = {shape: why_not_cudnn(platform, dtype, shape) for shape in dict.fromkeys(shapes)}
+    if len(set(reasons.values())) == 1 and (why := next(iter(reasons.values()))):
+        return f"attention by XLA ({why})"
+    names = {shape: f"{'cross' if shape.key_tokens else 'self'}-attention ({shape})" for shape in reasons}
+    return ", ".join(f"{names[shape]} by {f'XLA: {why}' if why else 'cuDNN'}" for shape, why in reasons.items())
+
+
+def why_not_cudnn(platform: str, dtype: str, shape: AttentionShape) -> str:
+    """Why cuDNN does not compute `shape`; empty if it does. The arguments are those of `choose_kernels`."""
+    if platform not in ("gpu", "cuda"):
+        return f"cuDNN needs an NVIDIA GPU, not {platform}"
+    if dtype != "bfloat16":
+        return f"cuDNN needs bfloat16, not {dtype}"
+    return failed_check(shape)
 
 
 @functools.cache
-def cudnn_computes(shape: AttentionShape) -> bool:
-    """Whether cuDNN supports `shape` and, if there is a GPU to run it on, agrees with XLA; otherwise a warning says why."""
+def failed_check(shape: AttentionShape) -> str:
+    """Why cuDNN cannot be used for `shape`, also a warning: unsupported or, on a GPU of this process, not equal to XLA.
+
+    Empty if it can.
+    """
     device, kernels = _local_gpu(), frozenset({shape})
     try:
         if device is None:
             jax.eval_shape(lambda: output_and_gradients(kernels, _random_inputs(shape)))
-            return True
+            return ""
         with jax.default_device(device):
             error = relative_error(kernels, shape)
     except Exception as problem:  # kernel, driver or library may fail in many ways
         reason = first_line(problem)
     else:
         if error < 0.05:  # bfloat16 has 8 significant bits; NaN compares false
-            return True
+            return ""
         reason = f"relative error {error:.3g} against XLA"
-    to = f" to {shape.key_tokens}" if shape.key_tokens else ""
-    logger.warning(
-        "cuDNN attention is not used (head size %d, %d tokens%s): %s", shape.head_dim, shape.tokens, to, reason
-    )
-    return False
+    logger.warning("cuDNN attention is not used (%s): %s", shape, reason)
+    return reason
 
 
 def _local_gpu() -> jax.Device | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flowdit.models.attention import NO_KERNELS, AttentionShape, Kernels, choose_kernels, use_kernels
+from flowdit.models.attention import NO_KERNELS, AttentionShape, Kernels, choose_kernels, describe_kernels, use_kernels
 from flowdit.sharding import on_mesh
+
+logger = logging.getLogger(__name__)
 
 
 class Compute(NamedTuple):
@@ -44,9 +47,11 @@ FLOAT32 = Compute()
 
 
 def choose_compute(mesh: Mesh | None, dtype: str, shapes: Iterable[AttentionShape]) -> Compute:
-    """Choose the kernels for `dtype` and the devices of `mesh`, or the first device if None.
+    """Choose the kernels for `dtype` and the devices of `mesh`, or the first device if None, and log the choice.
 
     The devices need not be attached: a mesh may be of a topology to compile for. Do not call it while tracing.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    shapes = list(shapes)
+    logger.info("compute in %s; %s", dtype, describe_kernels(device.platform, dtype, shapes))
     return Compute(dtype, choose_kernels(device.platform, dtype, shapes))

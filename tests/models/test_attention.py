@@ -37,9 +37,9 @@ BFLOAT16_SELF = Compute("bfloat16", frozenset({SELF}))
 
 @pytest.fixture(autouse=True)
 def nothing_probed():
-    attention.cudnn_computes.cache_clear()
+    attention.failed_check.cache_clear()
     yield
-    attention.cudnn_computes.cache_clear()
+    attention.failed_check.cache_clear()
 
 
 @pytest.fixture
@@ -162,6 +162,32 @@ def test_where_jax_has_no_cudnn_a_compile_for_an_absent_gpu_does_without(message
     compute = choose_compute(fake_mesh("gpu"), "bfloat16", [SELF])
     assert "not used (head size 8, 6 tokens): cuDNN is not detected" in messages()[0]
     trace(compute)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "line"),
+    [
+        ("cpu", "bfloat16", "compute in bfloat16; attention by XLA (cuDNN needs an NVIDIA GPU, not cpu)"),
+        ("tpu", "bfloat16", "compute in bfloat16; attention by XLA (cuDNN needs an NVIDIA GPU, not tpu)"),
+        ("gpu", "float32", "compute in float32; attention by XLA (cuDNN needs bfloat16, not float32)"),
+        (
+            "gpu",
+            "bfloat16",
+            "compute in bfloat16; self-attention (head size 8, 6 tokens) by cuDNN, "
+            "cross-attention (head size 8, 6 tokens to 5) by XLA: relative error 0.06 against XLA",
+        ),
+    ],
+)
+def test_a_log_line_says_which_kernel_computes_each_shape_and_why(platform, dtype, line, monkeypatch, messages):
+    fake_gpu(monkeypatch)
+    monkeypatch.setattr(attention, "relative_error", lambda kernels, shape: 0.06 if shape == CROSS else 0.0)
+    choose_compute(fake_mesh(platform), dtype, [SELF, CROSS])
+    assert messages()[-1] == line
+
+
+def test_a_sampler_says_how_it_computes(whole_run, messages):
+    flowdit.load(str(whole_run / "6"))
+    assert "compute in float32; attention by XLA (cuDNN needs an NVIDIA GPU, not cpu)" in messages()
 
 
 # --- what is traced ---
