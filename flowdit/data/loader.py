@@ -1,12 +1,13 @@
 """Loading ArrayRecord data with Grain: batches that depend only on the seed and the batch number.
 
-Most of a loader's cost is Grain's bookkeeping per element, so indices are shuffled and batched first, and one map reads
-and decodes a process's share of a batch. Every process computes the same global batches and takes its rows, and the
-state is the number of the next batch: a run may continue on any number of processes and loader threads.
+Most of a loader's cost is Grain's bookkeeping per element, so its elements are the numbers of batches, and one map reads
+and decodes a process's rows of a batch. Which records they are follows from the seed and the number (`data.order`), and
+the state is the number of the next batch: a run may continue on any number of processes and loader threads.
 """
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jaxtyping import Float64, Int
 
 from flowdit.data.captions import TextReader
 from flowdit.data.manifest import HASH_LIMIT_BYTES, Manifest
+from flowdit.data.order import ShuffledOrder
 from flowdit.data.record_files import BadRecords, RecordFiles, being_read, check_files
 from flowdit.data.records import RecordError
 from flowdit.data.schema import Schema
@@ -225,12 +227,9 @@ class TrainStream(Iterator[Batch]):
             raise ValueError(f"train.batch_size: must be at least 1, got {batch_size}")
         self._identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
         self._options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-        indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-
-        self._batches = indices.batch(batch_size, drop_remainder=True)
-        self._source = source
+        self._source, self._order = source, ShuffledOrder(seed, len(source))
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self._dataset = self._batches.map_with_index(self._read)
+        self._dataset = grain.MapDataset.range(sys.maxsize // batch_size).map(self.read)
         self.waiting_for: int | None = None
         """The number of the batch that `next` is waiting for."""
         self._reading: dict[int, int] = {}  # batch numbers by thread
@@ -245,26 +244,27 @@ class TrainStream(Iterator[Batch]):
         self._next_batch += 1
         return batch
 
-    def _read(self, number: int, batch: np.ndarray) -> Batch:
+    def read(self, number: int) -> Batch:
+        """This process's rows of batch `number`, which may be outside of the stream's order."""
         thread = threading.get_ident()
         self._reading[thread] = number
         try:
-            return self._source.read_batch(batch[self._rows].tolist(), self._draws(number)[self._rows])
+            return self._source.read_batch(self._indices(number, self._rows), self._draws(number)[self._rows])
         finally:
             del self._reading[thread]
+
+    def _indices(self, number: int, rows: Int[np.ndarray, " rows"]) -> list[int]:
+        """The records in `rows` of the global batch `number`."""
+        first = number * self._identity["batch_size"]
+        return self._order.take(first + row for row in rows.tolist())
 
     def _draws(self, number: int) -> Float64[np.ndarray, " batch"]:
         return _draws([self._identity["seed"], number], self._identity["batch_size"])
 
-    def read(self, number: int) -> Batch:
-        """This process's rows of batch `number`, outside of the stream's order."""
-        batch = self._dataset[number]
-        assert batch is not None  # only filters remove elements
-        return batch
-
     def places(self, number: int) -> list[tuple[Path, int]]:
         """File, and number within it, of every record of the global batch `number`."""
-        return self._source.places(np.asarray(self._batches[number]).tolist(), self._draws(number))
+        indices = self._indices(number, np.arange(self._identity["batch_size"]))
+        return self._source.places(indices, self._draws(number))
 
     def describe_reading(self, number: int) -> str:
         """What is being read at this moment for batch `number`, with files and records, and the numbers of others."""

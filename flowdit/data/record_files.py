@@ -16,7 +16,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
 from flowdit.data.manifest import Shard
-from flowdit.data.records import RecordError, decode
+from flowdit.data.records import RecordError
+from flowdit.data.skeletons import SkeletonDecoder
 
 
 @dataclass
@@ -34,6 +35,7 @@ class RecordFiles:
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], check: Callable[[Mapping[str, Any]], None]):
         self._paths, self._check = paths, check
+        self._decoder = SkeletonDecoder()
         self._ends = list(itertools.accumulate(counts))
         _allow_open_files(len(paths))
         files = [_FileInstruction(os.fspath(path), 0, n, n) for path, n in zip(paths, counts, strict=True)]
@@ -59,7 +61,7 @@ class RecordFiles:
             raise RecordError(f"{self._where(index)}: the file is damaged: {_first_clause(error)}") from None
 
     def _parse(self, data: bytes) -> dict[str, Any]:
-        record = decode(data)
+        record = self._decoder.decode(data)
         self._check(record)
         return record
 

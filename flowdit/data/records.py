@@ -20,9 +20,9 @@ class RecordError(ValueError):
     """A record that cannot be decoded or breaks a rule of its schema."""
 
 
-def encode(record: Mapping[str, Any]) -> bytes:
-    """The bytes of one record (pickle protocol 5, the fastest to read)."""
-    return pickle.dumps(dict(record), protocol=5)
+def encode(record: Mapping[str, Any], protocol: int = 5) -> bytes:
+    """The bytes of one record; pickle protocol 5 is the fastest to read."""
+    return pickle.dumps(dict(record), protocol)
 
 
 def decode(data: bytes) -> dict[str, Any]:
