@@ -1,12 +1,14 @@
-"""The device mesh, and how parameters, optimizer state and batches are split over it. No other file names its axes."""
+"""The device mesh, and how parameters, optimizer state and batches are split over it.
+
+Only this file and `fsdp.py`, which moves weights and gradients between devices, name the axes of the mesh.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,9 +76,21 @@ class MeshConfig(ProcessConfig):
         require("step_timeout", limit, limit is None or limit >= 0, "must be null (automatic), 0 (never) or more")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all processes."""
-    return jax.make_mesh(mesh_shape(config, jax.device_count()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes, or over `devices`, which may be of a topology to compile for."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    # Along the lines of the torus, so that `_hops` finds them; slices are the slowest to change.
+    ordered = sorted(devices, key=lambda device: (slice_of(device), *device.coords[::-1], device.core_on_chip))
+    return Mesh(np.asarray(ordered).reshape(shape), AXES, axis_types=types)
+
+
+def slice_of(device: Any) -> int:
+    """The slice of a TPU device; several slices are connected by a slower network."""
+    return getattr(device, "slice_index", 0)
 
 
 def make_local_mesh() -> Mesh:
@@ -158,11 +172,12 @@ def _child(node: Any, entry: Any) -> Any:
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
     """The sharding of every array in a pytree of arrays or `ShapeDtypeStruct`s, by what its modules declare."""
     return jax.tree.map(
-        lambda spec, leaf: NamedSharding(mesh, _partition(mesh, spec, leaf.shape)), parameter_specs(tree), tree
+        lambda spec, leaf: NamedSharding(mesh, partition(mesh, spec, leaf.shape)), parameter_specs(tree), tree
     )
 
 
-def _partition(mesh: Mesh | AbstractMesh, spec: ParameterSpec, shape: tuple[int, ...]) -> PartitionSpec:
+def partition(mesh: Mesh | AbstractMesh, spec: ParameterSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """How a parameter of this shape is split over the mesh."""
     if not any(spec.axes):
         return PartitionSpec()
     axes = (None,) * (len(shape) - len(spec.axes)) + tuple(LOGICAL_AXES[axis] for axis in spec.axes)
@@ -170,67 +185,6 @@ def _partition(mesh: Mesh | AbstractMesh, spec: ParameterSpec, shape: tuple[int,
     return PartitionSpec(
         *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
     )
-
-
-def on_mesh(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, about to be jitted, with `mesh` made known to every `gather` in it; with None, `function` itself."""
-    if mesh is None:
-        return function
-
-    @functools.wraps(function)
-    def on_the_mesh(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
-
-    return on_the_mesh
-
-
-def is_gathering() -> bool:
-    """Whether `gather` does anything here: in a function of `on_mesh`, where `fsdp` is above 1."""
-    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
-
-
-def gather(module: Any) -> Any:
-    """Gather the matrices of `module` over `fsdp`; their gradients are split again. The split over `tensor` stays.
-
-    Call it on one block in the scan over blocks, so that only the weights of one block are whole at a time. Without it,
-    XLA multiplies activations by each device's part of the weights and sums the products over all devices: that moves
-    many times the bytes, and each device then computes with the whole batch.
-    """
-    if not is_gathering():
-        return module
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def gather_leaf(spec: ParameterSpec, leaf: jax.Array) -> jax.Array:
-        split = _partition(mesh, spec, leaf.shape)
-        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
-        return leaf if whole == split else _relayout(leaf, whole, split)
-
-    return jax.tree.map(gather_leaf, parameter_specs(module), module)
-
-
-def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: the backward pass gathers weights again instead of keeping those of all blocks."""
-    return primitive.name != "sharding_constraint"
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _relayout(weight: jax.Array, spec: PartitionSpec, gradient_spec: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight, spec)
-
-
-def _relayout_forward(weight: jax.Array, spec: PartitionSpec, gradient_spec: PartitionSpec) -> tuple[jax.Array, None]:
-    return jax.lax.with_sharding_constraint(weight, spec), None
-
-
-def _relayout_backward(spec: PartitionSpec, gradient_spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple:
-    # In two steps: with the second alone, XLA splits the product into small ones that are passed around in a ring, and
-    # the TPU compiler's estimate of the step is a quarter higher.
-    gradient = jax.lax.with_sharding_constraint(gradient, spec)
-    return (jax.lax.with_sharding_constraint(gradient, gradient_spec),)
-
-
-_relayout.defvjp(_relayout_forward, _relayout_backward)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,11 +22,12 @@ from flowdit.data.manifest import Manifest
 from flowdit.data.schema import CAPTION_FIELDS, Field, SizeField
 from flowdit.data.text_cache import open_cache
 from flowdit.fields import FieldError, called, under
+from flowdit.fsdp import on_mesh
 from flowdit.models.attention import AttentionShape
 from flowdit.models.config import ModelConfig, PixArtConfig
 from flowdit.models.pixart import PixArt, TextCondition, build_pixart
 from flowdit.models.text_encoder import WORDLLAMA, TextConfig, TextEncoder, encode_tokens, load_text_encoder
-from flowdit.sharding import batch_sharding, join_micro_batches, micro_batch, on_mesh
+from flowdit.sharding import batch_sharding, join_micro_batches, micro_batch
 
 logger = logging.getLogger(__name__)
 

@@ -33,6 +33,8 @@ Kernels = frozenset[AttentionShape]
 """The shapes computed by cuDNN; all others use XLA."""
 
 NO_KERNELS: Kernels = frozenset()
+KERNELS = ("auto", "plain", "fast")
+"""How the layers of a block are computed, by `model.kernels`."""
 # A user context is part of the keys of JAX's caches, so a function traced with other kernels is traced again.
 _current_kernels = jax.make_user_context(default_value=NO_KERNELS)
 
@@ -40,6 +42,19 @@ _current_kernels = jax.make_user_context(default_value=NO_KERNELS)
 def use_kernels(kernels: Kernels) -> AbstractContextManager[None]:
     """A context in which functions are traced with these kernels."""
     return _current_kernels(kernels)
+
+
+_is_fast = jax.make_user_context(default_value=False)
+
+
+def use_fast_layers(is_fast: bool) -> AbstractContextManager[None]:
+    """A context in which blocks are traced with the layers of `models.fast`, or without."""
+    return _is_fast(is_fast)
+
+
+def is_fast() -> bool:
+    """Whether blocks use the layers of `models.fast` here."""
+    return _is_fast.value
 
 
 def attend(

@@ -5,18 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
-from flowdit.fields import require, require_choice
-from flowdit.models.attention import AttentionShape
+from flowdit.fields import about, require, require_choice
+from flowdit.models.attention import KERNELS, AttentionShape
 from flowdit.models.layers import MLPS, NORMS
 from flowdit.models.positions import POSITIONS, Positions
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from flowdit.models.remat import remat_policy
 
 
 @dataclasses.dataclass
@@ -35,7 +28,11 @@ class ModelConfig:
         mlp: the MLP of a block: `gelu` or `swiglu`.
         positions: `sincos` (a fixed table, added to the tokens) or `rope` (2-D rotary, on queries and keys).
         value_residual: mix the first block's values into those of every block, with learned weights (ResFormer).
-        remat: what the backward pass keeps: `none` (everything), `dots` (matrix products) or `full` (block inputs alone).
+        remat: what the backward pass keeps: `none` (everything), `names` (what the layers name, the fastest that saves
+            memory), `dots` (matrix products), `full` (block inputs alone), or some names, such as `qkv+attended+up`;
+            `up@host` moves it to the host's memory.
+        kernels: how the layers of a block are computed: `plain`, `fast` (the same numbers up to rounding, written for
+            TPUs), or `auto`: `fast` on TPUs, elsewhere `plain`, with cuDNN's attention on NVIDIA GPUs.
         interpolation_scale: position coordinates are divided by it; PixArt uses 0.5 at 256 pixels, 1 at 512, 2 at 1024.
         position_base: side, in patches, whose coordinates every grid spans (PixArt's base size); null: no rescaling.
         time_freq_shift: 1 in diffusers' DiT, which divides the exponents of its time frequencies by 127, not 128.
@@ -55,6 +52,7 @@ class ModelConfig:
     positions: str = "sincos"
     value_residual: bool = False
     remat: str = "none"
+    kernels: str = "auto"
     interpolation_scale: float = 1.0
     position_base: int | None = None
     time_freq_shift: float = 0.0
@@ -77,8 +75,10 @@ class ModelConfig:
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Raise `FieldError` for a combination that cannot be built on latents of (channels, height, width)."""
-        for field, choices in (("remat", REMAT_POLICIES), ("norm", NORMS), ("mlp", MLPS), ("positions", POSITIONS)):
+        for field, choices in (("kernels", KERNELS), ("norm", NORMS), ("mlp", MLPS), ("positions", POSITIONS)):
             require_choice(field, getattr(self, field), tuple(choices))
+        with about("remat"):
+            remat_policy(self.remat)
         for field in ("depth", "hidden_dim", "num_heads", "patch_size"):
             require(field, value := getattr(self, field), value >= 1, "must be at least 1")
         for field in ("mlp_ratio", "interpolation_scale", "time_scale", "mlp_norm_eps"):

@@ -11,9 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from flowdit.models.attention import attend
+from flowdit.models import fast
+from flowdit.models.attention import attend, is_fast
 from flowdit.models.observe import observe_logits
 from flowdit.models.positions import rotate
 from flowdit.sharding import ParameterSpec
@@ -106,6 +108,19 @@ def modulate(
     return x * (1 + scale[None]) + shift[None]
 
 
+def norm_and_modulate(
+    norm: str,
+    x: Float[Array, "tokens dim"],
+    shift: Float[Array, " dim"],
+    scale: Float[Array, " dim"],
+    eps: float = 1e-6,
+) -> Float[Array, "tokens dim"]:
+    """The norm of that name in `NORMS`, then `modulate`."""
+    if is_fast():
+        return fast.modulated_norm(x, shift, scale, eps, norm == "layer")
+    return modulate(NORMS[norm](x, eps), shift, scale)
+
+
 class SelfAttention(eqx.Module):
     """Multi-head self-attention with optional Q/K RMSNorm (Henry et al. 2020; prevents NaN in long bfloat16 runs).
 
@@ -131,17 +146,25 @@ class SelfAttention(eqx.Module):
         first_value: Float[Array, "tokens heads head_dim"] | None = None,
     ) -> tuple[Float[Array, "tokens dim"], Float[Array, "tokens heads head_dim"]]:
         """The output and the value before any mixing. `angles` are rotary positions of queries and keys."""
-        query, key, value = jnp.split(self.qkv(x).reshape(x.shape[0], 3 * self.num_heads, -1), 3, axis=1)
+        if is_fast():
+            return fast.self_attention(self, x, angles, first_value)
+        qkv = checkpoint_name(self.qkv(x), "qkv")
+        query, key, value = jnp.split(qkv.reshape(x.shape[0], 3 * self.num_heads, -1), 3, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
-        mixed = value
-        if self.value_mix is not None:
-            of_first, of_own = self.value_mix
-            mixed = of_first * (value if first_value is None else first_value) + of_own * value
         observe_logits("self_attention_logit", query, key)
-        return self.out(attend(query, key, mixed).reshape(x.shape)), value
+        mixed = self.mix(value, value if first_value is None else first_value)
+        attended = checkpoint_name(attend(query, key, mixed).reshape(x.shape), "attended")
+        return checkpoint_name(self.out(attended), "attention_out"), value
+
+    def mix(self, value: Float[Array, "..."], first_value: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The values with those of the first block mixed in, if this attention does so."""
+        if self.value_mix is None:
+            return value
+        of_first, of_own = self.value_mix
+        return of_first * first_value + of_own * value
 
 
 class CrossAttention(eqx.Module):
@@ -161,12 +184,16 @@ class CrossAttention(eqx.Module):
     def __call__(
         self, x: Float[Array, "tokens dim"], text: Float[Array, "text_tokens dim"], mask: Bool[Array, " text_tokens"]
     ) -> Float[Array, "tokens dim"]:
-        query = self.query(x).reshape(x.shape[0], self.num_heads, -1)
-        key, value = jnp.split(self.key_value(text).reshape(text.shape[0], 2 * self.num_heads, -1), 2, axis=1)
+        if is_fast():
+            return fast.cross_attention(self, x, text, mask)
+        query = checkpoint_name(self.query(x), "cross_qkv").reshape(x.shape[0], self.num_heads, -1)
+        key_value = checkpoint_name(self.key_value(text), "cross_qkv")
+        key, value = jnp.split(key_value.reshape(text.shape[0], 2 * self.num_heads, -1), 2, axis=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         observe_logits("cross_attention_logit", query, key, mask)
-        return self.out(attend(query, key, value, mask).reshape(x.shape))
+        attended = checkpoint_name(attend(query, key, value, mask).reshape(x.shape), "cross_attended")
+        return checkpoint_name(self.out(attended), "cross_out")
 
 
 def self_attention(
@@ -212,7 +239,8 @@ class MLP(eqx.Module):
     is_gated: ClassVar[bool] = False
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        up = checkpoint_name(self.up(x), "up")
+        return checkpoint_name(self.down(jax.nn.gelu(up, approximate=True)), "down")
 
 
 class SwiGLU(eqx.Module):
@@ -224,8 +252,8 @@ class SwiGLU(eqx.Module):
     is_gated: ClassVar[bool] = True
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        gate, value = jnp.split(self.up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * value)
+        gate, value = jnp.split(checkpoint_name(self.up(x), "up"), 2, axis=-1)
+        return checkpoint_name(self.down(jax.nn.silu(gate) * value), "down")
 
 
 MLPS: dict[str, type[MLP] | type[SwiGLU]] = {"gelu": MLP, "swiglu": SwiGLU}

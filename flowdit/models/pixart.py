@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from flowdit.fsdp import gather
 from flowdit.models.config import PixArtConfig
 from flowdit.models.layers import MLP, Linear, TimeEmbedding, normal_linear, time_embedding, xavier_linear, zero_linear
 from flowdit.models.observe import observe
@@ -24,7 +25,7 @@ from flowdit.models.trunk import (
     project_velocity,
     run_blocks,
 )
-from flowdit.sharding import REPLICATED, STACKED, ParameterSpec, gather
+from flowdit.sharding import REPLICATED, STACKED, ParameterSpec
 
 
 class TextCondition(NamedTuple):

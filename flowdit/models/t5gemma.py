@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flowdit import hashing, sharding
+from flowdit.fsdp import gather
 from flowdit.models import pretrained
 from flowdit.models.positions import rotate
 from flowdit.models.t5gemma_config import T5GemmaConfig
@@ -184,7 +185,7 @@ class T5GemmaEncoder(eqx.Module):
 
         def apply(x, layer_and_kind):
             layer, is_sliding = layer_and_kind
-            return sharding.gather(layer)(x, mask[None] & (near | ~is_sliding), angles), None
+            return gather(layer)(x, mask[None] & (near | ~is_sliding), angles), None
 
         x, _ = jax.lax.scan(apply, x, (self.layers, jnp.asarray(self.config.is_sliding)))
         return self.norm(x)

@@ -9,19 +9,20 @@ from typing import NamedTuple, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from flowdit.models.config import REMAT_POLICIES, ModelConfig
+from flowdit.fsdp import gather, is_gathering, keep_all_but_gathered
+from flowdit.models.config import ModelConfig
 from flowdit.models.layers import (
     MLP,
-    NORMS,
     CrossAttention,
     Linear,
     SelfAttention,
     SwiGLU,
     cross_attention,
     mlp,
-    modulate,
+    norm_and_modulate,
     patchify,
     self_attention,
     unpatchify,
@@ -29,7 +30,8 @@ from flowdit.models.layers import (
 )
 from flowdit.models.observe import Observed, collect, note, observe
 from flowdit.models.positions import Positions
-from flowdit.sharding import REPLICATED, ParameterSpec, gather, is_gathering, keep_all_but_gathered
+from flowdit.models.remat import remat_policy
+from flowdit.sharding import REPLICATED, ParameterSpec
 
 Values = Float[Array, "tokens heads head_dim"]
 
@@ -67,9 +69,8 @@ class Block(eqx.Module):
         self, x: Float[Array, "tokens dim"], inputs: BlockInputs, first_value: Values | None = None
     ) -> tuple[Float[Array, "tokens dim"], Values]:
         """The tokens after the block, and the values of its attention."""
-        norm = NORMS[self.norm]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(inputs.modulation)
-        attended, value = self.attention(modulate(norm(x), shift_a, scale_a), inputs.angles, first_value)
+        attended, value = self.attention(norm_and_modulate(self.norm, x, shift_a, scale_a), inputs.angles, first_value)
         observe("self_attention", attended)
         x = x + gate_a[None] * attended
         if self.cross_attention is not None:
@@ -77,7 +78,7 @@ class Block(eqx.Module):
             attended = self.cross_attention(x, inputs.text, inputs.mask)
             observe("cross_attention", attended)
             x = x + attended
-        mixed = self.mlp(modulate(norm(x, self.mlp_norm_eps), shift_m, scale_m))
+        mixed = self.mlp(norm_and_modulate(self.norm, x, shift_m, scale_m, self.mlp_norm_eps))
         observe("mlp", mixed)
         x = x + gate_m[None] * mixed
         observe("tokens", x)
@@ -87,7 +88,7 @@ class Block(eqx.Module):
         if self.table is not None:
             return self.table + given
         assert self.ada_ln is not None
-        return jnp.split(self.ada_ln(jax.nn.silu(given)), 6)
+        return jnp.split(checkpoint_name(self.ada_ln(jax.nn.silu(given)), "modulation"), 6)
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         return {"table": REPLICATED}
@@ -149,8 +150,8 @@ def run_blocks(
     """Run a stack of blocks, every array of which leads with the depth axis.
 
     The blocks are scanned, so compile time does not grow with depth; every depth that is asked for and each end of a
-    route divides the stack into one more scan. `remat` names what the backward pass keeps (`REMAT_POLICIES`); weights that
-    had to be gathered it never keeps. `key` draws the tokens of a route.
+    route divides the stack into one more scan. `remat` says what the backward pass keeps (`remat_policy`); weights that had to be
+    gathered it never keeps. `key` draws the tokens of a route.
 
     Raises `ValueError` for a depth outside of [1, number of blocks], and for a route without a key or outside of the stack;
     with value residuals, the first block runs on all tokens.
@@ -227,10 +228,9 @@ def _run_part(
             x, value = gather(block)(x, inputs, first_value)
         return x, (value if return_value else None, observed)
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    elif is_gathering():
-        body = jax.checkpoint(body, policy=keep_all_but_gathered, prevent_cse=False)
+    policy = remat_policy(remat) or (keep_all_but_gathered if is_gathering() else None)
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, (values, observed) = jax.lax.scan(body, x, blocks)
     x = x if tokens is None else whole.at[tokens].set(x)
     return x, None if values is None else values[-1], observed
@@ -277,6 +277,6 @@ def project_velocity(
 ) -> Float[Array, "channels height width"]:
     """The final layer: norm, modulation by (shift, scale), and projection to patches of a float32 latent."""
     shift, scale = modulation
-    patches = linear(modulate(NORMS[settings.norm](x), shift, scale))
+    patches = linear(norm_and_modulate(settings.norm, x, shift, scale))
     observe("final_linear", patches)
     return unpatchify(patches, settings.patch_size, latent_shape).astype(jnp.float32)

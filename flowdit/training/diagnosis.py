@@ -25,7 +25,7 @@ from flowdit.models.observe import observing, statistics
 from flowdit.processes import any_process
 from flowdit.sharding import batch_sharding, parameter_specs, replicated, shard_batch
 from flowdit.training.skipped_report import Findings, Skipped, make_report, summary
-from flowdit.training.step import example_keys, laid_out, loss_and_grads
+from flowdit.training.step import example_keys, loss_and_grads
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ def make_diagnose(
         keys = example_keys(seed, step, batch)
         with observing():
             losses, grads = loss_and_grads(
-                objective, parameters, batch, keys, step=step, gradient_accum=gradient_accum, compute=compute
+                objective, parameters, batch, keys, step=step, gradient_accum=gradient_accum, compute=compute, mesh=mesh
             )
         by_example = (losses, _inputs(batch))
         if mesh is not None:
             by_example = jax.lax.with_sharding_constraint(by_example, batch_sharding(mesh))
-        return by_example, laid_out(mesh, grads)
+        return by_example, grads
 
     def norms(tree: Parameters) -> Parameters:
         specs = parameter_specs(tree)

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Fields that must not change for an exact resume; other changes are reported.
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
+# How the same numbers are computed, up to rounding.
+COMPUTE_FIELDS = ("model.remat", "model.kernels")
 # Fields of the processes and not of the run, which may continue on another machine.
 PROCESS_FIELDS = tuple(f"mesh.{field.name}" for field in dataclasses.fields(ProcessConfig))
 STARTING_FIELDS = ("train.is_restore", "train.requeue", "train.profile", *PROCESS_FIELDS)
@@ -127,7 +129,7 @@ def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
     common = sorted(old.keys() & new.keys())
     changed = {name: (old[name], new[name]) for name in common if old[name] != new[name]}
     for name, (stored_value, value) in changed.items():
-        if name in FIXED_FIELDS or (name.startswith("model.") and name != "model.remat"):
+        if name in FIXED_FIELDS or (name.startswith("model.") and name not in COMPUTE_FIELDS):
             raise ValueError(f"{name}: must be {stored_value} as in the checkpoint to resume, got {value}")
     reported = {name: pair for name, pair in changed.items() if name not in STARTING_FIELDS}
     return notes + [f"changed since the checkpoint: {name}: {a} -> {b}" for name, (a, b) in reported.items()]

@@ -26,6 +26,7 @@ from flowdit.data.mirror import local_folder, provide_shards
 from flowdit.data.schema import LATENTS, record_schema
 from flowdit.diffusion.objective import Objective
 from flowdit.fields import about
+from flowdit.fsdp import split_over_fsdp
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.optim import Optimizer, make_optimizer
 from flowdit.processes import from_first
@@ -72,7 +73,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     objective = make_objective(config, manifest, conditioning)
     build_model = conditioning.model_builder(config, manifest)
     shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
-    compute = choose_compute(mesh, train.compute_dtype, shapes)
+    compute = choose_compute(mesh, train.compute_dtype, shapes, config.model.kernels)
     evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
     stream = make_stream(config, data.train, mesh)
     meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
@@ -89,7 +90,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
         return init_state(model, optimizer, auxiliary_parameters(config, manifest))
 
     template = abstract_state(mesh, lambda: build_state(None))
-    check_free_space(folder, template, meta)
+    _check_fit(mesh, folder, template, meta)
     if resuming:
         state, meta = resume(
             folder=folder,
@@ -121,6 +122,12 @@ def start_run(config: Config, found: Found | None = None) -> Run:
         meta=meta,
         figures=figures,
     )
+
+
+def _check_fit(mesh: Mesh, folder: epath.Path, template: TrainState, meta: RunMeta) -> None:
+    """Raise an error for parameters that the mesh cannot split, or a folder without room for a checkpoint."""
+    split_over_fsdp(mesh, template.parameters)
+    check_free_space(folder, template, meta)
 
 
 def _train_step(config: Config, optimizer: Optimizer, objective: Objective, compute: Compute, mesh: Mesh) -> TrainStep:

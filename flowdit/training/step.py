@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from flowdit.diffusion.objective import Batch, Losses, Objective, Parameters, time_bins
+from flowdit.fsdp import over_devices
 from flowdit.models.compute import FLOAT32, Compute
 from flowdit.models.flops import training_flops
 from flowdit.optim import Optimizer
-from flowdit.sharding import join_micro_batches, micro_batch, parameter_shardings
+from flowdit.sharding import join_micro_batches, micro_batch
 
 Metrics = dict[str, Any]
 
@@ -63,35 +65,35 @@ def loss_and_grads(
     step: Int[Array, ""],
     gradient_accum: int,
     compute: Compute,
+    mesh: Mesh | None = None,
 ) -> tuple[Losses, Parameters]:
     """Losses of all examples and the gradient of the mean loss, over `gradient_accum` micro-batches by scan.
 
-    Random numbers come from the examples' `keys` inside the scan: they are the same for any number of micro-batches and
-    devices, and memory grows only with the micro-batch.
+    Each device works on its rows of the batch (`fsdp.over_devices`). Random numbers come from the examples' `keys` inside the scan: they are
+    the same for any number of micro-batches and devices, and memory grows only with the micro-batch.
     """
 
-    def micro_loss(parameters, batch, keys):
-        losses = objective.loss(compute.cast(parameters), batch, keys, step)
-        return losses.total.mean(), losses
+    def of_rows(parameters, rows, step):
+        def micro_loss(cast, batch, keys):
+            losses = objective.loss(cast, batch, keys, step)
+            return losses.total.mean(), losses
 
-    def accumulate(grads, i):
-        rows = micro_batch((batch, keys), i, gradient_accum)
-        (_, losses), new = jax.value_and_grad(micro_loss, has_aux=True)(parameters, *rows)
-        return jax.tree.map(lambda total, g: total + g / gradient_accum, grads, new), losses
+        def accumulate(grads, i):
+            micro = micro_batch(rows, i, gradient_accum)
+            (_, losses), new = jax.value_and_grad(micro_loss, has_aux=True)(compute.cast(parameters), *micro)
+            add = lambda total, g: total + g.astype(total.dtype) / gradient_accum
+            return jax.tree.map(add, grads, new), losses
 
-    zeros = jax.tree.map(jnp.zeros_like, parameters)
-    grads, losses = jax.lax.scan(accumulate, zeros, jnp.arange(gradient_accum))
-    return join_micro_batches(losses), grads
+        zeros = jax.tree.map(jnp.zeros_like, parameters)
+        grads, losses = jax.lax.scan(accumulate, zeros, jnp.arange(gradient_accum))
+        return join_micro_batches(losses), grads
+
+    return over_devices(mesh, of_rows, compute.dtype)(parameters, (batch, keys), step)
 
 
 def example_keys(seed: int, step: Int[Array, ""], batch: Batch) -> Key[Array, " batch"]:
     """A key for each example of the batch of a step, from the number of steps before it."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(jax.tree.leaves(batch)[0]))
-
-
-def laid_out(mesh: Mesh | None, grads: Parameters) -> Parameters:
-    """Gradients at the owners of their parameters: reduce-scatter instead of all-reduce."""
-    return grads if mesh is None else jax.lax.with_sharding_constraint(grads, parameter_shardings(mesh, grads))
 
 
 def image_flops(objective: Objective, compute: Compute, parameters: Parameters, batch: Batch) -> int:
@@ -126,13 +128,13 @@ def make_train_step(
 
     A step whose loss or gradient is not finite does not change weights, optimizer and EMA and counts as skipped.
     """
+    losses_and_gradients = functools.partial(
+        loss_and_grads, objective, gradient_accum=gradient_accum, compute=compute, mesh=mesh
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(seed, state.step, batch)
-        losses, grads = loss_and_grads(
-            objective, state.parameters, batch, keys, step=state.step, gradient_accum=gradient_accum, compute=compute
-        )
-        grads = laid_out(mesh, grads)
+        losses, grads = losses_and_gradients(state.parameters, batch, keys, state.step)
         loss, grad_norm = losses.total.mean(), optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

@@ -168,7 +168,7 @@ def test_where_jax_has_no_cudnn_a_compile_for_an_absent_gpu_does_without(message
     ("platform", "dtype", "line"),
     [
         ("cpu", "bfloat16", "compute in bfloat16; attention by XLA (cuDNN needs an NVIDIA GPU, not cpu)"),
-        ("tpu", "bfloat16", "compute in bfloat16; attention by XLA (cuDNN needs an NVIDIA GPU, not tpu)"),
+        ("tpu", "bfloat16", "compute in bfloat16; attention by the layers for TPUs (model.kernels=auto)"),
         ("gpu", "float32", "compute in float32; attention by XLA (cuDNN needs bfloat16, not float32)"),
         (
             "gpu",
@@ -259,7 +259,7 @@ def test_a_model_read_back_takes_cudnn_once_it_is_bfloat16(whole_run, monkeypatc
     assert len(images) == 2
     trained = drawing.trained
     shapes = trained.config.model.attention_shapes(trained.manifest.latent_shape)
-    assert asked == [("float32", shapes)]
+    assert asked == [("float32", shapes, "auto")]
     assert set(calls) == {(shapes[0], "cudnn")}
 
 
@@ -273,10 +273,15 @@ def test_a_run_chooses_for_its_mesh_dtype_and_shapes(stage, tiny_data, tmp_path,
 
     monkeypatch.setattr(setup, "choose_compute", choose)
     preset = "tiny" if stage is stage1 else "tiny_text"
-    overrides = (f"data.path={tiny_data}", f"train.checkpoint_dir={tmp_path}/run", "train.compute_dtype=bfloat16")
+    overrides = (
+        f"data.path={tiny_data}",
+        f"train.checkpoint_dir={tmp_path}/run",
+        "train.compute_dtype=bfloat16",
+        "model.kernels=plain",
+    )
     assert "enough" in call(stage, f"experiment={preset}", *overrides).err
-    ((mesh, dtype, shapes),) = asked
-    assert (mesh.shape["data"], dtype) == (4, "bfloat16")
+    ((mesh, dtype, shapes, kernels),) = asked
+    assert (mesh.shape["data"], dtype, kernels) == (4, "bfloat16", "plain")
     assert [shape.key_tokens for shape in shapes] == ([None] if stage is stage1 else [None, 32])
 
 

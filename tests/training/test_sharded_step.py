@@ -18,6 +18,7 @@ from models.text_folders import ENCODER
 from flowdit.conditioning.labels import Labels
 from flowdit.conditioning.text import Text, make_encode_step
 from flowdit.diffusion.objective import FlowMatching
+from flowdit.fsdp import split_over_fsdp
 from flowdit.models.compute import Compute
 from flowdit.models.config import DiTConfig, PixArtConfig
 from flowdit.models.dit import build_dit
@@ -83,13 +84,13 @@ def reduced_bytes(found: list[Collective]) -> int:
     return sum(each.times * sizes[dtype] * math.prod(axes) for each in reduced for dtype, axes in each.shapes)
 
 
-def gathers(found: list[Collective]) -> dict[tuple[int, ...], int]:
-    """Number of gathers by weight shape."""
-    counts = collections.Counter()
+def counts(kind: str, found: list[Collective]) -> dict[tuple[int, ...], int]:
+    """Number of collectives of one kind by the shape of a result."""
+    times = collections.Counter()
     for each in found:
-        if each.kind == "all-gather":
-            counts[each.shapes[0][1]] += each.times
-    return counts
+        if each.kind == kind:
+            times[each.shapes[0][1]] += each.times
+    return times
 
 
 def build_model(stage: int, remat: str):
@@ -129,19 +130,35 @@ def gradient_bytes(stage: int) -> int:
     return sum(4 * leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: build_model(stage, "none"))))
 
 
-def test_stage_1_gathers_weights_and_sums_gradients():
+def split_bytes(stage: int) -> int:
+    """Bytes of the gradients of what is split over `fsdp`."""
+    shapes = jax.eval_shape(lambda: build_model(stage, "none"))
+    specs = jax.tree.leaves(split_over_fsdp(make_mesh(MeshConfig(fsdp=4)), shapes))
+    return sum(4 * leaf.size for leaf, spec in zip(jax.tree.leaves(shapes), specs, strict=True) if "fsdp" in spec)
+
+
+def test_stage_1_gathers_weights_and_scatters_gradients():
     with jax.numpy_dtype_promotion("standard"):  # the backward pass of JAX's attention mixes dtypes
         lowered = lower_step(1, make_mesh(MeshConfig(fsdp=4)), remat="none", accum=1, dtype="bfloat16")
-    # In the lowered program, as XLA widens dtypes that CPUs cannot send. The arguments of a block are its weights.
-    dtypes = re.findall(r"sharding_constraint %arg\d+ .*tensor<(?:\d+x)+(\w+)>", text := lowered.as_text())
-    assert len(dtypes) >= 5 and set(dtypes) == {"bf16"}
-    assert re.search(r'sharding_constraint .*\[\{"fsdp"\}, \{"tensor"\}\]> : tensor<24x72xbf16>', text)  # its gradient
+    # In the lowered program, as XLA widens dtypes that CPUs cannot send.
+    text = lowered.as_text()
+    for kind in ("all_gather", "reduce_scatter"):
+        dtypes = re.findall(rf'"stablehlo.{kind}".*?-> tensor<(?:\d+x)+(\w+)>', text, re.DOTALL)
+        assert len(dtypes) >= 5 and set(dtypes) == {"bf16"}
     found = collectives(lowered.compile().as_text())
     assert moved_activations(found) == []
-    assert gradient_bytes(1) * 0.95 < reduced_bytes(found) < gradient_bytes(1) * 1.2
     # Forward and again backward, so that the gathered weights of all blocks never exist at once.
     shapes = [(24, 144), (24, 72), (24, 24), (24, 96), (96, 24)]
-    assert gathers(found) == {(1, *shape): 2 * DEPTH for shape in shapes}
+    assert counts("all-gather", found) == dict.fromkeys(shapes, 2 * DEPTH)
+    assert counts("reduce-scatter", found) == {
+        (6, 144): DEPTH,
+        (6, 72): DEPTH,
+        (24, 6): DEPTH,
+        (6, 96): DEPTH,
+        (96, 6): DEPTH,
+    }
+    whole = gradient_bytes(1) - split_bytes(1)
+    assert whole * 0.95 < reduced_bytes(found) < whole * 1.2
 
 
 def losses_of(compiled, mesh) -> list[float]:
@@ -160,13 +177,15 @@ def losses_of(compiled, mesh) -> list[float]:
 def test_stage_2_gathers_weights_and_has_the_losses_of_data_parallel():
     meshes = make_mesh(MeshConfig(fsdp=4)), make_mesh(MeshConfig())
     sharded, whole = (lower_step(2, mesh, remat="none", accum=2).compile() for mesh in meshes)
-    for compiled in (sharded, whole):  # each of the two micro-batches sums its gradients
+    for compiled, reduced in ((sharded, gradient_bytes(2) - split_bytes(2)), (whole, gradient_bytes(2))):
         found = collectives(compiled.as_text())
         assert moved_activations(found) == []
-        assert 2 * gradient_bytes(2) * 0.95 < reduced_bytes(found) < 2 * gradient_bytes(2) * 1.2
-    counts = gathers(collectives(sharded.as_text()))
-    assert 1 <= counts[24, 144] <= 2  # the t block's is gathered outside the scan over blocks
-    assert counts[1, 24, 96] == 2 * 2 * DEPTH
+        assert reduced * 0.95 < reduced_bytes(found) < reduced * 1.2  # once, not for each micro-batch
+    found = collectives(sharded.as_text())
+    gathered = counts("all-gather", found)
+    assert 1 <= gathered[24, 144] <= 4  # the t block's is gathered outside the scan over blocks
+    assert gathered[24, 96] == 2 * 2 * DEPTH
+    assert counts("reduce-scatter", found)[6, 96] == 2 * DEPTH
     assert {each.kind for each in collectives(whole.as_text())} == {"all-reduce"}
     np.testing.assert_allclose(losses_of(sharded, meshes[0]), losses_of(whole, meshes[1]), rtol=1e-5)
 
@@ -177,7 +196,7 @@ def test_validation_only_sums_losses():
     model = on(mesh, jax.eval_shape(lambda: build_model(1, "none")))
     step = make_validation_step(objective_of(1), 0, mesh=mesh)
     found = collectives(step.lower(model, batch, jnp.asarray(0)).compile().as_text())
-    assert gathers(found)
+    assert counts("all-gather", found)
     assert reduced_bytes(found) < 1000
 
 
@@ -195,4 +214,4 @@ def test_the_text_encoder_gathers_weights(fsdp):
     compiled = make_encode_step(mesh, BATCH // 2).lower(network, tokens["ids"], tokens["mask"]).compile()
     found = collectives(compiled.as_text())
     assert reduced_bytes(found) == 0
-    assert (gathers(found)[1, 96, 48] == 2 * 2 * 3) if fsdp == 4 else (found == [])
+    assert (counts("all-gather", found)[1, 96, 48] == 2 * 2 * 3) if fsdp == 4 else (found == [])

@@ -1,0 +1,203 @@
+"""Fully sharded data parallelism: gathering the weights of a block, and summing gradients over devices."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh, PartitionSpec
+
+from flowdit.sharding import (
+    BATCH_AXES,
+    LOGICAL_AXES,
+    ParameterSpec,
+    batch_shards,
+    dotted_name,
+    parameter_shardings,
+    parameter_specs,
+    partition,
+    slice_of,
+)
+
+
+def on_mesh(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, about to be jitted, with `mesh` made known to every `gather` in it; with None, `function` itself."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def on_the_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return on_the_mesh
+
+
+def is_gathering() -> bool:
+    """Whether `gather` does anything here: in a function of `on_mesh`, where `fsdp` is above 1."""
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
+def gather(module: Any) -> Any:
+    """Gather the matrices of `module` over `fsdp`; the split over `tensor` stays.
+
+    Call it on one block in the scan over blocks, so that only the weights of one block are whole at a time. Within
+    `over_devices`, as in training, the gradient of a gathered matrix is summed over `fsdp` and split again.
+
+    Elsewhere it is a constraint for XLA. Without it, XLA multiplies activations by each device's part of the weights
+    and sums the products over all devices: that moves many times the bytes, and each device then computes with the
+    whole batch.
+    """
+    if not is_gathering():
+        return module
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def gather_leaf(spec: ParameterSpec, leaf: jax.Array) -> jax.Array:
+        if "fsdp" in mesh.manual_axes:
+            axis = _split_axis(spec, leaf)
+            return leaf if axis is None else _all_gather(leaf, axis)
+        split = partition(mesh, spec, leaf.shape)
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
+        return leaf if whole == split else jax.lax.with_sharding_constraint(leaf, whole)
+
+    return jax.tree.map(gather_leaf, parameter_specs(module), module)
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass gathers weights again instead of keeping those of all blocks."""
+    return primitive.name not in ("sharding_constraint", "all_gather")
+
+
+def over_devices(mesh: Mesh | None, function: Callable[..., Any], dtype: str) -> Callable[..., Any]:
+    """Run `function(parameters, rows, step) -> (results by row, gradients)` on all devices, each with its rows.
+
+    The gradients must be of a mean over the rows. Returned is the gradient of the mean over all rows, laid out like the
+    parameters. In `function`, a device has its own part of the parameters, which `gather` makes whole. Gradients that
+    `gather` has not summed are summed in `dtype`.
+
+    Where `tensor` is above 1, XLA divides the work instead, and `function` sees all rows.
+    """
+    if mesh is None:
+        return function
+
+    def run(parameters: Any, rows: Any, step: jax.Array) -> tuple[Any, Any]:
+        divided = function
+        if mesh.shape["tensor"] == 1 and batch_shards(mesh) > 1:
+            own = split_over_fsdp(mesh, parameters)
+            by_row = PartitionSpec(BATCH_AXES)
+            divided = jax.shard_map(
+                functools.partial(_on_one_device, function, own, dtype),
+                mesh=mesh,
+                in_specs=(own, by_row, PartitionSpec()),
+                out_specs=(by_row, own),
+                check_vma=False,  # objectives of users need not say what differs between devices
+            )
+        with _current_hops(_hops(mesh)):
+            results, gradients = divided(parameters, rows, step)
+        return results, jax.lax.with_sharding_constraint(gradients, parameter_shardings(mesh, gradients))
+
+    return run
+
+
+def _on_one_device(function: Callable[..., Any], own: Any, dtype: str, *arguments: Any) -> tuple[Any, Any]:
+    results, gradients = function(*arguments)
+    sums = _sum_over_devices(gradients, own, dtype)
+    shards = batch_shards(jax.sharding.get_abstract_mesh())
+    return results, jax.tree.map(lambda total: total / shards, sums)
+
+
+def split_over_fsdp(mesh: Mesh, tree: Any) -> Any:
+    """The `PartitionSpec` over `fsdp` alone of every array in a pytree of parameters.
+
+    Raises `ValueError` for an array that is not divisible: each device would hold all of it.
+    """
+    size = mesh.shape["fsdp"]
+
+    def spec_of(path: tuple, spec: ParameterSpec, leaf: Any) -> PartitionSpec:
+        axis = _split_axis(spec, leaf)
+        if axis is None:
+            return PartitionSpec()
+        if leaf.shape[axis] % size:
+            raise ValueError(
+                f"mesh.fsdp: must divide the width of the model, {leaf.shape[axis]} ({dotted_name(path)}), got {size}"
+            )
+        return PartitionSpec(*(None,) * axis, "fsdp")
+
+    return jax.tree_util.tree_map_with_path(spec_of, parameter_specs(tree), tree)
+
+
+def _split_axis(spec: ParameterSpec, leaf: Any) -> int | None:
+    """The axis of a parameter that is split over `fsdp`."""
+    axes = [LOGICAL_AXES[axis] for axis in spec.axes]
+    return len(leaf.shape) - len(axes) + axes.index("fsdp") if "fsdp" in axes else None
+
+
+def _sum_over_devices(gradients: Any, own: Any, dtype: str) -> Any:
+    """Sum over the axes of the batch over which `gather` did not: over `data`, and for what is not split over `fsdp`."""
+    leaves, structure = jax.tree.flatten(gradients)
+    are_split = ["fsdp" in spec for spec in structure.flatten_up_to(own)]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for split, axes in ((True, ("data",)), (False, BATCH_AXES)):
+        chosen = [i for i, is_split in enumerate(are_split) if is_split == split]
+        if math.prod(sizes[axis] for axis in axes) > 1:
+            sums = jax.lax.psum([leaves[i].astype(dtype) for i in chosen], axes)
+            for i, total in zip(chosen, sums, strict=True):
+                leaves[i] = total.astype(leaves[i].dtype)
+    return structure.unflatten(leaves)
+
+
+# A user context is part of the keys of JAX's caches, so a function traced with other hops is traced again.
+_current_hops = jax.make_user_context(default_value=())
+
+
+def _all_gather(leaf: jax.Array, axis: int) -> jax.Array:
+    """Gather in the hops of `_hops`. The gradient takes them back, each a reduce-scatter.
+
+    In one hop over 16 devices the TPU compiler replaces the reduce-scatter by an all-reduce: twice the traffic.
+    """
+    hops = _current_hops.value
+    stride, count = 1, math.prod(hops)
+    for size in hops:
+        starts = [i for i in range(count) if i // stride % size == 0]
+        groups = [[start + stride * i for i in range(size)] for start in starts] if size < count else None
+        leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
+        stride *= size
+    return _scattered_by(leaf, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scattered_by(leaf: jax.Array, axis: int) -> jax.Array:
+    """The identity; its gradient is laid out with `axis` as the slowest to change.
+
+    Otherwise the TPU compiler replaces the reduce-scatter along some axes by an all-reduce.
+    """
+    return leaf
+
+
+def _lay_out(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    others = [other for other in range(gradient.ndim) if other != axis]
+    return (with_layout_constraint(gradient, Layout(major_to_minor=(axis, *others))),)
+
+
+_scattered_by.defvjp(lambda leaf, axis: (leaf, None), _lay_out)
+
+
+def _hops(mesh: Mesh) -> tuple[int, ...]:
+    """The number of devices along `fsdp` as a product: the sides of the box that they fill in a TPU's torus, then slices.
+
+    One hop on other platforms, or where they fill no box.
+    """
+    line = mesh.devices[0, :, 0]
+    if line[0].platform != "tpu":
+        return (len(line),)
+    places = np.asarray([(*device.coords, slice_of(device)) for device in line])
+    sides = [np.unique(column) for column in places.T]
+    box = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).transpose(3, 2, 1, 0, 4)
+    if not np.array_equal(box.reshape(-1, places.shape[1]), places):
+        return (len(line),)
+    return tuple(len(side) for side in sides if len(side) > 1)

@@ -1,0 +1,60 @@
+"""Rematerialisation: what the backward pass keeps of a block, and what it computes again (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+NAMES = (
+    "qkv",
+    "attended",
+    "attention_out",
+    "cross_qkv",
+    "cross_attended",
+    "cross_out",
+    "up",
+    "down",
+    "modulation",
+    "statistics",
+)
+"""What a block names, by `checkpoint_name`: queries, keys and values; the weighted sums of values and their projection;
+the same of the cross-attention; the outputs of both layers of the MLP; shifts, scales and gates; and small float32
+statistics: those of norms, and sums of exponentials."""
+
+ON_HOST = "@host"
+"""Follows a name whose values are moved to the host's memory until the backward pass needs them."""
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "names": jax.checkpoint_policies.save_only_these_names(*NAMES),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""The policies that have a name of their own; None keeps everything."""
+
+
+def remat_policy(remat: str) -> Callable[..., Any] | None:
+    """The policy for `jax.checkpoint` of `model.remat`, None for none.
+
+    Either one of `POLICIES`, or names of `NAMES` joined by `+`, as in `qkv+attended+up@host`. Raises `ValueError` for
+    anything else.
+    """
+    if remat in POLICIES:
+        return POLICIES[remat]
+    on_device = [name for name in remat.split("+") if not name.endswith(ON_HOST)]
+    on_host = [name.removesuffix(ON_HOST) for name in remat.split("+") if name.endswith(ON_HOST)]
+    if unknown := [name for name in on_device + on_host if name not in NAMES]:
+        raise ValueError(
+            f"must be {', '.join(POLICIES)}, or names out of {', '.join(NAMES)} joined by + (each may end in {ON_HOST}), "
+            f"got {unknown[0]!r}"
+        )
+    if not on_host:
+        return jax.checkpoint_policies.save_only_these_names(*on_device)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=on_device,
+        names_which_can_be_offloaded=on_host,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
