@@ -125,8 +125,8 @@ def _own_export(
 
 def _check_agreement(folder: Path, described: Trained, model: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
     """Raise `ValueError` naming the first field that differs between metadata and the transformer's `config.json`."""
-    # The first three are not in config.json; null stands for a number in the last one.
-    elsewhere = {"remat", "kernels", "null_tokens", "position_base"}
+    # The first four are not in config.json; null stands for a number in the last one.
+    elsewhere = {"remat", "kernels", "scan_blocks", "null_tokens", "position_base"}
     theirs = described.config.model
     fields = [field.name for field in dataclasses.fields(model) if field.name not in elsewhere]
     pairs = {f"model.{name}": (getattr(theirs, name, None), getattr(model, name)) for name in fields}

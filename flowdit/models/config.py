@@ -33,6 +33,8 @@ class ModelConfig:
             `up@host` moves it to the host's memory.
         kernels: how the layers of a block are computed: `plain`, `fast` (the same numbers up to rounding, written for
             TPUs), or `auto`: `fast` on TPUs, elsewhere `plain`, with cuDNN's attention on NVIDIA GPUs.
+        scan_blocks: compile one block and loop over all; false: compile every block, for a faster step on TPUs and many
+            times the compile time.
         interpolation_scale: position coordinates are divided by it; PixArt uses 0.5 at 256 pixels, 1 at 512, 2 at 1024.
         position_base: side, in patches, whose coordinates every grid spans (PixArt's base size); null: no rescaling.
         time_freq_shift: 1 in diffusers' DiT, which divides the exponents of its time frequencies by 127, not 128.
@@ -53,6 +55,7 @@ class ModelConfig:
     value_residual: bool = False
     remat: str = "none"
     kernels: str = "auto"
+    scan_blocks: bool = True
     interpolation_scale: float = 1.0
     position_base: int | None = None
     time_freq_shift: float = 0.0

@@ -70,6 +70,7 @@ class DiT(eqx.Module):
             x,
             BlockInputs(condition, angles),
             remat=self.settings.remat,
+            scan=self.settings.scan_blocks,
             depths=depths,
             route=route,
             key=key,

@@ -107,6 +107,7 @@ class PixArt(eqx.Module):
             x,
             BlockInputs(modulation, angles, text, condition.mask),
             remat=self.settings.remat,
+            scan=self.settings.scan_blocks,
             depths=depths,
             route=route,
             key=key,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -143,6 +143,7 @@ def run_blocks(
     inputs: BlockInputs,
     *,
     remat: str = "none",
+    scan: bool = True,
     depths: Iterable[int] = (),
     route: Route | None = None,
     key: PRNGKeyArray | None = None,
@@ -150,7 +151,7 @@ def run_blocks(
     """Run a stack of blocks, every array of which leads with the depth axis.
 
     The blocks are scanned, so compile time does not grow with depth; every depth that is asked for and each end of a
-    route divides the stack into one more scan. `remat` says what the backward pass keeps (`remat_policy`); weights that had to be
+    route divides the stack into one more scan. Without `scan` the program holds every block. `remat` says what the backward pass keeps (`remat_policy`); weights that had to be
     gathered it never keeps. `key` draws the tokens of a route.
 
     Raises `ValueError` for a depth outside of [1, number of blocks], and for a route without a key or outside of the stack;
@@ -173,7 +174,7 @@ def run_blocks(
         if route and key is not None and route.start <= start < route.stop:
             tokens = jax.random.permutation(key, x.shape[0])[: route.keep]
         is_first = mixes_values and start == 0
-        x, value, seen = _run_part(part, x, inputs, first_value, tokens, remat=remat, return_value=is_first)
+        x, value, seen = _run_part(part, x, inputs, first_value, tokens, remat=remat, scan=scan, return_value=is_first)
         observed.append(seen)
         first_value = value if is_first else first_value
         if stop in wanted:
@@ -211,9 +212,10 @@ def _run_part(
     tokens: Int[Array, " kept"] | None,
     *,
     remat: str,
+    scan: bool,
     return_value: bool,
 ) -> tuple[Float[Array, "tokens dim"], Values | None, Observed]:
-    """Scan over consecutive blocks, on `tokens` alone where they are given; with `return_value` also the last values.
+    """Run consecutive blocks, on `tokens` alone where they are given; with `return_value` also the last values.
 
     What was observed has a leading axis over the blocks.
     """
@@ -230,10 +232,23 @@ def _run_part(
 
     policy = remat_policy(remat) or (keep_all_but_gathered if is_gathering() else None)
     if policy is not None:
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    x, (values, observed) = jax.lax.scan(body, x, blocks)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
+    x, (values, observed) = (jax.lax.scan if scan else _run_in_turn)(body, x, blocks)
     x = x if tokens is None else whole.at[tokens].set(x)
     return x, None if values is None else values[-1], observed
+
+
+def _run_in_turn(body: Callable[..., Any], x: Array, blocks: Block) -> tuple[Array, Any]:
+    """`jax.lax.scan` without its loop."""
+    leaves, structure = jax.tree.flatten(blocks)
+    count = leaves[0].shape[0]
+    # The gradient of a split is one concatenation; that of an index would be a sum of stacks that are zero but for it.
+    parts = [jax.lax.split(leaf, [1] * count) for leaf in leaves]
+    results = []
+    for i in range(count):
+        x, result = body(x, structure.unflatten([part[i][0] for part in parts]))
+        results.append(result)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
 
 
 class TrunkSettings(NamedTuple):
@@ -243,10 +258,11 @@ class TrunkSettings(NamedTuple):
     norm: str = "layer"
     remat: str = "none"
     positions: Positions = Positions()
+    scan_blocks: bool = True
 
     @classmethod
     def of(cls, config: ModelConfig) -> TrunkSettings:
-        return cls(config.patch_size, config.norm, config.remat, config.grid_positions)
+        return cls(config.patch_size, config.norm, config.remat, config.grid_positions, config.scan_blocks)
 
 
 class Output(NamedTuple):

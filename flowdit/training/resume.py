@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Fields that must not change for an exact resume; other changes are reported.
 FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
 # How the same numbers are computed, up to rounding.
-COMPUTE_FIELDS = ("model.remat", "model.kernels")
+COMPUTE_FIELDS = ("model.remat", "model.kernels", "model.scan_blocks")
 # Fields of the processes and not of the run, which may continue on another machine.
 PROCESS_FIELDS = tuple(f"mesh.{field.name}" for field in dataclasses.fields(ProcessConfig))
 STARTING_FIELDS = ("train.is_restore", "train.requeue", "train.profile", *PROCESS_FIELDS)

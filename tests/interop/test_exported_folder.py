@@ -154,7 +154,7 @@ def test_every_field_of_the_model_is_exported_or_for_training_only(meta, tmp_pat
         "micro_conditioning": "use_additional_conditions",
     }
     # Training only; the shape of the null caption in model_index.json; the side of the latents.
-    elsewhere = {"remat", "kernels", "null_tokens", "position_base"}
+    elsewhere = {"remat", "kernels", "scan_blocks", "null_tokens", "position_base"}
     fields = set(PixArtConfig.__dataclass_fields__) - elsewhere - ARCHITECTURES["pixart"].own.fixed.keys()
     assert {renamed.get(field, field) for field in fields} <= config.keys()
     assert SMALL["depth"] == config["num_layers"]

@@ -145,6 +145,16 @@ def test_named_policies_change_memory_not_gradients(stage, is_fast):
     assert everything > sizes["names"] > sizes["qkv+attended+up"] > sizes["full"]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("remat", ["none", "names"])
+def test_blocks_that_are_not_scanned_give_the_same(stage, remat):
+    options = {"remat": remat, "value_residual": True}
+    (model, inputs), (other, _) = (network(stage, options | {"scan_blocks": scan}) for scan in (True, False))
+    for is_fast in (False, True):
+        scanned, unrolled = (run(Compute(is_fast=is_fast), each, inputs) for each in (model, other))
+        assert relative_error(unrolled, scanned) < 1e-5
+
+
 def test_a_policy_may_name_each_name_and_move_it_to_the_host():
     for name in NAMES:
         assert remat_policy(name) is not None
