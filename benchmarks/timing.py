@@ -34,16 +34,21 @@ class Timing:
         return f"{ratios.median:.2f} ({min(ratios.seconds):.2f} to {max(ratios.seconds):.2f})"
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call, which must not return before its work is done."""
-    start = time.perf_counter()
+def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Wall time (or time of another clock) of one call, which must not return before its work is done."""
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Run all contenders in turn, A B A B ..., so that a change in the machine's load affects all of them."""
-    taken = [[seconds(function) for function in contenders.values()] for _ in range(warmup + rounds)]
+    taken = [[seconds(function, clock) for function in contenders.values()] for _ in range(warmup + rounds)]
     return {name: Timing(column) for name, column in zip(contenders, zip(*taken[warmup:], strict=True), strict=True)}
 
 

@@ -3,31 +3,25 @@
 import bisect
 import contextlib
 import itertools
+import logging
 import os
 import resource
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
 from flowdit.data.manifest import Shard
 from flowdit.data.records import RecordError
 from flowdit.data.skeletons import SkeletonDecoder
 
+logger = logging.getLogger(__name__)
 
-@dataclass
-class _FileInstruction:
-    """The fields with which ArrayRecordDataSource accepts a file of known length."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+READERS = 64
+"""Files of which a data set's batches are read at the same time, as disks and networks take their time."""
 
 
 class RecordFiles:
@@ -38,8 +32,8 @@ class RecordFiles:
         self._decoder = SkeletonDecoder()
         self._ends = list(itertools.accumulate(counts))
         _allow_open_files(len(paths))
-        files = [_FileInstruction(os.fspath(path), 0, n, n) for path, n in zip(paths, counts, strict=True)]
-        self._records = ArrayRecordDataSource(files)
+        self._readers: dict[int, ArrayRecordReader] = {}  # of the files that were read from
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-records")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -69,11 +63,34 @@ class RecordFiles:
         thread = threading.get_ident()
         _BEING_READ[thread] = (self, indices)
         try:
-            return self._records.__getitems__(indices)
+            return self._read_files(indices)
         except RuntimeError:  # does not name the file: read one record at a time
-            return [self.locate(i, self._records.__getitem__, i) for i in indices]
+            return [self.locate(i, self._read_files, [i])[0] for i in indices]
         finally:
             del _BEING_READ[thread]
+
+    def _read_files(self, indices: Sequence[int]) -> list[bytes]:
+        """The bytes of records. ArrayRecord's own class for several files starts threads for every batch."""
+        by_file: dict[int, list[tuple[int, int]]] = {}  # rows of the result, and numbers in the file
+        for row, index in enumerate(indices):
+            file = bisect.bisect_right(self._ends, index)
+            by_file.setdefault(file, []).append((row, index - (self._ends[file - 1] if file else 0)))
+        result = [b""] * len(indices)
+
+        def read(file: int) -> None:
+            records = self._reader(file).read([number for _, number in by_file[file]])
+            for (row, _), record in zip(by_file[file], records, strict=True):
+                result[row] = record
+
+        list((map if len(by_file) == 1 else self._pool.map)(read, by_file))
+        return result
+
+    def _reader(self, file: int) -> ArrayRecordReader:
+        """The open reader of a file. Threads may share one; if two open it at the same time, one of theirs is kept."""
+        if file not in self._readers:
+            reader = ArrayRecordReader(os.fspath(self._paths[file]), **_RANDOM_ACCESS)
+            self._readers.setdefault(file, reader)
+        return self._readers[file]
 
     def place(self, index: int) -> tuple[Path, int]:
         """The file of record `index`, and its number within the file."""
@@ -96,6 +113,11 @@ class RecordFiles:
         rest = len(by_file) - max_files
         return "; ".join(shown) + (f"; and {rest} more files" if rest > 0 else "")
 
+
+_RANDOM_ACCESS = {
+    "options": "readahead_buffer_size:0",
+    "file_reader_buffer_size": 32768,
+}  # as ArrayRecordDataSource has
 
 _BEING_READ: dict[int, tuple[RecordFiles, Sequence[int]]] = {}
 
@@ -160,11 +182,14 @@ def _check_file(path: Path, shard: Shard) -> None:
     try:
         reader = ArrayRecordReader(os.fspath(path))
         count = reader.num_records()
+        options = reader.writer_options_string()
         reader.close()
     except RuntimeError as error:
         raise ValueError(f"{path}: must be a complete ArrayRecord file: {_first_clause(error)}") from None
     if count != shard.records:
         raise ValueError(f"{path}: must hold {shard.records} records as in the manifest, got {count}")
+    if "group_size:" in options and "group_size:1," not in f"{options},":
+        logger.warning("%s: has records in groups, which are read as a whole: write it with group_size:1", path)
 
 
 def _first_clause(error: Exception) -> str:

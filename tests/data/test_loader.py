@@ -11,7 +11,7 @@ from latent_records import open_labelled as open_train
 
 from flowdit.data.captions import TokenizedCaptions
 from flowdit.data.loader import DataConfig, TrainStream, validation_batches
-from flowdit.data.records import RecordError
+from flowdit.data.records import RecordError, encode
 
 
 def ids(batch):
@@ -203,6 +203,18 @@ def test_a_shard_with_another_number_of_records_is_named(folder):
     )
     with pytest.raises(ValueError, match="train-00000-of-00002.array_record: must hold 13 records .*, got 7"):
         open_train(folder)
+
+
+def test_a_shard_with_records_in_groups_is_named(folder, caplog):
+    path = folder / "train-00001-of-00002.array_record"
+    open_train(folder)
+    assert not caplog.records
+    writer = ArrayRecordWriter(str(path), "group_size:10")
+    for i in range(7):
+        writer.write(encode(record_of(i)))
+    writer.close()
+    assert ids(open_train(folder).read_batch([12, 13, 19])) == [12, 0, 6]
+    assert [record.message.split(",")[0] for record in caplog.records] == [f"{path}: has records in groups"]
 
 
 def test_a_missing_shard_and_an_absent_split_are_named(folder):

@@ -7,10 +7,10 @@ import threading
 import time
 
 import pytest
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from runs import error_line, finish, free_address, start, train_here
 from test_processes import settings
 
+from flowdit.data.record_files import RecordFiles
 from flowdit.tracking import Progress, Report
 from flowdit.training import setup, watchdog
 from flowdit.training.evaluations import Evaluation
@@ -130,7 +130,7 @@ def test_an_evaluation_takes_as_long_as_it_takes(tiny_data, tmp_path, monkeypatc
 
 def test_a_stalled_read_is_named_with_file_and_records(tiny_data, tmp_path, monkeypatch):
     """The first read of the training loop takes 1.5 s."""
-    read, stalled = ArrayRecordDataSource.__getitems__, []
+    read, stalled = RecordFiles._read_files, []
 
     def read_slowly(self, indices):
         if len(indices) > 1 and not stalled:
@@ -138,7 +138,7 @@ def test_a_stalled_read_is_named_with_file_and_records(tiny_data, tmp_path, monk
             time.sleep(1.5)
         return read(self, indices)
 
-    monkeypatch.setattr(ArrayRecordDataSource, "__getitems__", read_slowly)
+    monkeypatch.setattr(RecordFiles, "_read_files", read_slowly)
     finished = train_here(tiny_data, tmp_path / "run", "data.stall_timeout=0.4", "data.num_threads=1")
     assert finished.status == 0
     lines = [line for line in finished.out.splitlines() if "batch 0" in line]
