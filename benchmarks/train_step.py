@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import jax
 import torch
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 from benchmarks.timing import interleave, table
+from benchmarks.torch_dit import diffusers_dit
 from benchmarks.workload import NUM_CLASSES, repeated, training
 from flowdit.models.compute import FLOAT32
 from flowdit.models.config import DiTConfig
@@ -21,16 +21,8 @@ DIT_S_2 = DiTConfig(depth=12, hidden_dim=384, num_heads=6, patch_size=2, qk_norm
 def torch_step(config: DiTConfig) -> Callable[[], None]:
     """A training step of diffusers' class with the same objective, clipping, AdamW and EMA."""
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_dim // config.num_heads,
-        num_layers=config.depth,
-        patch_size=config.patch_size,
-        sample_size=LATENT[1],
-        in_channels=LATENT[0],
-        out_channels=LATENT[0],
-        num_embeds_ada_norm=NUM_CLASSES,
-    ).train()
+    shape = {"latent_shape": LATENT, "num_classes": NUM_CLASSES}
+    model = diffusers_dit(config.depth, config.hidden_dim, config.num_heads, config.patch_size, **shape).train()
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999)
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)

@@ -16,6 +16,8 @@ RUN=(
 )
 
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax} # restarts compile nothing
+# shellcheck source=/dev/null
+. "$(dirname "$0")/../scripts/xla_flags.sh" gpu # overlap of communication and compute
 PID_FILE=${PID_FILE:-$(mktemp)}
 export PID_FILE
 # The first process leaves its number for again.sh. A signal to one of them stops all at the same step.

@@ -28,6 +28,9 @@ MAX_RESTARTS=${MAX_RESTARTS:-100}
 # source /shared/venv/bin/activate
 
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax} # restarts compile nothing
+# Overlap of communication and compute; found from the repository's folder, where the job was submitted.
+# shellcheck source=/dev/null
+. "${SLURM_SUBMIT_DIR:-.}/scripts/xla_flags.sh" gpu
 devices=()
 if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
   devices=("mesh.devices_per_process=$((SLURM_GPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))")

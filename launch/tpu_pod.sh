@@ -49,7 +49,8 @@ units() { # on each host "unit", its state and the exit status; it is dead befor
   on_hosts all "echo unit \$($show=SubState) \$($show=ExecMainStatus)"
 }
 start() { # on all hosts; those that are running are stopped with a save, so that all have the same files
-  local command uv=.local/bin/uv # which brings Python 3.12; the hosts may have an older one
+  local command flags kind=${TYPE%%-*} uv=.local/bin/uv # which brings Python 3.12; the hosts may have an older one
+  flags=$(scripts/xla_flags.sh "${kind/litepod/e}") || flags="" # of another kind of slice
   command=$(printf '%q ' "${RUN[@]}" train.is_restore=null train.requeue=true)
   on_hosts all "{ sudo systemctl stop flowdit; sudo systemctl reset-failed flowdit; } 2>/dev/null; \
 rm -rf flowdit-source; mkdir flowdit-source && curl -LsSf https://astral.sh/uv/install.sh | sh && \
@@ -59,6 +60,7 @@ $uv venv --quiet --allow-existing --python 3.12 venv" &&
 './flowdit-source[tpu,gcs]'" &&
     on_hosts all "sudo systemd-run --unit=flowdit --remain-after-exit --uid=\$(id -u) --working-directory=\$HOME \
 --setenv=PATH=\$HOME/venv/bin:\$PATH --setenv=HOME=\$HOME --setenv=JAX_COMPILATION_CACHE_DIR=\$HOME/jax-cache \
+--setenv=LIBTPU_INIT_ARGS='$flags' \
 --property=Restart=on-failure --property=RestartSec=10 --property='RestartPreventExitStatus=1 2' \
 --property=StartLimitIntervalSec=0 --property=TimeoutStopSec=600 \$HOME/venv/bin/$command"
 }

@@ -29,7 +29,7 @@ from flowdit.settings import settings_of
 from flowdit.sharding import AXES, batch_shards, check_batch_size, mesh_shape
 
 LAUNCH = REPOSITORY / "launch"
-SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *(REPOSITORY / "scripts").glob("*.sh")])
 JOBSETS = sorted(LAUNCH.glob("jobset_*.yaml"))
 # The fields that are used, of jobset.x-k8s.io/v1alpha2 and of Kubernetes' batch/v1 and v1; no others are allowed.
 SCHEMA = json.loads((Path(__file__).parent / "jobset_schema.json").read_text())
@@ -215,7 +215,9 @@ def test_a_command_is_not_started_again_after_a_signal_in_the_pause(tmp_path):
 def test_skypilot_sees_75_after_a_kill(tmp_path, status, final):
     (tmp_path / "statuses").write_text(status)
     script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"].replace("~/venv/bin", str(tmp_path / "bin"))
-    assert start_script(tmp_path, "bash", "-c", script).returncode == final
+    command = ["bash", "-c", f"cd {shlex.quote(str(REPOSITORY))}\n{script}"]  # SkyPilot's `workdir`
+    ended = start_script(tmp_path, *command)
+    assert (ended.returncode, ended.stderr) == (final, "")
 
 
 # Starts the tasks of a job step as Slurm does, on this machine, and returns the highest of their statuses. With
@@ -258,7 +260,7 @@ def sbatch(tmp_path: Path, *settings: str, run: str = "flowdit", tasks: int = 1,
     while not starts or queued.exists():
         queued.unlink(missing_ok=True)
         job = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": str(tasks), "SLURM_RESTART_COUNT": str(len(starts))}
-        job |= {"SLURM_CPUS_PER_TASK": "8"}
+        job |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
         starts.append(start_script(tmp_path, "bash", script, *settings, **job, REQUEUED=str(queued), **environment))
         environment.pop("SIGNAL_AT", None)
     return starts
@@ -314,6 +316,10 @@ def test_a_preempted_slice_is_made_again(tmp_path):
     ended, last, calls = run_tpu_pod(tmp_path, DEAD, RUNNING, RUNNING, DEAD, COMPLETE, describe=states)
     assert (ended.returncode, ended.stderr) == (0, "") and "the run is complete" in ended.stdout
     assert calls == ["create", *STARTING, "delete", "create", *STARTING]
+    flags = subprocess.run(
+        [REPOSITORY / "scripts" / "xla_flags.sh", "v5e"], capture_output=True, text=True
+    ).stdout.strip()
+    assert f"--setenv=LIBTPU_INIT_ARGS='{flags}' " in last["systemd-run"]
     command = last["systemd-run"].partition("TimeoutStopSec=600 ")[2]
     assert command.startswith("$HOME/venv/bin/flowdit train-stage1 ") and "train.requeue=true" in command
 
@@ -366,11 +372,13 @@ def test_a_job_of_slurm_is_stopped_by_its_limit_and_completes_when_it_is_queued_
 
 @pytest.mark.slow
 def test_mpirun_starts_processes_that_stop_with_a_save_and_go_on(tiny_data, tmp_path):
-    script = tmp_path / "mpirun.sh"
+    script = tmp_path / "launch" / "mpirun.sh"
+    script.parent.mkdir()
+    shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
     command = tiny(tiny_data, "run", 300)
     text = (LAUNCH / "mpirun.sh").read_text()
     script.write_text(re.sub(r"^RUN=\(.*?^\)", f"RUN=({command})", text, flags=re.MULTILINE | re.DOTALL))
-    shutil.copy(LAUNCH / "again.sh", tmp_path)
+    shutil.copy(LAUNCH / "again.sh", script.parent)
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "DEVICES_PER_PROCESS": "1"}
     environment = root | {"PORT": str(free_port()), "PID_FILE": str(tmp_path / "pid")}
     first = start_script(tmp_path, "bash", script, stop_at="step 3/", **environment)
