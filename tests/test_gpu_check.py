@@ -27,23 +27,34 @@ def standard_promotion():
     jax.config.update("jax_numpy_dtype_promotion", strict)
 
 
-def test_a_dry_run_has_finite_figures(tmp_path, capsys, standard_promotion):
+PARTS = {"XL/2": "XL/2 training", "sampling": "XL/2 sampling, 25 guided steps"}
+
+
+@pytest.mark.parametrize("name", ["XL/2", pytest.param("sampling", marks=pytest.mark.slow)])
+def test_a_dry_run_has_figures_of_both(name, tmp_path, capsys, standard_promotion):
     pytest.importorskip("torch", reason="needs torch")  # diffusers' DiT beside flowdit's
     file = tmp_path / "check.json"
-    assert gpu_check.main(["--dry-run", "--json", str(file), "--only", "attention", "XL/2", "sampling"]) == 0
+    assert gpu_check.main(["--dry-run", "--json", str(file), "--only", "attention", name]) == 0
     report, out = json.loads(file.read_text()), capsys.readouterr().out
     assert report["card"]["platform"] == "cpu" and report["card"]["versions"].keys() >= {"jax", "jaxlib", "torch"}
     assert "driver" in out and "attention by XLA (cuDNN needs an NVIDIA GPU, not cpu)" in out
     for row in report["attention"]:
         assert max(row["against_xla"].values()) == 0  # XLA with itself
         assert 0 < max(row["against_float32"].values()) < 0.02
-    shared = [report["XL/2 training"], report["XL/2 sampling, 25 guided steps"]]
-    for part in shared:
-        assert set(part["contenders"]) == {"flowdit", "diffusers in torch"}
-        for result in part["contenders"].values():
-            assert "problem" not in result and min(result["seconds"]) > 0
-        assert part["contenders"]["flowdit"]["flops"] > 0
-    assert out.count("| diffusers in torch | 2 |") == 2
+    contenders = report[PARTS[name]]["contenders"]
+    assert set(contenders) == {"flowdit", "diffusers in torch"} and contenders["flowdit"]["flops"] > 0
+    for result in contenders.values():
+        assert "problem" not in result and min(result["seconds"]) > 0
+    assert "| diffusers in torch | 2 |" in out
+
+
+@pytest.mark.slow
+def test_the_script_makes_a_dry_run_of_all_parts(tmp_path):
+    environment = os.environ | HERE | {"PYTHON": sys.executable}
+    command = [REPOSITORY / "scripts" / "gpu_check.sh", "--dry-run", "--json", tmp_path / "check.json"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "| XL/2 training, Q/K norm, whole card |" in ended.stdout
 
 
 def test_what_has_no_time_left_is_skipped_with_a_line(tmp_path, capsys):
