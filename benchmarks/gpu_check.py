@@ -136,8 +136,8 @@ def check_training(check: Check, name: str, alone: bool = False) -> None:
     while True:
         contenders = {OURS: functools.partial(check.jax_worker, "step", size, batch_size, alone, repeat, share=share)}
         if has_torch() and not alone:
-            theirs = functools.partial(check.torch_worker, "step", size, batch_size, share, repeat, not check.dry_run)
-            contenders[THEIRS] = theirs
+            shared = ("step", size, batch_size, share, repeat)
+            contenders[THEIRS] = functools.partial(check.torch_worker, *shared, not check.dry_run)
         results = take_turns(check, contenders, rounds)
         if batch_size == 1 or not any(is_memory_short(result) for result in results.values()):
             break

@@ -151,7 +151,8 @@ def step(size: Size, batch_size: int, qk_norm: bool, repeat: int) -> Contender:
 
 def sampling(size: Size, batch_size: int, qk_norm: bool) -> Contender:
     """flowdit's sampler of latents: a run draws `batch_size` images, its seconds those of one."""
-    config, mesh, device = network(size, qk_norm), make_local_mesh(), jax.devices()[0]
+    config, mesh = network(size, qk_norm), make_local_mesh()
+    device = jax.devices()[0]
     shapes = config.attention_shapes(LATENT)
     compute = choose_compute(mesh, DTYPE, shapes)
     model = jax.jit(lambda: build_dit(config, LATENT[0], NUM_CLASSES, key=jax.random.key(0)))()
