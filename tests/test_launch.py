@@ -217,7 +217,7 @@ def test_skypilot_sees_75_after_a_kill(tmp_path, status, final):
     script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"].replace("~/venv/bin", str(tmp_path / "bin"))
     command = ["bash", "-c", f"cd {shlex.quote(str(REPOSITORY))}\n{script}"]  # SkyPilot's `workdir`
     ended = start_script(tmp_path, *command)
-    assert (ended.returncode, ended.stderr) == (final, "")
+    assert ended.returncode == final and "xla_flags" not in ended.stderr
 
 
 # Starts the tasks of a job step as Slurm does, on this machine, and returns the highest of their statuses. With
