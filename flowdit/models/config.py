@@ -28,9 +28,9 @@ class ModelConfig:
         mlp: the MLP of a block: `gelu` or `swiglu`.
         positions: `sincos` (a fixed table, added to the tokens) or `rope` (2-D rotary, on queries and keys).
         value_residual: mix the first block's values into those of every block, with learned weights (ResFormer).
-        remat: what the backward pass keeps: `none` (everything), `names` (what the layers name, the fastest that saves
-            memory), `dots` (matrix products), `full` (block inputs alone), or some names, such as `qkv+attended+up`;
-            `up@host` moves it to the host's memory.
+        remat: what the backward pass keeps: `none` (everything), `names` (what is dear to compute), `lean` (less: outputs of
+            attention and MLP; the best on TPUs), `dots` (matrix products), `full` (block inputs alone), or some names,
+            such as `qkv+attended+up`; `up@host` moves it to the host's memory.
         kernels: how the layers of a block are computed: `plain`, `fast` (the same numbers up to rounding, written for
             TPUs), or `auto`: `fast` on TPUs, elsewhere `plain`, with cuDNN's attention on NVIDIA GPUs.
         scan_blocks: compile one block and loop over all; false: compile every block, for a faster step on TPUs and many

@@ -138,11 +138,11 @@ def kept(stage: int, remat: str, is_fast: bool) -> tuple[int, Any]:
 def test_named_policies_change_memory_not_gradients(stage, is_fast):
     everything, expected = kept(stage, "none", is_fast)
     sizes = {}
-    for remat in ("names", "qkv+attended+up", "full"):
+    for remat in ("names", "lean", "full"):
         sizes[remat], got = kept(stage, remat, is_fast)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
-    assert everything > sizes["names"] > sizes["qkv+attended+up"] > sizes["full"]
+    assert everything > sizes["names"] > sizes["lean"] > sizes["full"]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -165,5 +165,5 @@ def test_a_policy_may_name_each_name_and_move_it_to_the_host():
 
 @pytest.mark.parametrize("remat", ["some", "qkv+", "qkv,up", "qkv@device", ""])
 def test_an_unknown_name_is_refused(remat):
-    with pytest.raises(ValueError, match="remat: must be none, names, dots, full, or names out of qkv"):
+    with pytest.raises(ValueError, match="remat: must be none, names, lean, dots, full, or names out of qkv"):
         dataclasses.replace(DiTConfig(), remat=remat).check((4, 32, 32))
