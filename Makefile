@@ -10,7 +10,7 @@ DEMO_TEXT_STEPS ?= 1800
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-text sample test test-slow check bench clean
+.PHONY: help setup demo demo-text sample test test-slow check bench bench-tpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -72,6 +72,10 @@ check: $(VENV)/ready-test ## format, lint, types and code structure
 
 bench: $(VENV)/ready-test ## the benchmarks behind docs/performance.md
 	@$(BIN)/python -m benchmarks
+
+# Rows and settings: make bench-tpu ROWS='v5e-fsdp16 model.remat=full'. Rows: benchmarks/tpu.py.
+bench-tpu: $(VENV)/ready-test ## cycles of the XL/2 step by the TPU compiler; no TPU is needed (1 to 5 minutes a row)
+	@$(BIN)/python -m benchmarks tpu $(ROWS)
 
 clean: ## remove the environment, caches and build leftovers (never data, checkpoints or samples)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache *.egg-info

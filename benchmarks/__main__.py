@@ -22,8 +22,10 @@ BENCHMARKS = (
     "convert",
     "restart",
 )
-LONG = ("long_run", "million")
+LONG = ("long_run", "million", "tpu")
 """Only by name: they take minutes to hours, and gigabytes."""
+WITH_ARGUMENTS = "tpu"
+"""The benchmark that takes what follows its name."""
 PACKAGES = ("jax", "jaxlib", "torch", "diffusers", "numpy", "grain", "array-record", "orbax-checkpoint")
 
 
@@ -40,15 +42,19 @@ def main() -> None:
         "names",
         nargs="*",
         metavar="name",
-        help=f"one of {', '.join(BENCHMARKS + LONG)} (default: all but {', '.join(LONG)})",
+        help=f"one of {', '.join(BENCHMARKS + LONG)} (default: all but {', '.join(LONG)}); "
+        f"{WITH_ARGUMENTS} takes the names of its rows, and settings as in model.remat=full",
     )
     names = parser.parse_args().names or BENCHMARKS
+    last = names.index(WITH_ARGUMENTS) + 1 if WITH_ARGUMENTS in names else len(names)
+    names, arguments = names[:last], names[last:]
     if unknown := sorted(set(names) - {*BENCHMARKS, *LONG}):
         parser.error(f"name: must be one of {', '.join(BENCHMARKS + LONG)}, got {unknown[0]!r}")
     print(f"Machine: {machine()}", flush=True)
     for name in names:
         start = time.perf_counter()
-        table = importlib.import_module(f"benchmarks.{name}").measure()
+        measure = importlib.import_module(f"benchmarks.{name}").measure
+        table = measure(*arguments) if name == WITH_ARGUMENTS else measure()
         print(f"\n### {name}\n\n{table}\n\n({time.perf_counter() - start:.0f} s)", flush=True)
 
 

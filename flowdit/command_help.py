@@ -46,10 +46,11 @@ def help_text(
 
 
 def group_lines(composed: DictConfig) -> Iterator[str]:
-    """The presets of a training command: those of its network. Other commands have none."""
+    """The presets of a training command, those of its network, or of both; other commands have none."""
     if "model" not in composed:
         return
     networks = {"ccdit"} if composed.model.name == "ccdit" else {"pixart", "mmdit"}
+    networks |= {"pixart", "mmdit"} if "stage" in composed else set()
     yield from ["", "presets and sizes:"]
     for file in sorted((GROUPS / "experiment").glob("*.yaml")):
         chosen = network(file)

@@ -282,11 +282,14 @@ def as_list(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
-def register_schemas() -> None:
-    """Register the dataclasses with Hydra, which checks names and types of all overrides against them."""
+def register_schemas(training: type[Config] = Config) -> None:
+    """Register the dataclasses with Hydra, which checks names and types of all overrides against them.
+
+    `training` is the class of the configurations of both stages.
+    """
     store = ConfigStore.instance()
     # The model is of the base class until a group of `model` says which: a node can only become a subclass's.
-    train = OmegaConf.structured(Config(model=ModelConfig()))
+    train = OmegaConf.structured(training(model=ModelConfig()))
     for name, schema in (("train_schema", train), ("sample_schema", SampleConfig), ("prepare_schema", PrepareConfig)):
         store.store(name=name, node=schema)
     for name, model in MODELS.items():

@@ -76,7 +76,7 @@ class MeshConfig(ProcessConfig):
         require("step_timeout", limit, limit is None or limit >= 0, "must be null (automatic), 0 (never) or more")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes, or over `devices`, which may be of a topology to compile for."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
@@ -95,8 +95,7 @@ def slice_of(device: Any) -> int:
 
 def make_local_mesh() -> Mesh:
     """A mesh over the devices of this process, all of which share batches."""
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return make_mesh(MeshConfig(), jax.local_devices())
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:

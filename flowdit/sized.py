@@ -16,14 +16,13 @@ from flowdit.config import Config
 from flowdit.data.manifest import Manifest
 from flowdit.fields import FieldError, about
 from flowdit.hardware import this_machine
-from flowdit.models.text_encoder import WORDLLAMA
+from flowdit.models.text_encoder import usual_width
 from flowdit.training.estimate import Condition
 from flowdit.training.small import choose
 
 logger = logging.getLogger(__name__)
 
 PRESETS = ("small", "small_text")
-T5GEMMA_WIDTH = 2304
 
 
 def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
@@ -42,8 +41,7 @@ def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
         if not manifest.has_captions:
             advice = "python train_stage1.py experiment=small trains without"
             raise ValueError(f"data.path: {config.data.path} has no captions, which this preset needs; {advice}")
-        width = 256 if config.text.encoder == WORDLLAMA else T5GEMMA_WIDTH
-        condition = Condition(text_tokens=config.text.max_length, text_width=width)
+        condition = Condition(text_tokens=config.text.max_length, text_width=usual_width(config.text.encoder))
     typed = {key: functools.reduce(getattr, key.split("."), config) for key in typed_keys(overrides)}
     sizes = choose(manifest, this_machine(), config.model.name, condition, typed)
     for key, value in sizes.values.items():

@@ -23,6 +23,7 @@ from flowdit.config import Config, SampleConfig, register_schemas
 from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
 from flowdit.interop import ConvertConfig
+from flowdit.planning.config import PlanConfig
 from flowdit.settings import default, described_fields, in_yaml, own_subclasses, type_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -30,6 +31,7 @@ GROUPS = Path(flowdit.configs.__file__).parent
 COMMANDS = {
     "Training": ("`train_stage1.py` and `train_stage2.py`", Config),
     "Sampling": ("`python -m flowdit.sample`", SampleConfig),
+    "Planning": ("`python -m flowdit.plan`, besides those of training", PlanConfig),
     "Preparing data": ("`python -m flowdit.prepare`", PrepareConfig),
     "Converting": ("`python -m flowdit.convert`", ConvertConfig),
 }
@@ -55,10 +57,12 @@ def page() -> str:
 
 def sections(schema: type, prefix: str = "") -> Iterator[str]:
     """A table of the fields of `schema`, and one for each dataclass among them; subclasses show what they add."""
-    nested = nested_classes(schema)
+    known = {field.name for field in dataclasses.fields(Config)} if schema is PlanConfig else set()
+    nested = {name: kind for name, kind in nested_classes(schema).items() if name not in known}
     if prefix:
         yield f"### `{prefix.rstrip('.')}`\n\n{introduction(schema)}\n\n"
-    fields = sorted(dataclasses.fields(schema), key=lambda field: field.name not in inspect.get_annotations(schema))
+    fields = [field for field in dataclasses.fields(schema) if field.name not in known]
+    fields.sort(key=lambda field: field.name not in inspect.get_annotations(schema))
     yield table(schema, prefix, [field for field in fields if field.name not in nested])
     for subclass in own_subclasses(schema) if prefix else []:
         if added := added_fields(schema, subclass):

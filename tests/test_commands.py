@@ -269,9 +269,10 @@ def test_help_has_the_settings_of_the_command(name):
         "train-stage2": ("text.encoder", "data.text_cache", "train.init_time", "model.null_tokens"),
         "prepare": ("source", "captions", "vae"),
         "sample": ("checkpoint", "prompt", "guidance"),
+        "plan": ("topology", "stage", "train.batch_size", "mesh.fsdp", "shape.latent"),
         "convert": ("source", "target", "to"),
     }
     assert set(own[name]) <= set(keys)
-    assert ("text.encoder" in keys) == (name == "train-stage2")
+    assert ("text.encoder" in keys) == (name in ("train-stage2", "plan"))
     assert "hydra/" not in finished.out
     assert ("  train.num_steps=150000" in finished.out) == (name == "train-stage2")  # the default of this command

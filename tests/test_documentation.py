@@ -21,6 +21,8 @@ from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
 from flowdit.interop import ConvertConfig
 from flowdit.overrides import for_hydra
+from flowdit.plan import chosen_stage
+from flowdit.planning.config import PlanConfig
 from flowdit.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -127,8 +129,8 @@ def test_prose_fits_120_characters(page):
 
 TRAINING = {"train-stage1": "config", "train-stage2": "config_stage2"}
 SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
-SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig}
-REQUIRED = {"sample": ["checkpoint=x"], "convert": ["source=x", "target=y"], "prepare": []}
+SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig, "plan": PlanConfig}
+REQUIRED = {"sample": ["checkpoint=x"], "convert": ["source=x", "target=y"], "prepare": [], "plan": ["topology=v5e:1"]}
 SETTINGS = {name: settings_of(schema) for name, schema in SCHEMAS.items()}
 COMMAND = re.compile(
     r"\btrain_(stage[12])\.py|python -m flowdit\.(\w+)|(?:^|again\.sh |(=\"))flowdit ([\w-]+)|launch/(slurm|mpirun)\.sh"
@@ -161,7 +163,13 @@ def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
 @functools.cache
 def check_command(name: str, arguments: tuple[str, ...]) -> None:
     """Compose and check a command; cached, as many commands are on several pages."""
-    config = resolve(compose(name, for_hydra(arguments, SETTINGS[name])), SCHEMAS[name])
+    file = name
+    if name == "plan":  # reads the files of the training commands, with settings of its own
+        register_schemas(PlanConfig)
+        file = TRAINING[f"train-stage{chosen_stage(arguments)}"]
+        arguments = ("data.path=x", *arguments)
+    config = resolve(compose(file, for_hydra(arguments, SETTINGS[name])), SCHEMAS[name])
+    register_schemas()
     config.check()
     if isinstance(config, Config):
         conditioning.check(config)

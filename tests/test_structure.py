@@ -50,11 +50,13 @@ LAYERS = {
     "inference": 8,
     "training": 9,
     "interop": 10,
+    "planning": 10,
     "composition": 11,
     "sized": 11,
     "train": 11,
     "sample": 11,
     "prepare": 11,
+    "plan": 11,
     "convert": 11,
 }
 

@@ -129,6 +129,10 @@ class Conditioning(abc.ABC):
         """Transform a batch of the loader on the devices to the input of the step. Runs ahead of the step."""
         return batch
 
+    def encoded(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of what the reader and `encode` make of one record's captions, by name."""
+        return {}
+
     @abc.abstractmethod
     def condition(self, example: Example) -> Any:
         """One example's condition."""

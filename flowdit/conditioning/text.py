@@ -145,6 +145,12 @@ class Text(Conditioning):
         rest = {name: value for name, value in batch.items() if name != "text_ids"}
         return rest | {"text_features": self._encode_step(self.encoder.network, batch["text_ids"], batch["text_mask"])}
 
+    def encoded(self) -> dict[str, jax.ShapeDtypeStruct]:
+        assert self.info is not None
+        length, width = self.info.max_length, self.info.width
+        features = jax.ShapeDtypeStruct((length, width), jnp.dtype(self.info.dtype))
+        return {"text_features": features, "text_mask": jax.ShapeDtypeStruct((length,), jnp.dtype(bool))}
+
     @functools.cached_property
     def _encode_step(self) -> Any:
         assert self.training is not None

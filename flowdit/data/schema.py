@@ -114,7 +114,7 @@ class SizeField:
             raise RecordError(f"must be one or two sides in [1, {MAX_IMAGE_SIDE}] pixels, got {str(value)[:40]}")
 
     def stack(self, values: Sequence[Any]) -> np.ndarray:
-        return np.array([_sides(value) for value in values], np.int32)
+        return np.array([_sides(value) for value in values], np.int32).reshape(-1, 2)
 
     def check_numbers(self, array: Any) -> None:
         """Nothing is left to check."""

@@ -27,6 +27,8 @@ from flowdit.models.t5gemma import WEIGHTS_STEM, load_t5gemma
 WORDLLAMA = "wordllama"
 DTYPES = ("bfloat16", "float32")
 """Not float16: activations of the T5 family overflow it."""
+WORDLLAMA_WIDTH = 256
+T5GEMMA_WIDTH = 2304
 TOKENIZER_FILE = "tokenizer.json"
 # Each length and number of texts is compiled separately, so there are few of both.
 SHORTEST = 16
@@ -155,6 +157,11 @@ class TextEncoder:
         padding = ((0, batch - len(ids)), (0, 0))
         padded = (jnp.asarray(np.pad(rows, padding)) for rows in (ids, mask))
         return np.asarray(encode_tokens(self.network, *padded))[: len(ids)]
+
+
+def usual_width(encoder: str) -> int:
+    """Width of the features of an encoder that is not loaded, of T5Gemma-2B if it is not `wordllama`."""
+    return WORDLLAMA_WIDTH if encoder == WORDLLAMA else T5GEMMA_WIDTH
 
 
 def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:

@@ -23,14 +23,14 @@ from flowdit.config import Config
 from flowdit.data.loader import DataConfig, DataSet, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.mirror import local_folder, provide_shards
-from flowdit.data.schema import LATENTS, record_schema
-from flowdit.diffusion.objective import Objective
+from flowdit.data.schema import LATENTS, Schema, record_schema
+from flowdit.diffusion.objective import FlowMatching
 from flowdit.fields import about
 from flowdit.fsdp import split_over_fsdp
 from flowdit.models.compute import Compute, choose_compute
-from flowdit.optim import Optimizer, make_optimizer
+from flowdit.optim import make_optimizer
 from flowdit.processes import from_first
-from flowdit.sharding import check_batch_size, init_sharded, make_mesh, own_rows
+from flowdit.sharding import batch_sharding, check_batch_size, init_sharded, make_mesh, own_rows
 from flowdit.training.agreement import require_one_data_set, require_shared_folder
 from flowdit.training.diagnosis import Diagnosis, make_diagnose
 from flowdit.training.evaluations import Evaluation, make_evaluations
@@ -70,10 +70,8 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     check_batch_size(mesh, train.batch_size, train.gradient_accum)
     conditioning = kinds.for_training(config, manifest, mesh)
     data = open_data(config, manifest, conditioning)
-    objective = make_objective(config, manifest, conditioning)
-    build_model = conditioning.model_builder(config, manifest)
-    shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
-    compute = choose_compute(mesh, train.compute_dtype, shapes, config.model.kernels)
+    parts = make_parts(config, manifest, conditioning, mesh)
+    objective, compute = parts.objective, parts.compute
     evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
     stream = make_stream(config, data.train, mesh)
     meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
@@ -83,19 +81,12 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     start = load_start(config, manifest, conditioning, meta, mesh) if is_first_start else None
     resuming = from_first(lambda: prepare_folder(folder, train.is_restore))
     require_shared_folder(folder)
-    optimizer = make_optimizer(config.optim, train.num_steps)
-
-    def build_state(start: Start | None) -> TrainState:
-        model = initial_model(build_model(), start, train)
-        return init_state(model, optimizer, auxiliary_parameters(config, manifest))
-
-    template = abstract_state(mesh, lambda: build_state(None))
-    _check_fit(mesh, folder, template, meta)
+    check_free_space(folder, parts.template, meta)
     if resuming:
         state, meta = resume(
             folder=folder,
-            template=template,
-            build_state=lambda: build_state(None),
+            template=parts.template,
+            build_state=lambda: parts.build_state(None),
             mesh=mesh,
             stream=stream,
             conditioning=conditioning,
@@ -103,11 +94,9 @@ def start_run(config: Config, found: Found | None = None) -> Run:
             found=found,
         )
     else:
-        state = init_sharded(mesh, build_state, start)
+        state = init_sharded(mesh, parts.build_state, start)
     diagnose = make_diagnose(objective, config.seed, train.gradient_accum, compute, mesh)
     figures = drift_figures(start, state.model, manifest.latent_shape, train)
-    # Without auxiliary losses, as adding or removing one would make the total jump.
-    plain = dataclasses.replace(objective, auxiliary=())
     return Run(
         folder=folder,
         mesh=mesh,
@@ -115,8 +104,8 @@ def start_run(config: Config, found: Found | None = None) -> Run:
         state=state,
         stream=stream,
         data=data,
-        train_step=_train_step(config, optimizer, objective, compute, mesh),
-        image_flops=functools.partial(image_flops, plain, compute, template.parameters),
+        train_step=parts.train_step,
+        image_flops=parts.image_flops,
         diagnosis=Diagnosis(folder, mesh, stream, conditioning.encode, diagnose),
         evaluations=evaluations,
         meta=meta,
@@ -124,14 +113,37 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     )
 
 
-def _check_fit(mesh: Mesh, folder: epath.Path, template: TrainState, meta: RunMeta) -> None:
-    """Raise an error for parameters that the mesh cannot split, or a folder without room for a checkpoint."""
-    split_over_fsdp(mesh, template.parameters)
-    check_free_space(folder, template, meta)
+class Parts(NamedTuple):
+    """What a training step is made of. `template` has the shapes and shardings of the state; nothing is allocated.
+
+    `build_state` initialises the state, from another run's model if there is one; usable under jit. `image_flops` is
+    that of `Run`.
+    """
+
+    objective: FlowMatching
+    compute: Compute
+    build_state: Callable[[Start | None], TrainState]
+    template: TrainState
+    train_step: TrainStep
+    image_flops: Callable[[Batch], int]
 
 
-def _train_step(config: Config, optimizer: Optimizer, objective: Objective, compute: Compute, mesh: Mesh) -> TrainStep:
-    return make_train_step(
+def make_parts(config: Config, manifest: Manifest, conditioning: Conditioning, mesh: Mesh) -> Parts:
+    """The training step of a configuration, for the devices of `mesh`, which need not be attached.
+
+    Raises `ValueError` for a model that cannot be built on these data, or parameters that the mesh cannot split.
+    """
+    objective = make_objective(config, manifest, conditioning)
+    build_model = conditioning.model_builder(config, manifest)
+    shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
+    compute = choose_compute(mesh, config.train.compute_dtype, shapes, config.model.kernels)
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+
+    def build_state(start: Start | None) -> TrainState:
+        model = initial_model(build_model(), start, config.train)
+        return init_state(model, optimizer, auxiliary_parameters(config, manifest))
+
+    train_step = make_train_step(
         optimizer,
         objective,
         config.seed,
@@ -141,6 +153,12 @@ def _train_step(config: Config, optimizer: Optimizer, objective: Objective, comp
         compute=compute,
         mesh=mesh,
     )
+    template = abstract_state(mesh, lambda: build_state(None))
+    split_over_fsdp(mesh, template.parameters)
+    # Without auxiliary losses, as adding or removing one would make the total jump.
+    plain = dataclasses.replace(objective, auxiliary=())
+    flops = functools.partial(image_flops, plain, compute, template.parameters)
+    return Parts(objective, compute, build_state, template, train_step, flops)
 
 
 def auxiliary_parameters(config: Config, manifest: Manifest) -> dict[str, Any]:
@@ -183,14 +201,7 @@ def open_manifest(config: DataConfig) -> Manifest:
 
 def open_data(config: Config, manifest: Manifest, conditioning: Conditioning) -> DataSet:
     """Open the records of both splits, with the fields of conditioning and auxiliary losses."""
-    fields = conditioning.fields()
-    for loss in config.auxiliary_losses():
-        for name, field in loss.fields().items():
-            if name in LATENTS or fields.setdefault(name, field) != field:
-                others = fields.get(name, "a latent")
-                raise ValueError(f"auxiliary.{loss.name}: reads the field {name} as {field}, others as {others}")
-    schema = record_schema(manifest.latent_shape, fields, manifest.has_latent_std)
-
+    schema = batch_schema(config, manifest, conditioning)
     folder = local_folder(config.data.path, manifest.shards, config.data.local_dir)
 
     def source(split: str) -> Source:
@@ -198,3 +209,28 @@ def open_data(config: Config, manifest: Manifest, conditioning: Conditioning) ->
         return open_source(folder, manifest, split, **options)
 
     return DataSet(manifest, source("train"), source("validation") if manifest.num_records("validation") else None)
+
+
+def batch_schema(config: Config, manifest: Manifest, conditioning: Conditioning) -> Schema:
+    """What a record holds for conditioning and auxiliary losses. Raises `ValueError` if two read a field differently."""
+    fields = conditioning.fields()
+    for loss in config.auxiliary_losses():
+        for name, field in loss.fields().items():
+            if name in LATENTS or fields.setdefault(name, field) != field:
+                others = fields.get(name, "a latent")
+                raise ValueError(f"auxiliary.{loss.name}: reads the field {name} as {field}, others as {others}")
+    return record_schema(manifest.latent_shape, fields, manifest.has_latent_std)
+
+
+def abstract_batch(config: Config, manifest: Manifest, conditioning: Conditioning, mesh: Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of the global batch that the step gets, after `Conditioning.encode`."""
+    columns = {
+        name: jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
+        for name, values in batch_schema(config, manifest, conditioning).stack([]).items()
+        if values.dtype != object  # captions, of which `encode` makes features
+    }
+    size, sharding = config.train.batch_size, batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=sharding)
+        for name, one in (columns | conditioning.encoded()).items()
+    }

@@ -96,8 +96,8 @@ def example_keys(seed: int, step: Int[Array, ""], batch: Batch) -> Key[Array, " 
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(jax.tree.leaves(batch)[0]))
 
 
-def image_flops(objective: Objective, compute: Compute, parameters: Parameters, batch: Batch) -> int:
-    """Training FLOPs of one image of `batch`. Parameters may be shapes; nothing is compiled or run."""
+def image_flops(objective: Objective, compute: Compute, parameters: Parameters, batch: dict[str, Any]) -> int:
+    """Training FLOPs of one image of `batch`. Parameters and batch may be shapes; nothing is compiled or run."""
 
     def loss(parameters, batch, keys):
         return objective.loss(compute.cast(parameters), batch, keys, jnp.zeros((), jnp.int32)).total

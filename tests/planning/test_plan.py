@@ -1,0 +1,156 @@
+"""`python -m flowdit.plan`: a real plan of a tiny model, estimates for GPUs, and errors in one line."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+from PIL import Image
+from runs import call, error_line
+
+from flowdit.plan import main
+from flowdit.planning import compilation, planner
+from flowdit.planning.config import PlanConfig
+from flowdit.planning.data import planned_data
+from flowdit.planning.machines import GIB, parse_topology
+from flowdit.planning.planner import Plan
+
+TINY = ("experiment=tiny", "model.depth=1", "shape.latent=[4,8,8]", "shape.classes=10")
+has_libtpu = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not has_libtpu, reason="needs the TPU compiler")
+
+
+def planned(tmp_path, *overrides):
+    finished = call(main, f"out={tmp_path}", *overrides)
+    assert (finished.status, finished.err) == (0, ""), finished.err
+    return finished, json.loads((tmp_path / "plan.json").read_text())
+
+
+@needs_libtpu
+def test_a_tiny_model_on_a_tpu(tmp_path):
+    finished, content = planned(tmp_path, *TINY, "topology=v5e:1", "train.num_steps=3600", "price_per_device_hour=2")
+    (plan,) = content["plans"]
+    assert plan["fits"] and not plan["is_estimate"] and plan["collectives"] == {}
+    assert plan["cycles"] > 0 and plan["unknown_loops"] == 0
+    low, high = plan["step_seconds"]
+    assert low == high == pytest.approx(plan["cycles"] / 1.5e9)
+    assert plan["price"] == [pytest.approx(2 * low)] * 2  # 3600 steps take `low` hours
+    # Float32: the model, its average, two moments and counters.
+    parameters, ema, optimizer = (plan["memory"][part] for part in ("parameters", "EMA", "optimizer"))
+    assert parameters == ema and 2 * parameters <= optimizer < 2 * parameters + 100
+    assert plan["memory"]["batch"] == 8 * (4 * 8 * 8 * 4 + 4)
+    assert plan["image_flops"] * 8 / low / 197e12 == pytest.approx(plan["utilisation"][0])
+    assert "libtpu" in content["versions"] and content["settings"]["model"]["depth"] == 1
+    assert "assumptions:" in finished.out and "fits" in finished.out
+    assert not (tmp_path / "plan.png").exists()
+
+
+def test_several_gpus_are_estimated_and_drawn(tmp_path):
+    overrides = ("experiment=tiny_text", "topology=[h100:4,a100-80gb:8]", "mesh.fsdp=4", "shape.latent=[4,8,8]")
+    _, content = planned(tmp_path, *overrides)
+    four, eight = content["plans"]
+    assert four["is_estimate"] and four["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert four["collectives"].keys() == {"all-gather", "reduce-scatter"}
+    assert eight["collectives"].keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert four["step_seconds"][0] < four["step_seconds"][1]
+    assert [plan["memory"]["parameters"] for plan in content["plans"]] == [four["memory"]["gradients"]] * 2
+    assert any("32 text tokens of 256" in line for line in content["assumptions"])
+    with Image.open(tmp_path / "plan.png") as chart:
+        assert chart.size[0] > 1000
+
+
+def test_the_data_set_gives_the_shapes(tmp_path, tiny_data):
+    common = ("experiment=tiny", "topology=h100:1", f"data.path={tiny_data}")
+    _, content = planned(tmp_path, *common)
+    assert content["plans"][0]["memory"]["batch"] == 8 * (16 * 8 * 8 * 4 + 4)
+    assert any(line == f"data: latents 16x8x8, 4 classes, of {tiny_data}" for line in content["assumptions"])
+    _, content = planned(tmp_path, *common, "shape.classes=1000")
+    assert any("latents 16x8x8, 1000 classes, assumed" in line for line in content["assumptions"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["topology=v9:2x2"], "topology: must be one of v5e:<sides>, "),
+        (["topology=v5e:4x4x4"], "topology: must have the 2 sides of a slice, as in v5e:2x2, or 1 for one device"),
+        (["topology=h100"], "topology: must have a number of GPUs, as in h100:8, got h100"),
+        ([], "topology: must be given"),
+        (["topology=h100:3"], "train.batch_size: batch_size / gradient_accum must be divisible by the mesh's data"),
+        (["topology=h100:8", "mesh.fsdp=3"], "mesh: data x fsdp x tensor must equal the 8 devices there are"),
+        (["topology=h100:1", "model.patch_size=3"], "model.patch_size: must divide the latents' height and width"),
+        (["topology=h100:1", "stage=2"], "stage: must be the stage of the settings, whose network is ccdit, got 2"),
+        (["topology=h100:1", "stage=3"], "stage: must be null, 1 or 2, got 3"),
+        (["topology=h100:1", "utilisation=2"], "utilisation: must be in (0, 1], got 2"),
+        (["topology=h100:1", "shape.latent=[4,8]"], "shape.latent: must be null or three sides"),
+        (["topology=h100:1", "experiment=small"], "experiment: small chooses sizes from the data and the devices"),
+    ],
+)
+def test_mistakes_are_one_line(overrides, message):
+    assert error_line(call(main, "experiment=tiny", *overrides)).startswith(f"error: {message}")
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "libtpu" else find(name, *args)
+    )
+    line = error_line(call(main, *TINY, "topology=v5e:1"))
+    assert line == "error: topology: v5e:1 needs the TPU compiler: pip install 'flowdit[tpu]'"
+
+
+class Refused:
+    """The parts of a step that the compiler refuses with `message`."""
+
+    template = None
+
+    def __init__(self, message):
+        self.message = message
+        self.train_step = self
+
+    def lower(self, *_):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded hbm capacity",
+        "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_step_that_does_not_fit(message):
+    step = compilation.Step(None, None, None)._replace(parts=Refused(message))
+    found = compilation.compile_step(step, 16 * GIB)
+    assert (found.text, found.memory, found.limit) == ("", 20 * 2**30, 15.75 * 2**30)
+
+
+@pytest.mark.parametrize(("batch", "most"), [(16, 100), (64, 40), (8, 7), (8, 8)])
+def test_the_largest_batch(monkeypatch, batch, most):
+    """A batch of up to `most` images fits eight devices."""
+    tried = []
+
+    def of_size(config, data, topology):
+        tried.append(size := config.train.batch_size)
+        memory = {"parameters": size}
+        return Plan(
+            topology="h100:8",
+            devices=8,
+            mesh={},
+            is_estimate=True,
+            batch_size=size,
+            images_per_device=size // 8,
+            fits=size <= most,
+            memory=memory,
+            memory_limit=float(most),
+            host_memory=0,
+            image_flops=1,
+            compile_seconds=0.0,
+        )
+
+    monkeypatch.setattr(planner, "_plan", of_size)
+    config = PlanConfig(largest_batch=True)
+    config.data.path = ""
+    config.train = dataclasses.replace(config.train, batch_size=batch)
+    assert planner.plan(config, planned_data(config), parse_topology("h100:8")).largest_batch == most // 8 * 8
+    assert len(tried) == len(set(tried))
