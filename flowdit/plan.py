@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from flowdit.cli import watch_for_signals
-from flowdit.planning.environment import use_compiler_only
+from flowdit.planning.environment import leave_devices_alone
 
-use_compiler_only(sys.argv[1:])
+leave_devices_alone(sys.argv[1:])
 if __name__ == "__main__":
     watch_for_signals("plan")
 

@@ -18,6 +18,7 @@ from flowdit.errors import first_line
 from flowdit.fields import FieldError
 from flowdit.planning.config import PlanConfig
 from flowdit.planning.data import PlannedData
+from flowdit.planning.environment import compiler_only
 from flowdit.planning.machines import GIB, Topology
 from flowdit.sharding import check_batch_size, make_mesh
 from flowdit.training.setup import Parts, abstract_batch, make_parts
@@ -79,7 +80,8 @@ def _tpus(topology: Topology) -> Sequence[jax.Device]:
     hosts = {} if all(side % 2 == 0 for side in topology.sides[:2]) else {"chips_per_host_bounds": [1, 1, 1]}
     name = f"{topology.name.partition(':')[0]}:{sides}"
     try:
-        return topologies.get_topology_desc(topology_name=name, platform="tpu", **hosts).devices
+        with compiler_only():
+            return topologies.get_topology_desc(topology_name=name, platform="tpu", **hosts).devices
     except (JaxRuntimeError, ValueError) as problem:
         raise FieldError("topology", f"the TPU compiler refuses {topology.name}: {first_line(problem)}") from None
 

@@ -1,10 +1,11 @@
-"""Environment of a process that uses the TPU compiler without a TPU. Standard library only: it is set before JAX starts."""
+"""Environment of the TPU compiler where there is no TPU. Standard library only: JAX reads a part of it when it starts."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 COMPILER_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",  # no question to a metadata server about the TPUs of this machine
@@ -16,13 +17,26 @@ COMPILER_ONLY = {
 }
 
 
-def use_compiler_only(arguments: Sequence[str] = ()) -> None:
-    """Set the environment; what the user has set stays. If `arguments` name only TPUs, JAX leaves all devices alone.
+@contextlib.contextmanager
+def compiler_only() -> Iterator[None]:
+    """Set what libtpu reads when it is loaded; what the user has set stays.
+
+    Afterwards it is removed: JAX would take the machine for a host of a TPU slice.
+    """
+    missing = COMPILER_ONLY.keys() - os.environ.keys()
+    os.environ.update({name: COMPILER_ONLY[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def leave_devices_alone(arguments: Sequence[str]) -> None:
+    """Before JAX starts: if `arguments` name only TPUs, use none of this machine's devices.
 
     Programs for TPUs that are not there cannot be read back from JAX's compilation cache, so it is off then.
     """
-    for name, value in COMPILER_ONLY.items():
-        os.environ.setdefault(name, value)
     if any(re.fullmatch(r"topology=\[?(v\d+\w*:[\dx]+,? *)+\]?", argument.lower()) for argument in arguments):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -1,5 +1,7 @@
 """Costs of small programs with known answers, compiled for TPUs that are not there."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from flowdit.planning.compilation import devices_of
 from flowdit.planning.cost import Collective, program_cost
-from flowdit.planning.environment import use_compiler_only
+from flowdit.planning.environment import COMPILER_ONLY
 from flowdit.planning.links import Links, device_groups, moved
 from flowdit.planning.machines import parse_topology
 from flowdit.planning.program import Program, shape_bytes
 
 pytest.importorskip("libtpu", reason="needs the TPU compiler")
-use_compiler_only()
 FOUR = "v5e:2x2"
 
 
@@ -45,6 +46,12 @@ def test_a_matrix_product_takes_its_published_time(machine):
     cost = program_cost(jax.jit(lambda a, b: a @ b).lower(square, square).compile().as_text())
     rate = 2 * 4096**3 * topology.machine.clock / cost.cycles
     assert 0.85 < rate / topology.peak("bfloat16") < 1
+
+
+def test_the_compilers_environment_does_not_stay():
+    """JAX would take this machine for one of a TPU slice, and wait for the others."""
+    devices_of(parse_topology("v5e:1"))
+    assert not (COMPILER_ONLY.keys() - {"TPU_SKIP_MDS_QUERY"}) & os.environ.keys()
 
 
 def test_loops_are_counted_as_often_as_they_run():
