@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
     topology: str
     mesh: str = ""
-    remat: str = "dots"
+    remat: str = "lean"
 
 
 ROWS = {
