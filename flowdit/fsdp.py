@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -77,8 +77,8 @@ def over_devices(mesh: Mesh | None, function: Callable[..., Any], dtype: str) ->
     """Run `function(parameters, rows, step) -> (results by row, gradients)` on all devices, each with its rows.
 
     The gradients must be of a mean over the rows. Returned is the gradient of the mean over all rows, laid out like the
-    parameters. In `function`, a device has its own part of the parameters, which `gather` makes whole. Gradients that
-    `gather` has not summed are summed in `dtype`.
+    parameters. In `function`, a device has its own part of the parameters, which `gather` makes whole. Those that `gather`
+    makes whole are summed over `data` in `dtype`, the others over all devices in float32.
 
     Where `tensor` is above 1, XLA divides the work instead, and `function` sees all rows.
     """
@@ -97,7 +97,7 @@ def over_devices(mesh: Mesh | None, function: Callable[..., Any], dtype: str) ->
                 out_specs=(by_row, own),
                 check_vma=False,  # objectives of users need not say what differs between devices
             )
-        with _current_hops(_hops(mesh)):
+        with _current_hops(hops_along(mesh)):
             results, gradients = divided(parameters, rows, step)
         return results, jax.lax.with_sharding_constraint(gradients, parameter_shardings(mesh, gradients))
 
@@ -109,6 +109,12 @@ def _on_one_device(function: Callable[..., Any], own: Any, dtype: str, *argument
     sums = _sum_over_devices(gradients, own, dtype)
     shards = batch_shards(jax.sharding.get_abstract_mesh())
     return results, jax.tree.map(lambda total: total / shards, sums)
+
+
+def check_width(mesh: Mesh, parameters: Any) -> None:
+    """Raise `ValueError` for parameters that `over_devices` cannot split."""
+    if mesh.shape["tensor"] == 1:
+        split_over_fsdp(mesh, parameters)
 
 
 def split_over_fsdp(mesh: Mesh, tree: Any) -> Any:
@@ -124,7 +130,7 @@ def split_over_fsdp(mesh: Mesh, tree: Any) -> Any:
             return PartitionSpec()
         if leaf.shape[axis] % size:
             raise ValueError(
-                f"mesh.fsdp: must divide the width of the model, {leaf.shape[axis]} ({dotted_name(path)}), got {size}"
+                f"mesh.fsdp: must divide the width of the model, {leaf.shape[axis]} in {dotted_name(path)}, got {size}"
             )
         return PartitionSpec(*(None,) * axis, "fsdp")
 
@@ -142,32 +148,43 @@ def _sum_over_devices(gradients: Any, own: Any, dtype: str) -> Any:
     leaves, structure = jax.tree.flatten(gradients)
     are_split = ["fsdp" in spec for spec in structure.flatten_up_to(own)]
     sizes = jax.sharding.get_abstract_mesh().shape
-    for split, axes in ((True, ("data",)), (False, BATCH_AXES)):
+    # What is not split is small: its sum costs little in float32.
+    for split, axes, sum_dtype in ((True, ("data",), dtype), (False, BATCH_AXES, "float32")):
         chosen = [i for i, is_split in enumerate(are_split) if is_split == split]
         if math.prod(sizes[axis] for axis in axes) > 1:
-            sums = jax.lax.psum([leaves[i].astype(dtype) for i in chosen], axes)
+            sums = jax.lax.psum([leaves[i].astype(sum_dtype) for i in chosen], axes)
             for i, total in zip(chosen, sums, strict=True):
                 leaves[i] = total.astype(leaves[i].dtype)
     return structure.unflatten(leaves)
 
 
+class Hops(NamedTuple):
+    """How weights are gathered along `fsdp`: the number of devices as a product, a hop for each factor.
+
+    `on_tpu`: whether gradients are laid out for the TPU compiler.
+    """
+
+    sizes: tuple[int, ...] = ()
+    on_tpu: bool = False
+
+
 # A user context is part of the keys of JAX's caches, so a function traced with other hops is traced again.
-_current_hops = jax.make_user_context(default_value=())
+_current_hops = jax.make_user_context(default_value=Hops())
 
 
 def _all_gather(leaf: jax.Array, axis: int) -> jax.Array:
-    """Gather in the hops of `_hops`. The gradient takes them back, each a reduce-scatter.
+    """Gather in the current hops. The gradient takes them back, each a reduce-scatter.
 
     In one hop over 16 devices the TPU compiler replaces the reduce-scatter by an all-reduce: twice the traffic.
     """
     hops = _current_hops.value
-    stride, count = 1, math.prod(hops)
-    for size in hops:
+    stride, count = 1, math.prod(hops.sizes)
+    for size in hops.sizes:
         starts = [i for i in range(count) if i // stride % size == 0]
         groups = [[start + stride * i for i in range(size)] for start in starts] if size < count else None
         leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
         stride *= size
-    return _scattered_by(leaf, axis)
+    return _scattered_by(leaf, axis) if hops.on_tpu else leaf
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -187,17 +204,17 @@ def _lay_out(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
 _scattered_by.defvjp(lambda leaf, axis: (leaf, None), _lay_out)
 
 
-def _hops(mesh: Mesh) -> tuple[int, ...]:
-    """The number of devices along `fsdp` as a product: the sides of the box that they fill in a TPU's torus, then slices.
+def hops_along(mesh: Mesh) -> Hops:
+    """The sides of the box that the devices along `fsdp` fill in a TPU's torus, then slices.
 
     One hop on other platforms, or where they fill no box.
     """
     line = mesh.devices[0, :, 0]
     if line[0].platform != "tpu":
-        return (len(line),)
+        return Hops((len(line),))
     places = np.asarray([(*device.coords, slice_of(device)) for device in line])
     sides = [np.unique(column) for column in places.T]
     box = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).transpose(3, 2, 1, 0, 4)
     if not np.array_equal(box.reshape(-1, places.shape[1]), places):
-        return (len(line),)
-    return tuple(len(side) for side in sides if len(side) > 1)
+        return Hops((len(line),), on_tpu=True)
+    return Hops(tuple(len(side) for side in sides if len(side) > 1), on_tpu=True)

@@ -83,7 +83,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform != "tpu":
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    # Along the lines of the torus, so that `_hops` finds them; slices are the slowest to change.
+    # Along the lines of the torus, as `fsdp.hops_along` needs it; slices are the slowest to change.
     ordered = sorted(devices, key=lambda device: (slice_of(device), *device.coords[::-1], device.core_on_chip))
     return Mesh(np.asarray(ordered).reshape(shape), AXES, axis_types=types)
 

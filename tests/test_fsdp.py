@@ -54,14 +54,14 @@ def test_slices_are_split_by_the_first_axis():
     ids=str,
 )
 def test_hops_are_the_sides_of_the_box_that_the_devices_fill(shape, config, hops):
-    assert fsdp._hops(make_mesh(config, torus(*shape))) == hops
+    assert fsdp.hops_along(make_mesh(config, torus(*shape))) == fsdp.Hops(hops, on_tpu=True)
 
 
 def test_slices_are_the_last_hop_and_devices_in_no_box_take_one():
-    assert fsdp._hops(make_mesh(MeshConfig(data=1, fsdp=8), torus(2, 2, slices=2))) == (2, 2, 2)
+    assert fsdp.hops_along(make_mesh(MeshConfig(data=1, fsdp=8), torus(2, 2, slices=2))).sizes == (2, 2, 2)
     shuffled = np.asarray(torus(4, 4, shuffle=1)).reshape(1, 16, 1)
-    assert fsdp._hops(Mesh(shuffled, AXES)) == (16,)
-    assert fsdp._hops(make_mesh(MeshConfig(data=1, fsdp=4))) == (4,)
+    assert fsdp.hops_along(Mesh(shuffled, AXES)).sizes == (16,)
+    assert fsdp.hops_along(make_mesh(MeshConfig(data=1, fsdp=4))) == fsdp.Hops((4,))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -80,7 +80,7 @@ def test_two_hops_gather_and_scatter_as_one(axis, monkeypatch):
         return jnp.full(len(rows), value), gradient
 
     def run(hops):
-        monkeypatch.setattr(fsdp, "_hops", lambda mesh: hops)
+        monkeypatch.setattr(fsdp, "hops_along", lambda mesh: fsdp.Hops(hops, on_tpu=True))
         layer = Linear(weight, jnp.ones(8), axes)
         compute = fsdp.on_mesh(mesh, fsdp.over_devices(mesh, loss_and_gradient, "float32"))
         layer = jax.device_put(layer, jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), layer))
@@ -101,6 +101,7 @@ def test_a_width_that_cannot_be_split_is_refused():
     model = jax.eval_shape(
         lambda: build_dit(DiTConfig(depth=1, hidden_dim=54, num_heads=3), 4, 3, key=jax.random.key(0))
     )
-    message = r"^mesh\.fsdp: must divide the width of the model, 54 \(blocks\.attention\.qkv\.weight\), got 4$"
+    message = r"^mesh\.fsdp: must divide the width of the model, 54 in blocks\.attention\.qkv\.weight, got 4$"
     with pytest.raises(ValueError, match=message):
-        fsdp.split_over_fsdp(mesh, model)
+        fsdp.check_width(mesh, model)
+    fsdp.check_width(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), model)

@@ -49,7 +49,11 @@ class Objective(Protocol):
         ...
 
     def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
-        """The losses of a batch at a training step. Random numbers of an example come from its own key."""
+        """The losses of a batch at a training step, each from its own example and key alone.
+
+        A device or micro-batch calls it with its share of the batch, so a loss that reads other examples would depend on
+        the number of devices.
+        """
         ...
 
     def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:

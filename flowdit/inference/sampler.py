@@ -55,7 +55,7 @@ class Sampler:
         self._vae_name = vae or trained.manifest.vae.name
         dtype = "float32" if self._mesh.devices.flat[0].platform == "cpu" else "bfloat16"
         shapes = trained.conditioning.attention_shapes(trained.config.model, trained.manifest.latent_shape)
-        self._compute = choose_compute(self._mesh, dtype, shapes, trained.config.model.kernels)
+        self._compute = choose_compute(self._mesh, dtype, shapes)
         self._compiled: dict[tuple, DrawLatents] = {}
 
     @functools.cached_property

@@ -33,7 +33,7 @@ Kernels = frozenset[AttentionShape]
 """The shapes computed by cuDNN; all others use XLA."""
 
 NO_KERNELS: Kernels = frozenset()
-KERNELS = ("auto", "plain", "fast")
+LAYER_KINDS = ("auto", "plain", "fast")
 """How the layers of a block are computed, by `model.kernels`."""
 # A user context is part of the keys of JAX's caches, so a function traced with other kernels is traced again.
 _current_kernels = jax.make_user_context(default_value=NO_KERNELS)

@@ -63,7 +63,9 @@ def choose_compute(mesh: Mesh | None, dtype: str, shapes: Iterable[AttentionShap
     """
     platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
     if kernels == "fast" or (kernels == "auto" and platform == "tpu"):
-        logger.info("compute in %s; attention by the layers for TPUs (model.kernels=%s)", dtype, kernels)
+        logger.info(
+            "compute in %s; the layers of models.fast, with their own attention (model.kernels=%s)", dtype, kernels
+        )
         return Compute(dtype, is_fast=True)
     if kernels == "plain":
         logger.info("compute in %s; attention by XLA (model.kernels=plain)", dtype)

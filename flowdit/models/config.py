@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from flowdit.fields import about, require, require_choice
-from flowdit.models.attention import KERNELS, AttentionShape
+from flowdit.models.attention import LAYER_KINDS, AttentionShape
 from flowdit.models.layers import MLPS, NORMS
 from flowdit.models.positions import POSITIONS, Positions
-from flowdit.models.remat import remat_policy
+from flowdit.models.remat import NAMES, remat_policy
 
 
 @dataclasses.dataclass
@@ -30,9 +30,10 @@ class ModelConfig:
         value_residual: mix the first block's values into those of every block, with learned weights (ResFormer).
         remat: what the backward pass keeps: `none` (everything), `names` (what is dear to compute), `lean` (less: outputs of
             attention and MLP; the best on TPUs), `dots` (matrix products), `full` (block inputs alone), or some names,
-            such as `qkv+attended+up`; `up@host` moves it to the host's memory.
+            such as `qkv+attended+up`; `up@host` moves it to the host's memory (not counted in a plan's time).
         kernels: how the layers of a block are computed: `plain`, `fast` (the same numbers up to rounding, written for
-            TPUs), or `auto`: `fast` on TPUs, elsewhere `plain`, with cuDNN's attention on NVIDIA GPUs.
+            TPUs), or `auto`: `fast` on TPUs, elsewhere `plain`, with cuDNN's attention on NVIDIA GPUs. `fast` has no
+            forward-mode derivatives.
         scan_blocks: compile one block and loop over all; false: compile every block, for a faster step on TPUs and many
             times the compile time.
         interpolation_scale: position coordinates are divided by it; PixArt uses 0.5 at 256 pixels, 1 at 512, 2 at 1024.
@@ -62,6 +63,9 @@ class ModelConfig:
     time_scale: float = 1000.0
     mlp_norm_eps: float = 1e-6
 
+    not_named: ClassVar[tuple[str, ...]] = ()
+    """What `remat` cannot keep, as these blocks do not have it."""
+
     @property
     def head_dim(self) -> int:
         return self.hidden_dim // self.num_heads
@@ -78,10 +82,10 @@ class ModelConfig:
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Raise `FieldError` for a combination that cannot be built on latents of (channels, height, width)."""
-        for field, choices in (("kernels", KERNELS), ("norm", NORMS), ("mlp", MLPS), ("positions", POSITIONS)):
+        for field, choices in (("kernels", LAYER_KINDS), ("norm", NORMS), ("mlp", MLPS), ("positions", POSITIONS)):
             require_choice(field, getattr(self, field), tuple(choices))
         with about("remat"):
-            remat_policy(self.remat)
+            remat_policy(self.remat, [name for name in NAMES if name not in self.not_named])
         for field in ("depth", "hidden_dim", "num_heads", "patch_size"):
             require(field, value := getattr(self, field), value >= 1, "must be at least 1")
         for field in ("mlp_ratio", "interpolation_scale", "time_scale", "mlp_norm_eps"):
@@ -114,6 +118,8 @@ class ModelConfig:
 class DiTConfig(ModelConfig):
     """The class-conditional DiT (Peebles & Xie 2023), `models/dit.py`. All fields are `ModelConfig`'s."""
 
+    not_named = ("cross_qkv", "cross_attended", "cross_out")
+
 
 @dataclasses.dataclass
 class PixArtConfig(ModelConfig):
@@ -128,6 +134,8 @@ class PixArtConfig(ModelConfig):
     name: str = "pixart"
     micro_conditioning: bool = False
     null_tokens: int = 1
+
+    not_named = ("modulation",)
 
     def __post_init__(self) -> None:
         self.name = OTHER_NAMES.get(self.name, self.name)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 LARGEST_EXPONENT = 40.0
 """Exponentials of logits are at most exp(40), so that their sums over any number of tokens are finite in float32."""
-LARGEST_BOUND = 63.0
-"""For logits in [-63, 63] the exponents are at least -63 - (63 - 40) = -86: exponentials are normal in float32."""
+LARGEST_BOUND = 50.0
+"""For logits in [-50, 50] the exponents are at least -50 - (50 - 40) = -60: exponentials, also times values and gradients
+of 1e-11, are normal float32 numbers, which end at exp(-87)."""
 
 
 def self_attention(
@@ -151,17 +152,19 @@ def attend(
     follows from it serves as well. Above, exponentials of a whole row could underflow, and the maximum is taken. The
     result is kept under `name`.
     """
+    mask = None if mask is None else mask | ~mask.any()
     shift = None
     if bound is not None:
-        bound = jax.lax.stop_gradient(bound)
+        bound, of_query, of_key = (jax.lax.stop_gradient(x) for x in (bound, query, key))
         known = jnp.broadcast_to(jnp.maximum(bound - LARGEST_EXPONENT, 0), (query.shape[0], query.shape[2]))
-        shift = jax.lax.cond(bound <= LARGEST_BOUND, lambda: known, lambda: _logits(query, key).max(-1))
-        shift = checkpoint_name(jax.lax.stop_gradient(shift), "statistics")
-    return _attend(name, query, key, value, None if mask is None else mask | ~mask.any(), shift)
+        shift = jax.lax.cond(bound <= LARGEST_BOUND, lambda: known, lambda: _logits(of_query, of_key, mask).max(-1))
+        shift = checkpoint_name(shift, "statistics")
+    return _attend(name, query, key, value, mask, shift)
 
 
-def _logits(query: Array, key: Array) -> Float[Array, "heads tokens key_tokens"]:
-    return jnp.einsum("hdq,hdk->hqk", query, key, preferred_element_type=jnp.float32)
+def _logits(query: Array, key: Array, mask: Array | None) -> Float[Array, "heads tokens key_tokens"]:
+    logits = jnp.einsum("hdq,hdk->hqk", query, key, preferred_element_type=jnp.float32)
+    return logits if mask is None else jnp.where(mask[None, None], logits, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -173,11 +176,9 @@ def _attend_forward(
     name: str, query: Array, key: Array, value: Array, mask: Array | None, shift: Array | None
 ) -> tuple[Array, tuple[Array, ...]]:
     """The products with the values are divided by the sums of their rows, not the rows themselves: fewer divisions."""
-    logits = _logits(query, key)
+    logits = _logits(query, key, mask)
     shift = logits.max(-1) if shift is None else shift
     exponentials = jnp.exp(logits - shift[..., None])
-    if mask is not None:
-        exponentials = jnp.where(mask[None, None], exponentials, 0)
     total = checkpoint_name(exponentials.sum(-1), "statistics")
     weights = exponentials.astype(query.dtype)
     out = jnp.einsum("hqk,hdk->hdq", weights, value, preferred_element_type=jnp.float32) / total[:, None]
@@ -221,9 +222,12 @@ def _modulated_norm_forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True) if is_centred else jnp.zeros((x.shape[0], 1))
+    if x.dtype == jnp.float32:
+        variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
+    else:
+        # Both sums in one pass. What the difference loses, for tokens far from zero, their own rounding lost before.
+        variance = jnp.maximum(jnp.square(x32).mean(-1, keepdims=True) - jnp.square(mean), 0)
     mean = checkpoint_name(mean, "statistics")
-    # Both means in one pass; rounding may make the difference negative.
-    variance = jnp.maximum(jnp.square(x32).mean(-1, keepdims=True) - jnp.square(mean), 0)
     inverse = checkpoint_name(jax.lax.rsqrt(variance + eps), "statistics")
     out = (x32 - mean) * inverse * (1 + scale.astype(jnp.float32)[None]) + shift.astype(jnp.float32)[None]
     return out.astype(x.dtype), (x, scale, mean, inverse)

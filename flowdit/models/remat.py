@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,20 +41,21 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 """The policies that have a name of their own; None keeps everything."""
 
 
-def remat_policy(remat: str) -> Callable[..., Any] | None:
+def remat_policy(remat: str, names: Sequence[str] = NAMES) -> Callable[..., Any] | None:
     """The policy for `jax.checkpoint` of `model.remat`, None for none.
 
-    Either one of `POLICIES`, or names of `NAMES` joined by `+`, as in `qkv+attended+up@host`. Raises `ValueError` for
+    Either one of `POLICIES`, or some of `names` joined by `+`, as in `qkv+attended+up@host`. Raises `ValueError` for
     anything else.
     """
     if remat in POLICIES:
         return POLICIES[remat]
     on_device = [name for name in remat.split("+") if not name.endswith(ON_HOST)]
     on_host = [name.removesuffix(ON_HOST) for name in remat.split("+") if name.endswith(ON_HOST)]
-    if unknown := [name for name in on_device + on_host if name not in NAMES]:
+    listed = [*on_device, *on_host]
+    if wrong := [name for name in listed if name not in names or listed.count(name) > 1]:
         raise ValueError(
-            f"must be {', '.join(POLICIES)}, or names out of {', '.join(NAMES)} joined by + (each may end in {ON_HOST}), "
-            f"got {unknown[0]!r}"
+            f"must be {', '.join(POLICIES)}, or names out of {', '.join(names)}, each once, joined by + "
+            f"(each may end in {ON_HOST}), got {wrong[0]!r}"
         )
     if not on_host:
         return jax.checkpoint_policies.save_only_these_names(*on_device)

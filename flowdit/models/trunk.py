@@ -150,9 +150,10 @@ def run_blocks(
 ) -> Hidden:
     """Run a stack of blocks, every array of which leads with the depth axis.
 
-    The blocks are scanned, so compile time does not grow with depth; every depth that is asked for and each end of a
-    route divides the stack into one more scan. Without `scan` the program holds every block. `remat` says what the backward pass keeps (`remat_policy`); weights that had to be
-    gathered it never keeps. `key` draws the tokens of a route.
+    With `scan` one block is compiled for all, so compile time does not grow with depth; every depth that is asked for and
+    each end of a route divides the stack into one more scan. Without it the program holds every block. `remat` says what
+    the backward pass keeps (`remat_policy`); weights that had to be gathered it never keeps. `key` draws the tokens of a
+    route.
 
     Raises `ValueError` for a depth outside of [1, number of blocks], and for a route without a key or outside of the stack;
     with value residuals, the first block runs on all tokens.

@@ -26,7 +26,7 @@ from flowdit.data.mirror import local_folder, provide_shards
 from flowdit.data.schema import LATENTS, Schema, record_schema
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.fields import about
-from flowdit.fsdp import split_over_fsdp
+from flowdit.fsdp import check_width
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.optim import make_optimizer
 from flowdit.processes import from_first
@@ -154,7 +154,7 @@ def make_parts(config: Config, manifest: Manifest, conditioning: Conditioning, m
         mesh=mesh,
     )
     template = abstract_state(mesh, lambda: build_state(None))
-    split_over_fsdp(mesh, template.parameters)
+    check_width(mesh, template.parameters)
     # Without auxiliary losses, as adding or removing one would make the total jump.
     plain = dataclasses.replace(objective, auxiliary=())
     flops = functools.partial(image_flops, plain, compute, template.parameters)

@@ -69,8 +69,8 @@ def loss_and_grads(
 ) -> tuple[Losses, Parameters]:
     """Losses of all examples and the gradient of the mean loss, over `gradient_accum` micro-batches by scan.
 
-    Each device works on its rows of the batch (`fsdp.over_devices`). Random numbers come from the examples' `keys` inside the scan: they are
-    the same for any number of micro-batches and devices, and memory grows only with the micro-batch.
+    Each device works on its rows of the batch (`fsdp.over_devices`). Random numbers come from the examples' `keys` inside
+    the scan: they are the same for any number of micro-batches and devices, and memory grows only with the micro-batch.
     """
 
     def of_rows(parameters, rows, step):

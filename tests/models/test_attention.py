@@ -168,7 +168,11 @@ def test_where_jax_has_no_cudnn_a_compile_for_an_absent_gpu_does_without(message
     ("platform", "dtype", "line"),
     [
         ("cpu", "bfloat16", "compute in bfloat16; attention by XLA (cuDNN needs an NVIDIA GPU, not cpu)"),
-        ("tpu", "bfloat16", "compute in bfloat16; attention by the layers for TPUs (model.kernels=auto)"),
+        (
+            "tpu",
+            "bfloat16",
+            "compute in bfloat16; the layers of models.fast, with their own attention (model.kernels=auto)",
+        ),
         ("gpu", "float32", "compute in float32; attention by XLA (cuDNN needs bfloat16, not float32)"),
         (
             "gpu",
@@ -259,7 +263,7 @@ def test_a_model_read_back_takes_cudnn_once_it_is_bfloat16(whole_run, monkeypatc
     assert len(images) == 2
     trained = drawing.trained
     shapes = trained.config.model.attention_shapes(trained.manifest.latent_shape)
-    assert asked == [("float32", shapes, "auto")]
+    assert asked == [("float32", shapes)]
     assert set(calls) == {(shapes[0], "cudnn")}
 
 

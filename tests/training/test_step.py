@@ -92,6 +92,13 @@ def test_layouts_give_the_same_run(mesh, baseline):
     assert_same_run(run(mesh), baseline)
 
 
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=1, fsdp=2, tensor=2)], ids=str
+)
+def test_the_fast_layers_give_the_same_run_on_each_layout(mesh, baseline):
+    assert_same_run(run(mesh, accum=2, compute=Compute(is_fast=True)), baseline)
+
+
 def test_one_device_gives_the_same_run_as_four(baseline):
     assert_same_run(run(devices=jax.devices()[:1]), baseline)
 
