@@ -15,6 +15,7 @@ from flowdit.fields import require, require_choice
 from flowdit.sharding import parameter_specs
 
 SCHEDULES = ("constant", "cosine")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass
@@ -31,6 +32,7 @@ class OptimConfig:
         schedule: `constant`, or `cosine` from the peak to `final_factor` of it at the last step.
         warmup_steps: steps over which the learning rate rises linearly to its peak.
         final_factor: share of the peak at the end of `cosine`.
+        first_moment_dtype: `float32`, or `bfloat16`, which saves two bytes a parameter. Updates are computed in float32; only what is kept between steps is rounded. A change on resume casts it.
     """
 
     name: str = "adamw"
@@ -42,11 +44,13 @@ class OptimConfig:
     schedule: str = "constant"
     warmup_steps: int = 0
     final_factor: float = 0.0
+    first_moment_dtype: str = "float32"
 
     def check(self) -> None:
         """Raise `FieldError` naming the first field that breaks a rule."""
         require("name", self.name, self.name == "adamw", "must be 'adamw'")
         require_choice("schedule", self.schedule, SCHEDULES)
+        require_choice("first_moment_dtype", self.first_moment_dtype, MOMENT_DTYPES)
         require("learning_rate", self.learning_rate, self.learning_rate > 0, "must be positive")
         are_decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require("betas", self.betas, are_decays, "must be two numbers in [0, 1)")
@@ -93,6 +97,7 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> Optimizer:
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=decay_mask,
+        mu_dtype=config.first_moment_dtype,
     )
     # The chain, and so the names of its state, is the same without clipping, so that a resume may change it.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
@@ -100,6 +105,8 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> Optimizer:
 
     # Optax mixes its integer step count with floats; the rest of flowdit runs under strict promotion.
     def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        # Optax would round the decayed moment once more, before adding the gradient.
+        state = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, state)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return chain.update(updates, state, params)
 

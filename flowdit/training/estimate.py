@@ -17,7 +17,7 @@ from flowdit.models.pixart import TextCondition, build_pixart
 BASE_MEMORY = 0.8e9
 """Bytes of a process that has imported JAX and compiled a step."""
 STATE_BYTES = 20
-"""Bytes per parameter: the float32 model, two moments, EMA and gradient."""
+"""Bytes per parameter: the model, two moments, EMA and gradient, all in float32."""
 SAVED_PER_TOKEN = 50
 SAVED_PER_TOKEN_TEXT = 65
 SAVED_PER_TEXT_TOKEN = 4
@@ -76,6 +76,7 @@ def step_memory(
     parameters: int,
     images: int,
     dtype: str,
+    first_moment_dtype: str = "float32",
 ) -> float:
     """About the bytes of a training step on `images` images of one device, without rematerialisation or sharding."""
     tokens = latent_shape[1] * latent_shape[2] // model.patch_size**2
@@ -85,7 +86,8 @@ def step_memory(
         kept = SAVED_PER_TOKEN * tokens
     logits = model.num_heads * tokens * (tokens + condition.text_tokens)
     numbers = images * model.depth * (kept * model.hidden_dim + LOGITS_KEPT * logits)
-    return BASE_MEMORY + STATE_BYTES * parameters + numbers * (2 if dtype == "bfloat16" else 4)
+    state = (STATE_BYTES - 4 + jnp.dtype(first_moment_dtype).itemsize) * parameters
+    return BASE_MEMORY + state + numbers * jnp.dtype(dtype).itemsize
 
 
 def step_seconds(size: NetworkSize, batch_size: int, machine: Machine) -> float:

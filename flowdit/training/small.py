@@ -164,7 +164,13 @@ def _fitting(
         for accum in accums:
             rows = max(batch // accum // machine.num_devices, 1)
             memory = step_memory(
-                model, manifest.latent_shape, condition, parameters=size.parameters, images=rows, dtype=dtype
+                model,
+                manifest.latent_shape,
+                condition,
+                parameters=size.parameters,
+                images=rows,
+                dtype=dtype,
+                first_moment_dtype=typed.get("optim.first_moment_dtype", "float32"),
             )
             shape = Shape(model, size, batch, accum, memory)
             if memory <= MEMORY_SHARE * machine.memory:

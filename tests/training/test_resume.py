@@ -16,6 +16,7 @@ from runs import (
     metrics,
     start,
     steps_of,
+    stored_arrays,
     stored_json,
     train_here,
     wait_for_line,
@@ -127,6 +128,25 @@ def test_resume_on_one_device_instead_of_four_has_the_same_losses(tiny_data, who
     assert finished.status == 0, finished.err
     assert "1 cpu device(s)" in finished.out
     assert_close_losses(run, whole_run)
+
+
+def test_the_dtype_of_the_first_moment_may_change_on_resume(tiny_data, whole_run, tmp_path):
+    """It is cast, which is logged; a resume without a change stays exact."""
+    run, narrow = copy_up_to(whole_run, tmp_path / "run", 2), "optim.first_moment_dtype=bfloat16"
+    resumed = train_here(tiny_data, run, "train.is_restore=true", narrow)
+    assert "changed since the checkpoint: optim.first_moment_dtype: float32 -> bfloat16" in resumed.out
+    for step, moment in ((2, "float32"), (4, "bfloat16")):
+        arrays = stored_arrays(run / str(step)).items()
+        dtypes = {part: x.dtype for name, x in arrays for part in ("mu", "nu") if f".{part}." in name}
+        assert dtypes == {"mu": moment, "nu": "float32"}
+    losses, expected = metrics(run, "train/loss"), metrics(whole_run, "train/loss")
+    np.testing.assert_allclose([losses[3], losses[6]], [expected[3], expected[6]], rtol=[1e-5, 1e-2])
+    again = copy_up_to(run, tmp_path / "again", 4)
+    assert train_here(tiny_data, again, "train.is_restore=true", narrow).err == ""
+    assert_same_checkpoint(again / str(NUM_STEPS), run / str(NUM_STEPS))
+    back = train_here(tiny_data, again, "train.is_restore=true", "train.num_steps=7")
+    assert "optim.first_moment_dtype: bfloat16 -> float32" in back.out
+    assert back.status == 0 and np.isfinite(metrics(again, "train/loss")[7])
 
 
 def copy_up_to(whole: Path, run: Path, step: int) -> Path:

@@ -225,6 +225,24 @@ def test_clipping_is_by_global_norm():
     assert float(optax.tree.norm(updates)) == pytest.approx(1e-6, rel=1e-3)
 
 
+def test_a_bfloat16_first_moment_is_rounded_only_between_steps():
+    rng = np.random.default_rng(0)
+    params, first, second = ({"weight": jnp.asarray(rng.normal(size=99), jnp.float32)} for _ in range(3))
+    wide, narrow = (make_optimizer(OptimConfig(first_moment_dtype=dtype), 10) for dtype in ("float32", "bfloat16"))
+    expected, state = wide.update(first, wide.init(params), params)
+    updates, narrow_state = narrow.update(first, narrow.init(params), params)
+    np.testing.assert_array_equal(updates["weight"], expected["weight"])
+    for _ in range(2):
+        rounded = jax.tree.map(lambda wide, narrow: wide.astype(narrow.dtype), state, narrow_state)
+        for one, other in zip(jax.tree.leaves(narrow_state), jax.tree.leaves(rounded), strict=True):
+            np.testing.assert_array_equal(one, other)
+        expected, state = wide.update(second, jax.tree.map(lambda x, y: x.astype(y.dtype), rounded, state), params)
+        updates, narrow_state = narrow.update(second, narrow_state, params)
+        np.testing.assert_array_equal(updates["weight"], expected["weight"])
+    moments = narrow_state[1][0]
+    assert (moments.mu["weight"].dtype, moments.nu["weight"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
