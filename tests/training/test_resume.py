@@ -144,7 +144,8 @@ def test_the_dtype_of_the_first_moment_may_change_on_resume(tiny_data, whole_run
     again = copy_up_to(run, tmp_path / "again", 4)
     assert train_here(tiny_data, again, "train.is_restore=true", narrow).err == ""
     assert_same_checkpoint(again / str(NUM_STEPS), run / str(NUM_STEPS))
-    back = train_here(tiny_data, again, "train.is_restore=true", "train.num_steps=7")
+    wide = "optim.first_moment_dtype=float32"
+    back = train_here(tiny_data, again, "train.is_restore=true", "train.num_steps=7", wide)
     assert "optim.first_moment_dtype: bfloat16 -> float32" in back.out
     assert back.status == 0 and np.isfinite(metrics(again, "train/loss")[7])
 
