@@ -50,6 +50,11 @@ def main() -> None:
     names, arguments = names[:last], names[last:]
     if unknown := sorted(set(names) - {*BENCHMARKS, *LONG}):
         parser.error(f"name: must be one of {', '.join(BENCHMARKS + LONG)}, got {unknown[0]!r}")
+    if WITH_ARGUMENTS in names:
+        try:
+            importlib.import_module(f"benchmarks.{WITH_ARGUMENTS}").chosen_rows(arguments)
+        except ValueError as problem:
+            parser.error(f"{problem} (what follows {WITH_ARGUMENTS} is for it; other benchmarks stand before it)")
     print(f"Machine: {machine()}", flush=True)
     for name in names:
         start = time.perf_counter()

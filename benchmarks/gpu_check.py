@@ -37,12 +37,16 @@ PACKAGES += ("torch", "diffusers")
 
 @dataclasses.dataclass
 class Check:
-    """One run: its settings, and the report that grows part by part and is written after each."""
+    """One run: its settings, and the report that grows part by part and is written after each.
+
+    `has_failed` is set by a part or a contender that failed, and by a part without time.
+    """
 
     dry_run: bool
     end: float
     json_file: Path
     memory: float = 80e9
+    has_failed: bool = False
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def left(self) -> float:
@@ -204,6 +208,7 @@ def report(check: Check, title: str, batch_size: int, results: dict[str, dict[st
     for name, result in results.items():
         if "problem" in result:
             check.say(f"{title}, {name}: {result['problem']}")
+            check.has_failed = True
             continue
         timing = Timing(result["seconds"])
         # A step makes a batch of images, and a draw's seconds are those of one image.
@@ -233,7 +238,7 @@ PARTS: dict[str, tuple[float, Callable[[Check], None]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts; the exit status is 2 without a GPU, and 1 if a part had a problem or no time."""
+    """Run the parts; the exit status is 2 without a GPU, and 1 if a part or a contender failed or a part had no time."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny models on the CPU, in this process, not compiled by torch"
@@ -250,21 +255,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WorkerFailed as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    is_complete = True
     for name in given.only or (list(PARTS)[:4] if given.dry_run else PARTS):  # the others are the same but for the size
         seconds, part = PARTS[name]
         check.say(f"\n### {name}\n")
         if check.left() < (0 if check.dry_run else seconds):
             check.say(f"skipped: {max(0, check.left()):.0f} s are left, it needs about {seconds:.0f} s")
-            is_complete = False
+            check.has_failed = True
             continue
         try:
             part(check)
         except WorkerFailed as problem:
             check.say(f"failed: {problem}")
-            is_complete = False
+            check.has_failed = True
     check.say(f"\nresults: {check.json_file}")
-    return 0 if is_complete else 1
+    return 1 if check.has_failed else 0
 
 
 if __name__ == "__main__":

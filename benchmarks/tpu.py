@@ -1,21 +1,23 @@
-"""What the TPU compiler says of the training step of XL/2: cycles, memory and collectives. No TPU is needed, nothing is run.
+"""What the TPU compiler says of the training step of XL/2: cycles, memory and collectives. No TPU is needed.
 
-The figures have no noise, so they show whether a change made the step faster. 256 tokens of latents 4x32x32, 32 images a
-device, bfloat16; stage 2 with 120 text tokens of width 2304. Each row is a call of `flowdit.plan` in its own process.
+Nothing is run, so the figures have no noise: they show whether a change made the step faster. 256 tokens of latents
+4x32x32, 32 images a device, bfloat16; stage 2 with 120 text tokens of width 2304. Each row is a call of `flowdit.plan`
+in its own process.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.timing import table
+from flowdit.hardware import GIGA
 from flowdit.planning.machines import parse_topology
 
 IMAGES = 32
-GIGA = 1e9
 STAGES = {1: "imagenet256_xl2", 2: "pixart_alpha_256"}
 
 
@@ -81,22 +83,39 @@ def cells(name: str, found: dict[str, Any], remat: str) -> list[str]:
     ]
 
 
+def failed(name: str, row: Row, errors: str) -> list[str]:
+    """A row of the table from what a plan that failed has printed on stderr: its first line that is an error."""
+    lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
+    reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
+    return [name, f"{row.topology} {row.mesh}".strip(), row.remat, f"failed: {reason}", *[""] * (len(HEADER) - 4)]
+
+
+def chosen_rows(arguments: Sequence[str]) -> list[tuple[str, int]]:
+    """Names and stages of the rows among `arguments`, or all. Raises `ValueError` for an argument that is none."""
+    chosen = [argument for argument in arguments if "=" not in argument] or list(ROWS)
+    found = []
+    for given in chosen:
+        rows = [(name, stage) for name in ROWS for stage in STAGES if given in (name, f"{name}/{stage}")]
+        if not rows:
+            raise ValueError(f"row: must be one of {', '.join(ROWS)}, with /1 or /2 for one stage, got {given!r}")
+        found += rows
+    return found
+
+
 def measure(*arguments: str) -> str:
     """The table, of the rows among `arguments` (`v5e-fsdp16`, for one stage `v5e-fsdp16/2`) or all."""
     settings = [argument for argument in arguments if "=" in argument]
-    chosen = [argument for argument in arguments if "=" not in argument] or list(ROWS)
-    rows = [
-        (name, stage) for name in chosen for stage in STAGES if name in (*ROWS, f"{name.partition('/')[0]}/{stage}")
-    ]
-    if unknown := [name for name in chosen if name.partition("/")[0] not in ROWS]:
-        raise SystemExit(f"error: row: must be one of {', '.join(ROWS)}, got {unknown[0]}")
-    found = []
-    for name, stage in rows:
-        name = name.partition("/")[0]
+    found, versions = [], "no plan was made"
+    for name, stage in chosen_rows(arguments):
+        row, title = ROWS[name], f"{name}/{stage}"
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(command(ROWS[name], stage, settings, folder), check=True, stdout=subprocess.DEVNULL)
-            content = json.loads((Path(folder) / "plan.json").read_text())
-        row = cells(f"{name}/{stage}", content["plans"][0], content["settings"]["model"]["remat"])
-        print(" | ".join(row), flush=True)
-        found.append(row)
-    return f"{content['versions']}\n\n{table(HEADER, found)}"
+            planned = subprocess.run(command(row, stage, settings, folder), capture_output=True, text=True)
+            if planned.returncode == 0:
+                content = json.loads((Path(folder) / "plan.json").read_text())
+                versions = content["versions"]
+                line = cells(title, content["plans"][0], content["settings"]["model"]["remat"])
+            else:
+                line = failed(title, row, planned.stderr)
+        print(" | ".join(line), flush=True)
+        found.append(line)
+    return f"{versions}\n\n{table(HEADER, found)}"

@@ -25,9 +25,9 @@ class WorkerFailed(Exception):
 class Worker:
     """Makes a contender in another process and passes requests to it. A context manager that ends the process.
 
-    `make` is the name of a function, "module:function", that returns the contender, a `Contender` or another object with
-    methods: its module is imported over there, once `environment` is set. With `inside` it is a thread of this process instead, which shares the environment and
-    cannot be ended.
+    `make` is the name of a function, "module:function", that returns the contender, a `Contender` or another object
+    with methods: its module is imported over there, once `environment` is set. With `inside` it is a thread of this
+    process instead, which shares the environment and cannot be ended.
     """
 
     def __init__(self, make: str, *arguments: Any, environment: Mapping[str, str], inside: bool = False):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-TERA = 1e12
+GIGA, TERA = 1e9, 1e12
 
 # Published peaks in TFLOP/s of one JAX device: dense matrix products (not NVIDIA's doubled figures "with sparsity") of
 # bfloat16, and of float32 at JAX's default precision: TF32 on NVIDIA from Ampere on, bfloat16 on TPUs. None if the

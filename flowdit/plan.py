@@ -30,7 +30,7 @@ from flowdit.models.config import MODELS
 from flowdit.planning.chart import save_chart
 from flowdit.planning.config import PlanConfig
 from flowdit.planning.data import planned_data
-from flowdit.planning.planner import Plan, plan
+from flowdit.planning.planner import Plan, plan, planned_step
 from flowdit.planning.report import as_json, assumptions, table
 from flowdit.sized import PRESETS
 from flowdit.storage import require_local
@@ -78,10 +78,11 @@ def _plan(composed: DictConfig, stage: int) -> None:
     with naming_the_preset(is_restore=False):
         config = _configured(composed, stage)
     data = planned_data(config)
-    plans = [plan(config, data, topology) for topology in config.topologies()]
+    steps = [planned_step(config, data, topology) for topology in config.topologies()]  # mistakes before compiling
+    plans = [plan(config, data, step) for step in steps]
     for line in table(plans, config.train.num_steps):
         logger.info(line)
-    lines = assumptions(config, plans, data.assumptions)
+    lines = assumptions(config, plans, data)
     logger.info("assumptions:")
     for line in lines:
         logger.info("  %s", line)
@@ -100,8 +101,8 @@ def _configured(composed: DictConfig, stage: int) -> PlanConfig:
         advice = "chooses sizes from the data and the devices of a run; plan the settings that the run prints"
         raise FieldError("experiment", f"{preset} {advice}")
     kinds = [kind for kind, conditioned in conditioning.KINDS.items() if conditioned.model == STAGES[stage]]
-    rule = f"must be the stage of the settings, whose network is {config.model.name}"
-    require("stage", stage, type(config.model) is MODELS[STAGES[stage]], rule)
+    if type(config.model) is not MODELS[STAGES[stage]]:
+        raise FieldError("stage", f"{stage} trains {STAGES[stage]}, but these settings have {config.model.name}")
     kind = conditioning.kind_of(config)
     require("conditioning", kind, kind in kinds, f"must be {' or '.join(kinds)} in stage {stage}")
     conditioning.check(config)

@@ -11,8 +11,8 @@ flags_of() {
       # (docs.nvidia.com/jax-toolbox/environment-variables); off by default in XLA.
       echo --xla_gpu_enable_latency_hiding_scheduler=true
       # Collectives of a loop over blocks are moved by one iteration, to overlap with the compute of another block.
-      # JAX-Toolbox, docs/GPU_performance.md, "Optimization level". With JAX 0.10.1 somebody found no effect
-      # (github.com/openxla/xla/issues/44228).
+      # JAX-Toolbox, docs/GPU_performance.md, "Optimization level". They had no effect for the author of
+      # github.com/openxla/xla/issues/44228, with JAX 0.10.1.
       echo --xla_gpu_enable_pipelined_all_gather=true
       echo --xla_gpu_enable_pipelined_reduce_scatter=true
       echo --xla_gpu_enable_pipelined_all_reduce=true

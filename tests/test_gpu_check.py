@@ -57,6 +57,15 @@ def test_the_script_makes_a_dry_run_of_all_parts(tmp_path):
     assert "| XL/2 training, Q/K norm, whole card |" in ended.stdout
 
 
+def test_the_exit_status_says_that_a_contender_failed(tmp_path, monkeypatch):
+    def sampling(check: gpu_check.Check) -> None:
+        gpu_check.report(check, "XL/2 sampling", 2, {"flowdit": {"seconds": [], "problem": "MemoryError: too large"}})
+
+    monkeypatch.setattr(gpu_check, "describe_card", lambda check: None)
+    monkeypatch.setitem(gpu_check.PARTS, "sampling", (0, sampling))
+    assert gpu_check.main(["--dry-run", "--json", str(tmp_path / "check.json"), "--only", "sampling"]) == 1
+
+
 def test_what_has_no_time_left_is_skipped_with_a_line(tmp_path, capsys):
     assert gpu_check.main(["--dry-run", "--minutes", "0", "--json", str(tmp_path / "check.json")]) == 2
     assert "error: the time is used up" in capsys.readouterr().err
@@ -126,5 +135,5 @@ def test_a_contender_that_fails_is_left_out_and_the_other_goes_on(tmp_path, caps
     assert results["diffusers in torch"]["problem"] == "MemoryError: too large"
     gpu_check.report(check, "XL/2 training", 4, results)
     out = capsys.readouterr().out
-    assert "XL/2 training, diffusers in torch: MemoryError: too large" in out
+    assert "XL/2 training, diffusers in torch: MemoryError: too large" in out and check.has_failed
     assert "| flowdit | 4 | 500 ms (500 to 500) | 8.0 (8.0 to 8.0) | unknown | unknown |  |" in out

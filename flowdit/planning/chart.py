@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from flowdit.hardware import GIGA
 from flowdit.planning.planner import Plan
 
-GIGA = 1e9
 SCALE = 2  # drawn at twice the size that it is shown at, for sharp text
 LABELS = 150
 PANEL = 330

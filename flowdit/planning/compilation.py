@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from flowdit.errors import first_line
 from flowdit.fields import FieldError
+from flowdit.models.compute import Compute
 from flowdit.planning.config import PlanConfig
 from flowdit.planning.data import PlannedData
 from flowdit.planning.environment import compiler_only
@@ -26,7 +30,7 @@ from flowdit.training.step import TrainState
 
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 _NEEDED = (
-    re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])"),
+    re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
     re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"),
 )
 
@@ -46,8 +50,8 @@ class Step(NamedTuple):
 class Compiled(NamedTuple):
     """A compiled step: its text, memory of a device in bytes, and how long the compilation took.
 
-    The memory is what is reserved: arguments, results that do not replace arguments, temporaries and the program. A step
-    that does not fit has no text, and the memory that the compiler says it needs.
+    The memory is what is reserved: arguments, results that do not replace arguments, temporaries and the program. A
+    step that does not fit has no text, and the memory that the compiler says it needs.
     """
 
     text: str
@@ -86,14 +90,15 @@ def _tpus(topology: Topology) -> Sequence[jax.Device]:
         raise FieldError("topology", f"the TPU compiler refuses {topology.name}: {first_line(problem)}") from None
 
 
-def build_step(config: PlanConfig, data: PlannedData, devices: Sequence[Any]) -> Step:
+def build_step(config: PlanConfig, data: PlannedData, devices: Sequence[Any], compute: Compute | None = None) -> Step:
     """The step of a run with these settings on these devices. Nothing is allocated.
 
+    `compute` is that of the step; None: what a run chooses on these devices.
     Raises `ValueError` for settings that do not fit each other, the data or the devices.
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch_size(mesh, config.train.batch_size, config.train.gradient_accum)
-    parts = make_parts(config, data.manifest, data.conditioning, mesh)
+    parts = make_parts(config, data.manifest, data.conditioning, mesh, compute)
     return Step(mesh, parts, abstract_batch(config, data.manifest, data.conditioning, mesh))
 
 
@@ -101,7 +106,9 @@ def compile_step(step: Step, limit: float) -> Compiled:
     """Compile it. `limit` is the memory of a device, unless the compiler says what it can use of it."""
     start = time.perf_counter()
     try:
-        compiled = step.parts.train_step.lower(step.parts.template, step.batch).compile()  # type: ignore[attr-defined]
+        with without_cache():
+            lowered = step.parts.train_step.lower(step.parts.template, step.batch)  # type: ignore[attr-defined]
+            compiled = lowered.compile()
     except JaxRuntimeError as problem:
         found = next((match for pattern in _NEEDED if (match := pattern.search(str(problem)))), None)
         if found is None:
@@ -114,6 +121,24 @@ def compile_step(step: Step, limit: float) -> Compiled:
     memory += sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
     host_memory = sizes.host_argument_size_in_bytes + sizes.host_temp_size_in_bytes
     return Compiled(compiled.as_text(), memory, limit, host_memory, seconds)
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """Compile without JAX's compilation cache: programs for TPUs that are not there cannot be read back from it."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def compiler_flags() -> dict[str, str]:
+    """The environment variables with flags of the compilers, where they are set."""
+    return {name: os.environ[name] for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS") if os.environ.get(name)}
 
 
 def compiler_versions() -> str:

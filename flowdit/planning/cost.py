@@ -34,11 +34,14 @@ class Collective(NamedTuple):
 class Cost:
     """The cost of a computation, each loop as often as it runs.
 
-    `kernels` counts custom calls, which have no estimate, and `kernel_flops` what they say of their operations.
+    Of a conditional the branch with the most cycles counts; with the cheapest branches, `cycles` would be smaller by
+    `conditional_cycles`. `kernels` counts custom calls, which have no estimate, and `kernel_flops` what they say of
+    their operations.
     `unknown_loops` counts loops whose length the text does not say; their bodies count once.
     """
 
     cycles: int = 0
+    conditional_cycles: int = 0
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     kernel_flops: int = 0
@@ -46,6 +49,7 @@ class Cost:
 
     def add(self, other: Cost, times: int = 1) -> None:
         self.cycles += times * other.cycles
+        self.conditional_cycles += times * other.conditional_cycles
         self.kernel_flops += times * other.kernel_flops
         self.unknown_loops += other.unknown_loops
         self.collectives.update({key: times * count for key, count in other.collectives.items()})
@@ -79,7 +83,7 @@ class _Walk:
         if operation == "while":
             return self._loop(computation, instruction)
         if operation == "conditional":
-            return max((self.cost(branch) for branch in instruction.called), key=lambda cost: cost.cycles)
+            return self._conditional(instruction)
         total = Cost(cycles=instruction.cycles or 0)
         if operation == "fusion":
             for called in instruction.called:
@@ -92,6 +96,12 @@ class _Walk:
         elif found := self._collective(computation, instruction):
             total.collectives[found] += 1
         return total
+
+    def _conditional(self, instruction: Instruction) -> Cost:
+        branches = [_Walk(self.program).cost(branch) for branch in instruction.called]
+        dearest = max(branches, key=lambda cost: cost.cycles)
+        dearest.conditional_cycles = dearest.cycles - min(cost.cycles - cost.conditional_cycles for cost in branches)
+        return dearest
 
     def _loop(self, computation: str, loop: Instruction) -> Cost:
         trips, total = self.program.trip_count(computation, loop), Cost()

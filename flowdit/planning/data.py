@@ -27,16 +27,18 @@ class PlannedData(NamedTuple):
 
 
 def planned_data(config: PlanConfig) -> PlannedData:
-    """The data of a configuration. Raises `ValueError` for an invalid data set, or one that lacks what is conditioned on.
+    """The data of a configuration. No shard is read, and no text encoder is loaded.
 
-    No shard is read, and no text encoder is loaded.
+    Raises `ValueError` for an invalid data set, or one that lacks what is conditioned on.
     """
     path, shape = config.data.path, config.shape
-    manifest = Manifest.read(path) if path and (connect(path) / FILE_NAME).is_file() else None
+    found = Manifest.read(path) if path and (connect(path) / FILE_NAME).is_file() else None
+    manifest = found
     if manifest is None or (shape.latent, shape.classes) != (None, None):
         manifest = _assumed(config, manifest)
         config.train.latent_mean = config.train.latent_scale = None  # of other latents
-        source = "assumed" if path else "assumed (no data.path)"
+        why = "no data.path" if not path else f"there is no data set at {path}"
+        source = "assumed: shape.*" if found else f"assumed: {why}"
     else:
         source = f"of {path}"
     text = EncoderMeta(
@@ -50,7 +52,8 @@ def planned_data(config: PlanConfig) -> PlannedData:
     channels, height, width = manifest.latent_shape
     lines = [f"data: latents {channels}x{height}x{width}, {manifest.num_classes} classes, {source}"]
     if kinds.kind_of(config) == "text":
-        lines = [f"data: latents {channels}x{height}x{width} {source}, {text.max_length} text tokens of {text.width}"]
+        tokens = f"{text.max_length} text tokens of {text.width}"
+        lines = [f"data: latents {channels}x{height}x{width}, {tokens}, {source}"]
         lines.append("text features come from a cache: an encoder in the training loop adds its weights and its time")
     return PlannedData(manifest, conditioning, lines)
 

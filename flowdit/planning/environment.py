@@ -1,4 +1,4 @@
-"""Environment of the TPU compiler where there is no TPU. Standard library only: JAX reads a part of it when it starts."""
+"""Environment of the TPU compiler where there is no TPU. Standard library only: JAX reads it when it starts."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ def compiler_only() -> Iterator[None]:
 
 
 def leave_devices_alone(arguments: Sequence[str]) -> None:
-    """Before JAX starts: if `arguments` name only TPUs, use none of this machine's devices.
-
-    Programs for TPUs that are not there cannot be read back from JAX's compilation cache, so it is off then.
-    """
+    """Before JAX starts: if `arguments` name only TPUs, use none of this machine's devices."""
     if any(re.fullmatch(r"topology=\[?(v\d+\w*:[\dx]+,? *)+\]?", argument.lower()) for argument in arguments):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -1,15 +1,16 @@
-"""Estimates for GPUs that are not there: operations and bytes of the step against published rates."""
+"""Estimates for GPUs: operations and bytes of the step against published rates."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flowdit.models.attention import AttentionShape, attend
 from flowdit.models.compute import Compute
 from flowdit.models.flops import matmul_flops
 from flowdit.planning.compilation import Step, build_step
@@ -23,7 +24,10 @@ from flowdit.sharding import batch_shards
 OVERHEAD = 10**9
 """Bytes of a GPU that CUDA, its libraries and fragmentation take."""
 STATE_PASSES = 9
-"""Reads and writes of a float32 array of the parameters' size in an update: gradient, and each of the four states twice."""
+"""Reads and writes of an update, of float32 arrays of the parameters' size: gradient, and each of four states twice."""
+
+MANY = 10**6
+"""Images of a batch whose shapes are looked at: more than any other axis has, so that none is taken for another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,45 +40,55 @@ class AbsentGpu:
     process_index: int = 0
 
 
-class Estimate(NamedTuple):
-    """Memory of a device by part, in bytes; seconds of operations and of the update; collectives of a step."""
-
-    memory: dict[str, int]
-    seconds: float
-    collectives: Counter[Collective]
-
-
 def absent_gpus(topology: Topology) -> list[Any]:
     return [AbsentGpu(number, topology.machine.kind) for number in range(topology.num_devices)]
 
 
-def estimate(config: PlanConfig, data: PlannedData, step: Step, topology: Topology) -> Estimate:
-    """What a step takes on GPUs at the settings' `utilisation`."""
+def traced_compute(config: PlanConfig) -> Compute:
+    """Layers to count operations and bytes with, never cuDNN: it can only be traced where it is installed."""
+    return Compute(config.train.compute_dtype, is_fast=config.model.kernels == "fast")
+
+
+def cudnn_shapes(config: PlanConfig, data: PlannedData) -> list[AttentionShape]:
+    """The shapes that cuDNN is assumed to compute on absent GPUs, by JAX's own rules. No library is asked."""
+    shapes = data.conditioning.attention_shapes(config.model, data.manifest.latent_shape)
+    if config.model.kernels != "auto" or config.train.compute_dtype != "bfloat16":
+        return []
+    return [shape for shape in dict.fromkeys(shapes) if _suits_cudnn(shape)]
+
+
+def _suits_cudnn(shape: AttentionShape) -> bool:
+    is_even = shape.tokens % 2 == 0 and (shape.key_tokens or 0) % 2 == 0
+    return shape.head_dim <= 128 and shape.head_dim % 8 == 0 and is_even
+
+
+def compute_seconds(config: PlanConfig, step: Step, topology: Topology) -> float:
+    """Seconds of a step's operations, recomputation included, at the settings' `utilisation`, and of its update."""
     gpu = topology.machine
     assert isinstance(gpu, Gpu)
     images = config.train.batch_size // batch_shards(step.mesh)
-    flops = images * _executed_flops(step) / config.mesh.tensor
-    parameters = bytes_on_device(step.state.parameters)
-    update = STATE_PASSES * parameters / gpu.bandwidth
-    seconds = flops / (config.utilisation * topology.peak(config.train.compute_dtype)) + update
-    return Estimate(_memory(config, data, step, images), seconds, _collectives(config, step, images))
+    flops = images * _executed_flops(config, step) / config.mesh.tensor
+    update = STATE_PASSES * bytes_on_device(step.state.parameters) / gpu.bandwidth
+    return flops / (config.utilisation * topology.peak(config.train.compute_dtype)) + update
 
 
-def _memory(config: PlanConfig, data: PlannedData, step: Step, images: int) -> dict[str, int]:
-    """By formula: the CPU's compiler widens bfloat16, and would mislead."""
+def estimated_memory(config: PlanConfig, data: PlannedData, step: Step) -> dict[str, int]:
+    """Bytes of a device by part, by formula: the CPU's compiler widens bfloat16, and would mislead."""
     width = jnp.dtype(config.train.compute_dtype).itemsize
     parameters = bytes_on_device(step.state.parameters)
-    micro_batch = math.ceil(images / config.train.gradient_accum)
-    kept = float(_kept_bytes(step))
+    micro_batch = math.ceil(config.train.batch_size / batch_shards(step.mesh) / config.train.gradient_accum)
+    blocks, kept = config.model.depth, _kept_bytes(config, step)
     if config.model.remat != "none":  # what is computed again for one block
         model = dataclasses.replace(config.model, remat="none")
-        whole = build_step(dataclasses.replace(config, model=model), data, list(step.mesh.devices.flat))
-        kept += _kept_bytes(whole) / config.model.depth
-    kept *= micro_batch / config.mesh.tensor
-    cast = 0 if width == 4 else parameters * width // 4
+        devices, compute = list(step.mesh.devices.flat), traced_compute(config)
+        whole = build_step(dataclasses.replace(config, model=model), data, devices, compute)
+        kept += (_kept_bytes(config, whole) - kept) / blocks
+        blocks = 1
+    kept -= blocks * sum(_unkept_by_cudnn(config, shape) for shape in cudnn_shapes(config, data))
+    compute_dtype = parameters * width // 4
     return memory_of_state(step) | {
-        "gradients": parameters,
-        "activations and temporaries": int(kept) + cast + OVERHEAD,
+        "gradients": parameters + compute_dtype,  # their float32 sum, and those of a micro-batch
+        "activations and temporaries": int(kept * micro_batch) + (compute_dtype if width < 4 else 0) + OVERHEAD,
     }
 
 
@@ -94,27 +108,48 @@ def _inputs(step: Step, images: int) -> tuple[Any, Any, Any]:
     return parameters, batch, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
 
 
-def _kept_bytes(step: Step) -> int:
-    """Bytes that the backward pass keeps for each image, from the shapes of what the forward pass hands to it."""
-    loss = _loss(step, step.parts.compute)
+def _kept_bytes(config: PlanConfig, step: Step) -> float:
+    """Bytes that the backward pass keeps on a device for each image, from the shapes of `jax.vjp`'s residuals."""
+    loss = _loss(step, traced_compute(config))
 
     def backward(parameters: Any, batch: Any, keys: Any) -> Any:
         return jax.vjp(lambda parameters: loss(parameters, batch, keys), parameters)[1]
 
-    one, two = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(backward, *_inputs(step, n))))
-        for n in (1, 2)
-    )
-    return two - one  # what does not grow with the batch are weights
+    def size(images: int) -> float:
+        kept = jax.tree.leaves(jax.eval_shape(backward, *_inputs(step, images)))
+        return sum(leaf.size * leaf.dtype.itemsize / _parts(config, leaf.shape) for leaf in kept)
+
+    return size(MANY + 1) - size(MANY)  # what does not grow with the batch are weights
 
 
-def _executed_flops(step: Step) -> int:
+def _parts(config: PlanConfig, shape: tuple[int, ...]) -> int:
+    """Over how many devices of the tensor axis a kept array is split: those by head, and wider ones than the model."""
+    is_split = config.model.num_heads in shape[-3:-1] or (bool(shape) and shape[-1] > config.model.hidden_dim)
+    return config.mesh.tensor if is_split else 1
+
+
+def _unkept_by_cudnn(config: PlanConfig, shape: AttentionShape) -> float:
+    """Bytes on a device, for an image and a block, of the logits and weights that only XLA's attention keeps."""
+    heads, dtype, keys = config.model.num_heads, config.train.compute_dtype, shape.key_tokens or shape.tokens
+    query, key = (jax.ShapeDtypeStruct((rows, heads, shape.head_dim), dtype) for rows in (shape.tokens, keys))
+    mask = None if shape.key_tokens is None else jnp.ones(keys, bool)
+    backward = lambda query, key, value: jax.vjp(lambda *given: attend(*given, mask), query, key, value)[1]
+    kept = jax.tree.leaves(jax.eval_shape(backward, query, key, key))
+    inside = (leaf for leaf in kept if leaf.shape[-2:] == (shape.tokens, keys) and leaf.dtype != jnp.bool_)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in inside) / config.mesh.tensor
+
+
+def _executed_flops(config: PlanConfig, step: Step) -> int:
     """Operations of an image forward and backward, recomputation included."""
-    return matmul_flops(jax.value_and_grad(_loss(step, step.parts.compute)), *_inputs(step, 1))
+    return matmul_flops(jax.value_and_grad(_loss(step, traced_compute(config))), *_inputs(step, 1))
 
 
-def _collectives(config: PlanConfig, step: Step, images: int) -> Counter[Collective]:
-    """What sharding sends: weights twice and gradients once a micro-batch, and activations along the tensor axis."""
+def estimated_collectives(config: PlanConfig, step: Step) -> Counter[Collective]:
+    """What sharding sends in a step.
+
+    For each micro-batch weights twice and gradients once over `fsdp`, and activations over `tensor`; gradients over
+    `data` once.
+    """
     width = jnp.dtype(config.train.compute_dtype).itemsize
     data, fsdp, tensor = step.mesh.devices.shape
     weights = sum(leaf.size for leaf in jax.tree.leaves(step.state.model)) * width // tensor
@@ -123,10 +158,11 @@ def _collectives(config: PlanConfig, step: Step, images: int) -> Counter[Collect
         found[Collective("all-gather", weights, _group(fsdp, tensor))] += 2 * passes
         found[Collective("reduce-scatter", weights, _group(fsdp, tensor))] += passes
     if data > 1:
-        found[Collective("all-reduce", weights // fsdp, _group(data, fsdp * tensor))] += passes
+        found[Collective("all-reduce", weights // fsdp, _group(data, fsdp * tensor))] += 1
     if tensor > 1:
+        images = config.train.batch_size // batch_shards(step.mesh) // passes
         tokens = math.prod(step.batch["latent"].shape[2:]) // config.model.patch_size**2
-        activation = images // passes * tokens * config.model.hidden_dim * width
+        activation = images * tokens * config.model.hidden_dim * width
         found[Collective("all-reduce", activation, _group(tensor, 1))] += 4 * config.model.depth * passes
     return found
 

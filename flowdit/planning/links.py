@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -46,14 +45,16 @@ class Links(NamedTuple):
 
     def _rate(self, tpu: Tpu, group: Sequence[Coordinates]) -> tuple[float, int]:
         """Of one group. Groups whose devices lie between each other's share the links of the box that they span."""
-        axes = list(zip(*group, strict=True))
-        sides = [max(axis) - min(axis) + 1 for axis in axes]
-        full = self.topology.sides
+        axes, full = list(zip(*group, strict=True)), self.topology.sides
         whole_cubes = tpu.dimensions == 2 or all(side % tpu.ring == 0 for side in full)
-        links = 0
-        for side, whole in itertools.zip_longest(sides, full, fillvalue=1):
-            is_ring = whole_cubes and side == whole and side % tpu.ring == 0
-            links += 2 if is_ring else int(side > 1)  # a device at the end of a row has one neighbour
+        sides, links = [], 0
+        for axis, whole in zip(axes, (*full, 1), strict=False):  # coordinates are three
+            side = max(axis) - min(axis) + 1
+            is_closed = whole_cubes and whole % tpu.ring == 0
+            if is_closed and len(group) == 2:  # two devices use the shorter way around
+                side = min(side, whole - side + 2)
+            links += 2 if is_closed and side == whole else int(side > 1)  # the end of a row has one neighbour
+            sides.append(side)
         box = math.prod(sides)
         distinct = len(set(group))
         return max(links, 1) * tpu.link * min(distinct / box, 1), max(sides)

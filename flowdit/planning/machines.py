@@ -6,9 +6,8 @@ import math
 from typing import NamedTuple
 
 from flowdit.fields import FieldError
-from flowdit.hardware import PEAKS, TERA
+from flowdit.hardware import GIGA, PEAKS, TERA
 
-GIGA = 1e9
 GIB = 2.0**30
 
 
@@ -40,20 +39,21 @@ class Gpu(NamedTuple):
 NODE = 8
 """GPUs of one node."""
 
-# Google Cloud TPU documentation, "System architecture" of each version: memory, dimensions of the torus, and the
-# bidirectional bandwidth of a chip, here over its ports and directions: v5e 400 GB/s over 4 ports, v6e 800 over 4, v5p
-# 1200 over 6. Clock: the published peak over the operations of the matrix units a cycle (v5e 4 units of 128 x 128, v5p 8
-# of them, v6e 4 times as many products as v5e). Sides of v5e and v6e are rings at 16 chips, those of v5p where the slice
-# consists of whole cubes of 4 x 4 x 4. Not v4: for it the compiler treats the two halves of a chip as two devices,
-# which is not how JAX runs it.
+# Memory: what a program can use by the compiler's message for one that is too large (libtpu 0.0.42.1). Google Cloud TPU
+# documentation, "System architecture" of each version: dimensions of the torus, and the bidirectional bandwidth of a
+# chip, here over its ports and directions: v5e 400 GB/s over 4 ports, v6e 800 over 4, v5p 1200 over 6. Clock: the
+# published peak over the operations of the matrix units a cycle (v5e 4 units of 128 x 128, v5p 8 of them, v6e 4 times as
+# many products as v5e). Sides of v5e and v6e are rings at 16 chips, those of v5p where the slice consists of whole cubes
+# of 4 x 4 x 4. Not v4: for it the compiler treats the two halves of a chip as two devices, which is not how JAX runs it.
 TPUS: dict[str, Tpu] = {
-    "v5e": Tpu("TPU v5 lite", 2, 1.5 * GIGA, 16 * GIB, 50 * GIGA, 16),
-    "v5p": Tpu("TPU v5", 3, 1.75 * GIGA, 95 * GIB, 100 * GIGA, 4),
-    "v6e": Tpu("TPU v6 lite", 2, 1.75 * GIGA, 32 * GIB, 100 * GIGA, 16),
+    "v5e": Tpu("TPU v5 lite", 2, 1.5 * GIGA, 15.75 * GIB, 50 * GIGA, 16),
+    "v5p": Tpu("TPU v5", 3, 1.75 * GIGA, 95.74 * GIB, 100 * GIGA, 4),
+    "v6e": Tpu("TPU v6 lite", 2, 1.75 * GIGA, 31.25 * GIB, 100 * GIGA, 16),
 }
 
 # NVIDIA's data sheets: memory, its bandwidth, and NVLink (half of the published sum of both directions) or PCIe. Between
 # nodes, the network adapter of NVIDIA's DGX systems for each GPU: 200 Gbit/s with A100, 400 with H100, H200 and B200.
+# L40S and RTX 4090 are in no such system: 200 and 100 Gbit/s are assumptions.
 GPUS: dict[str, Gpu] = {
     "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 40 * GIGA, 1555 * GIGA, 300 * GIGA, 25 * GIGA),
     "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", 80 * GIGA, 2039 * GIGA, 300 * GIGA, 25 * GIGA),

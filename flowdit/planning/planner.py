@@ -39,9 +39,10 @@ class Exchange:
 class Plan:
     """What a run costs on one topology. Memory is in bytes of a device, times in seconds.
 
-    `is_estimate` is true where nothing was compiled. Figures of time are None for a step that does not fit and for which
-    nothing is known but its memory. `cycles` are the compiler's, of a device and a step, without the `kernels` (custom
-    calls) for which it makes no estimate; `kernel_flops` are theirs.
+    `is_estimate` is true where nothing was compiled. Figures of time are None for a step that does not fit and of which
+    only the memory is known. `cycles` are the compiler's, of a device and a step, without the `kernels` (custom
+    calls) for which it makes no estimate; `kernel_flops` are theirs. Of a conditional the dearest branch counts;
+    `conditional_cycles` are those that the cheapest would save.
     """
 
     topology: str
@@ -57,6 +58,7 @@ class Plan:
     image_flops: int
     compile_seconds: float
     cycles: int | None = None
+    conditional_cycles: int = 0
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     kernel_flops: int = 0
     unknown_loops: int = 0
@@ -91,19 +93,36 @@ class Figures(NamedTuple):
     compute_seconds: float | None
 
 
-def plan(config: PlanConfig, data: PlannedData, topology: Topology) -> Plan:
-    """The plan of a configuration on a topology. Raises `ValueError` for settings that do not fit it."""
-    found = _plan(config, data, topology)
+class PlannedStep(NamedTuple):
+    """The step on a topology. With `is_absent` it cannot be compiled here."""
+
+    topology: Topology
+    step: Step
+    is_absent: bool
+
+
+def planned_step(config: PlanConfig, data: PlannedData, topology: Topology) -> PlannedStep:
+    """The step of a configuration on a topology. Raises `ValueError` for settings that do not fit it."""
+    devices = devices_of(topology)
+    if devices is None:
+        step = build_step(config, data, gpu.absent_gpus(topology), gpu.traced_compute(config))
+    else:
+        step = build_step(config, data, devices)
+    return PlannedStep(topology, step, devices is None)
+
+
+def plan(config: PlanConfig, data: PlannedData, planned: PlannedStep) -> Plan:
+    """The plan of a configuration; `planned` is its step."""
+    found = _plan(config, data, planned)
     if config.largest_batch:
-        found = dataclasses.replace(found, largest_batch=_largest_batch(config, data, topology, found))
+        found = dataclasses.replace(found, largest_batch=_largest_batch(config, data, planned.topology, found))
     return found
 
 
-def _plan(config: PlanConfig, data: PlannedData, topology: Topology) -> Plan:
-    devices = devices_of(topology)
-    step = build_step(config, data, gpu.absent_gpus(topology) if devices is None else devices)
+def _plan(config: PlanConfig, data: PlannedData, planned: PlannedStep) -> Plan:
+    topology, step, is_absent = planned
     compiled = None
-    if devices is not None:
+    if not is_absent:
         logger.info("compiling the step for %s, batch %d", topology.name, config.train.batch_size)
         compiled = compile_step(step, topology.machine.memory)
     if topology.is_tpu:
@@ -143,13 +162,13 @@ def _gpu_figures(
     config: PlanConfig, data: PlannedData, step: Step, topology: Topology, compiled: Compiled | None
 ) -> Figures:
     """By published rates; memory and collectives of the compiled step if the GPUs are there."""
-    expected = gpu.estimate(config, data, step, topology)
+    seconds = gpu.compute_seconds(config, step, topology)
     if compiled is None:
-        cost = Cost(collectives=expected.collectives)
-        return Figures(expected.memory, topology.machine.memory, None, cost, expected.seconds)
+        cost = Cost(collectives=gpu.estimated_collectives(config, step))
+        return Figures(gpu.estimated_memory(config, data, step), topology.machine.memory, None, cost, seconds)
     memory = memory_of_step(step, compiled.memory)
     cost = Cost(collectives=program_cost(compiled.text).collectives) if compiled.text else None
-    return Figures(memory, compiled.limit, compiled, cost, expected.seconds)
+    return Figures(memory, compiled.limit, compiled, cost, seconds)
 
 
 def _with_times(found: Plan, config: PlanConfig, step: Step, topology: Topology, figures: Figures) -> Plan:
@@ -167,6 +186,7 @@ def _with_times(found: Plan, config: PlanConfig, step: Step, topology: Topology,
     return dataclasses.replace(
         found,
         cycles=cost.cycles if topology.is_tpu else None,
+        conditional_cycles=cost.conditional_cycles if topology.is_tpu else 0,
         kernels=dict(cost.kernels),
         kernel_flops=cost.kernel_flops,
         unknown_loops=cost.unknown_loops,
@@ -202,7 +222,10 @@ def _largest_batch(config: PlanConfig, data: PlannedData, topology: Topology, kn
     size = config.train.batch_size // unit
 
     def fits(count: int) -> bool:
-        return (count == size and known.fits) or _plan(with_batch_size(config, count * unit), data, topology).fits
+        if count == size and known.fits:
+            return True
+        tried = with_batch_size(config, count * unit)
+        return _plan(tried, data, planned_step(tried, data, topology)).fits
 
     fitting, too_large = (size, 2 * size) if known.fits else (0, size)
     while fitting == too_large // 2 and known.fits and fits(too_large):

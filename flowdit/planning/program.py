@@ -83,68 +83,94 @@ class Program:
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition, body = loop.attribute("condition"), loop.attribute("body")
-        if condition is None or body is None:
-            return None
-        test = self._comparison(condition)
-        if test is None:
+        test = self._comparison(condition) if condition and body else None
+        if test is None or body is None:
             return None
         direction, sides = test
         values = [self._start(computation, loop, side) if isinstance(side, _Carried) else side for side in sides]
         steps = [self._step(body, side) if isinstance(side, _Carried) else 0 for side in sides]
-        if None in values or None in steps or not any(steps):
+        if None in values or None in steps:
             return None
         return _trips(direction, values, steps)  # type: ignore[arg-type]
 
     def _comparison(self, condition: str) -> tuple[str, list[int | _Carried | None]] | None:
-        """Direction and both sides of the comparison that ends a loop; a fused one is looked up in its fusion."""
-        root, names = self.root(condition), {}
-        inside = condition
-        if root.operation == "fusion" and (called := root.attribute("calls")):
-            inside = called
-            parameters = [each for each in self.computations[inside].values() if each.operation == "parameter"]
-            names = {each.name: root.operands[int(each.arguments)] for each in parameters}
-            root = self.root(inside)
-        if root.operation != "compare" or (direction := root.attribute("direction")) is None:
+        """Direction and both sides of the comparison that ends a loop."""
+        test = self._origin(_Value(condition, self.root(condition).name))
+        compare = self._instruction(test)
+        if compare is None or compare.operation != "compare" or (direction := compare.attribute("direction")) is None:
             return None
-        return direction, [self._side(condition, inside, names, operand) for operand in root.operands]
-
-    def _side(self, condition: str, inside: str, names: dict[str, str], operand: str) -> int | _Carried | None:
-        value = self._constant(inside, operand)
-        if value is None and (outer := names.get(operand, operand)) in self.computations[condition]:
-            value = self._constant(condition, outer)
-            found = self.computations[condition][outer]
-            if value is None and found.operation == "get-tuple-element":
-                return _Carried(int(found.attribute("index") or 0))
-        return value
+        sides = [self._origin(test._replace(name=operand)) for operand in compare.operands]
+        return direction, [self._carried(side) or self._integer(side) for side in sides]
 
     def _start(self, computation: str, loop: Instruction, carried: _Carried) -> int | None:
         """The first value of a carried number."""
-        initial = self.computations[computation].get(loop.operands[0])
-        if initial is None or initial.operation != "tuple":
+        initial = self._origin(_Value(computation, loop.operands[0]))
+        found = self._instruction(initial)
+        if found is None or found.operation != "tuple":
             return None
-        return self._constant(computation, initial.operands[carried.index])
+        return self._integer(self._origin(initial._replace(name=found.operands[carried.index])))
 
     def _step(self, body: str, carried: _Carried) -> int | None:
         """What the body adds to a carried number; None if it does something else."""
-        root, instructions = self.root(body), self.computations[body]
-        if root.operation != "tuple":
+        result = self._origin(_Value(body, self.root(body).name))
+        found = self._instruction(result)
+        if found is None or found.operation != "tuple":
             return None
-        new = instructions.get(root.operands[carried.index])
-        if new is not None and new.operation == "get-tuple-element":
+        new = self._origin(result._replace(name=found.operands[carried.index]))
+        if self._carried(new) == carried:
             return 0
-        if new is not None and new.operation == "add":
-            constants = [self._constant(body, operand) for operand in new.operands]
-            return next((constant for constant in constants if constant is not None), None)
-        return 1  # a counter that is fused with other work; JAX's loops count by one
-
-    def _constant(self, computation: str, name: str) -> int | None:
-        """The value of an integer constant, also through copies."""
-        found = self.computations[computation].get(name)
-        while found is not None and found.operation in _SAME_VALUE and found.operands:
-            found = self.computations[computation].get(found.operands[0])
-        if found is None or found.operation != "constant" or not re.fullmatch(r"-?\d+", found.arguments):
+        added = self._instruction(new)
+        if added is None or added.operation != "add":
             return None
-        return int(found.arguments)
+        one, other = (self._origin(new._replace(name=operand)) for operand in added.operands)
+        if self._carried(other) == carried:
+            one, other = other, one
+        return self._integer(other) if self._carried(one) == carried else None
+
+    def _origin(self, value: _Value) -> _Value:
+        """Where a value is computed: through copies and tuples, into fusions and out of their parameters."""
+        while found := self._instruction(value):
+            if found.operation in _SAME_VALUE and found.operands:
+                value = value._replace(name=found.operands[0])
+            elif found.operation == "parameter" and value.given:
+                value = value.given[int(found.arguments)]
+            elif found.operation == "fusion" and (called := found.attribute("calls")) in self.computations:
+                given = tuple(value._replace(name=operand) for operand in found.operands)
+                value = _Value(called, self.root(called).name, given)
+            elif found.operation == "get-tuple-element":
+                whole = self._origin(value._replace(name=found.operands[0]))
+                made = self._instruction(whole)
+                if made is None or made.operation != "tuple":
+                    return value
+                value = whole._replace(name=made.operands[_index(found)])
+            else:
+                return value
+        return value
+
+    def _instruction(self, value: _Value) -> Instruction | None:
+        return self.computations[value.computation].get(value.name)
+
+    def _integer(self, value: _Value) -> int | None:
+        """The value of an integer constant."""
+        found = self._instruction(value)
+        is_integer = found is not None and found.operation == "constant" and re.match(r"[su]\d+\[\]", found.shape)
+        return int(found.arguments) if found is not None and is_integer else None
+
+    def _carried(self, value: _Value) -> _Carried | None:
+        """The carried number that a value is, unchanged, in the body or the condition of a loop."""
+        found = self._instruction(value)
+        if found is None or found.operation != "get-tuple-element":
+            return None
+        whole = self._instruction(self._origin(value._replace(name=found.operands[0])))
+        return _Carried(_index(found)) if whole is not None and whole.operation == "parameter" else None
+
+
+class _Value(NamedTuple):
+    """An instruction by its computation and name; in a fusion `given` are the values of the parameters."""
+
+    computation: str
+    name: str
+    given: tuple[_Value, ...] = ()
 
 
 class _Carried(NamedTuple):
@@ -153,12 +179,18 @@ class _Carried(NamedTuple):
     index: int
 
 
-def _trips(direction: str, values: list[int], steps: list[int]) -> int:
+def _index(element: Instruction) -> int:
+    return int(element.attribute("index") or 0)
+
+
+def _trips(direction: str, values: list[int], steps: list[int]) -> int | None:
+    """How often a comparison holds of two numbers that change by `steps`; None if it does not say, or always holds."""
     distance, pace = values[1] - values[0], steps[0] - steps[1]
-    if pace < 0 or (pace > 0 and direction in ("GT", "GE")):
+    if direction in ("GT", "GE") or (direction == "NE" and pace < 0):
         distance, pace = -distance, -pace
-    inclusive = direction in ("LE", "GE")
-    return max(math.ceil((distance + inclusive) / pace), 0)
+    if pace <= 0 or direction == "EQ" or (direction == "NE" and (distance < 0 or distance % pace)):
+        return None
+    return max(math.ceil((distance + (direction in ("LE", "GE"))) / pace), 0)
 
 
 def _parse(line: str) -> Instruction | None:

@@ -128,15 +128,19 @@ class Parts(NamedTuple):
     image_flops: Callable[[Batch], int]
 
 
-def make_parts(config: Config, manifest: Manifest, conditioning: Conditioning, mesh: Mesh) -> Parts:
+def make_parts(
+    config: Config, manifest: Manifest, conditioning: Conditioning, mesh: Mesh, compute: Compute | None = None
+) -> Parts:
     """The training step of a configuration, for the devices of `mesh`, which need not be attached.
 
+    `compute` is chosen by `choose_compute` if it is None.
     Raises `ValueError` for a model that cannot be built on these data, or parameters that the mesh cannot split.
     """
     objective = make_objective(config, manifest, conditioning)
     build_model = conditioning.model_builder(config, manifest)
-    shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
-    compute = choose_compute(mesh, config.train.compute_dtype, shapes, config.model.kernels)
+    if compute is None:
+        shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
+        compute = choose_compute(mesh, config.train.compute_dtype, shapes, config.model.kernels)
     optimizer = make_optimizer(config.optim, config.train.num_steps)
 
     def build_state(start: Start | None) -> TrainState:

@@ -131,6 +131,106 @@ def test_steps_of_a_loop_and_kernels():
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "trips"),
+    [
+        ("direction=LT", "direction=LE", 7),
+        ("direction=LT", "direction=NE", 6),
+        ("direction=LT", "direction=EQ", None),
+        ("%two = s32[] constant(2)", "%two = s32[] constant(0)", None),
+        ("%two = s32[] constant(2)", "%two = s32[] constant(-1)", None),
+        ("%next = s32[] add(%j, %two)", "%next = s32[] multiply(%j, %two)", None),
+        ("%next = s32[] add(%j, %two)", "%next = s32[] add(%two, %two)", None),
+        ("%limit = s32[]{:T(128)} constant(12)", "%limit = f32[] constant(12)", None),
+        ("%next = s32[] add(%j, %two)", "%next = s32[] fusion(%two, %j), kind=kLoop, calls=%sum", 6),
+        ("%next = s32[] add(%j, %two)", "%next = s32[] fusion(%j, %j), kind=kLoop, calls=%sum", None),
+        ("%next = s32[] add(%j, %two)", "%next = s32[] fusion(%j, %two), kind=kLoop, calls=%product", None),
+        (
+            "%next = s32[] add(%j, %two)",
+            "%both = (s32[], s32[]) fusion(%j, %two), kind=kLoop, calls=%pair\n"
+            "  %next = s32[] get-tuple-element(%both), index=1",
+            6,
+        ),
+    ],
+)
+def test_the_length_of_a_loop_is_known_or_not(old, new, trips):
+    assert old in LOOP
+    program = Program(FUSED + LOOP.replace(old, new))
+    assert program.trip_count("main", program.computations["main"]["loop"]) == trips
+
+
+FUSED = """
+%sum (a: s32[], b: s32[]) -> s32[] {
+  %b = s32[] parameter(1)
+  %a = s32[] parameter(0)
+  ROOT %c = s32[] add(%a, %b)
+}
+
+%product (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %c = s32[] multiply(%a, %b)
+}
+
+%pair (a: s32[], b: s32[]) -> (s32[], s32[]) {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  %c = s32[] add(%a, %b)
+  ROOT %t = (s32[], s32[]) tuple(%a, %c)
+}
+"""
+OTHERS = """
+%spread.1 (x: bf16[8]) -> bf16[32] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %g = bf16[32]{0} all-gather(%x), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+}
+
+%spread.2 (x: bf16[8]) -> bf16[32] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %g = bf16[32]{0} all-gather(%x), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+}
+
+%cheap (x: bf16[8]) -> bf16[32] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %a = bf16[32]{0} fusion(%x), kind=kLoop, calls=%spread.1, backend_config={"estimated_cycles":"10"}
+}
+
+%dear (x: bf16[8]) -> bf16[32] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %a = bf16[32]{0} fusion(%x), kind=kLoop, calls=%spread.2, backend_config={"estimated_cycles":"25"}
+}
+
+ENTRY %main (p: pred[], x: bf16[8]) -> bf16[32] {
+  %p = pred[] parameter(0)
+  %x = bf16[8]{0} parameter(1)
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once():
+    fusions = "".join(
+        f'  %f.{i} = bf16[32]{{0}} fusion(%x), calls=%spread.{i}, backend_config={{"estimated_cycles":"5"}}\n'
+        for i in (1, 2)
+    )
+    cost = program_cost(OTHERS + fusions + "}\n")
+    assert (cost.cycles, cost.collectives) == (10, {Collective("all-gather", 64, "{{0,1,2,3}}"): 1})
+
+
+def test_start_and_end_of_a_collective_count_once():
+    text = """  %s = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %d = bf16[32]{0} all-gather-done(%s)
+}
+"""
+    assert program_cost(OTHERS + text).collectives == {Collective("all-gather", 64, "{{0,1,2,3}}"): 1}
+
+
+@pytest.mark.parametrize("branches", ["%cheap, %dear", "%dear, %cheap"])
+def test_of_a_conditional_the_dearest_branch_counts(branches):
+    text = f"  ROOT %c = bf16[32]{{0}} conditional(%p, %x, %x), branch_computations={{{branches}}}\n}}\n"
+    cost = program_cost(OTHERS + text)
+    assert (cost.cycles, cost.conditional_cycles) == (25, 15)
+    assert cost.collectives == {Collective("all-gather", 64, "{{0,1,2,3}}"): 1}
+
+
+@pytest.mark.parametrize(
     ("shape", "size"),
     [("f32[]", 4), ("(bf16[2,3]{1,0:T(8,128)(2,1)}, pred[5])", 17), ("s4[3]", 2), ("f8e4m3fn[7]", 7), ("token[]", 0)],
 )
@@ -169,6 +269,9 @@ def test_time_on_links():
     assert links.seconds(Collective("all-reduce", 10**8, "[16,1]<=[16]")) == 0
     ring = Links(parse_topology("v5e:16x16"), [(x, y, 0) for y in range(16) for x in range(16)])
     assert ring.seconds(Collective("all-gather", 10**8, "[16,16]<=[256]")) == pytest.approx(15 / 16 * 1e-3)
+    around = "{" + ",".join(f"{{{i},{(i + 1) % 16}}}" for i in range(16)) + "}"
+    assert ring.seconds(Collective("collective-permute", 10**8, around)) == pytest.approx(2e-3)  # one link each
+    assert links.seconds(Collective("collective-permute", 10**8, "{{0,1},{3,0}}")) == pytest.approx(2e-3 * 4 / 2)
 
 
 def test_gpus_of_one_node_and_of_several():
