@@ -130,7 +130,8 @@ def _parts(config: PlanConfig, shape: tuple[int, ...]) -> int:
 
 def _unkept_by_cudnn(config: PlanConfig, shape: AttentionShape) -> float:
     """Bytes on a device, for an image and a block, of the logits and weights that only XLA's attention keeps."""
-    heads, dtype, keys = config.model.num_heads, config.train.compute_dtype, shape.key_tokens or shape.tokens
+    heads, keys = config.model.num_heads, shape.key_tokens or shape.tokens
+    dtype = config.train.compute_dtype
     query, key = (jax.ShapeDtypeStruct((rows, heads, shape.head_dim), dtype) for rows in (shape.tokens, keys))
     mask = None if shape.key_tokens is None else jnp.ones(keys, bool)
     backward = lambda query, key, value: jax.vjp(lambda *given: attend(*given, mask), query, key, value)[1]
