@@ -46,9 +46,9 @@ HEADER = [
 
 def command(row: Row, stage: int, settings: list[str], out: str) -> list[str]:
     """The plan of a row: its own settings, and those given, which take precedence."""
-    shards = parse_topology(row.topology).num_devices // (2 if "tensor=2" in row.mesh else 1)
+    devices = parse_topology(row.topology).num_devices
     own = [f"experiment={STAGES[stage]}", f"topology={row.topology}", *row.mesh.split(), f"model.remat={row.remat}"]
-    own += [f"train.batch_size={IMAGES * shards}", "train.gradient_accum=1", "shape.latent=[4,32,32]", f"out={out}"]
+    own += [f"train.batch_size={IMAGES * devices}", "train.gradient_accum=1", "shape.latent=[4,32,32]", f"out={out}"]
     given = {setting.partition("=")[0] for setting in settings}
     own = [setting for setting in own if setting.partition("=")[0] not in given]
     return [sys.executable, "-m", "flowdit.plan", *own, *settings]
@@ -62,7 +62,7 @@ def cells(name: str, found: dict[str, Any], remat: str) -> list[str]:
     memory = f"{sum(found['memory'].values()) / GIGA:.1f}"
     if found["compute_seconds"] is None:
         return [name, machine, remat, "does not fit", "", "", memory, "", "", "", "", f"{found['compile_seconds']:.0f}"]
-    images, peak = found["images_per_device"], topology.peak("bfloat16")
+    images, peak = found["batch_size"] / found["devices"], topology.peak("bfloat16")
     share = found["image_flops"] * found["batch_size"] / found["devices"] / peak / found["compute_seconds"]
     kernels = found["kernel_flops"] / peak * topology.machine.clock / images  # type: ignore[union-attr]
     collectives = [f"{kind} {each['bytes'] / GIGA:.2f}" for kind, each in found["collectives"].items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from typing import Any
@@ -134,7 +135,7 @@ def _unkept_by_cudnn(config: PlanConfig, shape: AttentionShape) -> float:
     dtype = config.train.compute_dtype
     query, key = (jax.ShapeDtypeStruct((rows, heads, shape.head_dim), dtype) for rows in (shape.tokens, keys))
     mask = None if shape.key_tokens is None else jnp.ones(keys, bool)
-    backward = lambda query, key, value: jax.vjp(lambda *given: attend(*given, mask), query, key, value)[1]
+    backward = lambda query, key, value: jax.vjp(functools.partial(attend, mask=mask), query, key, value)[1]
     kept = jax.tree.leaves(jax.eval_shape(backward, query, key, key))
     inside = (leaf for leaf in kept if leaf.shape[-2:] == (shape.tokens, keys) and leaf.dtype != jnp.bool_)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in inside) / config.mesh.tensor

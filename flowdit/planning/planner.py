@@ -79,8 +79,13 @@ class Plan:
 
     @property
     def cycles_per_image(self) -> float | None:
-        """The compiler's cycles of a device for each of its images."""
-        return None if self.cycles is None else self.cycles / self.images_per_device
+        """The compiler's cycles of a device for each image of its share."""
+        return None if self.cycles is None else self.cycles / self.images_of_a_device
+
+    @property
+    def images_of_a_device(self) -> float:
+        """Its share of the batch; devices along `tensor` share the same images, and count a part of each."""
+        return self.batch_size / self.devices
 
 
 class Figures(NamedTuple):

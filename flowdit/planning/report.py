@@ -144,7 +144,7 @@ def _exchange(plan: Plan, kind: str) -> str:
 def _cycles(plan: Plan, *, cheapest: bool = False) -> str:
     if plan.cycles_per_image is None:
         return ""
-    saved = plan.conditional_cycles / plan.images_per_device if cheapest else 0
+    saved = plan.conditional_cycles / plan.images_of_a_device if cheapest else 0
     return f"{(plan.cycles_per_image - saved) / 1e6:.2f}"
 
 
