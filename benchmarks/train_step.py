@@ -10,7 +10,7 @@ import torch
 from benchmarks.timing import interleave, table
 from benchmarks.torch_dit import diffusers_dit
 from benchmarks.workload import NUM_CLASSES, repeated, training
-from flowdit.models.compute import FLOAT32
+from flowdit.models.compute import FLOAT32, Compute
 from flowdit.models.config import DiTConfig
 from flowdit.training.step import image_flops
 
@@ -43,11 +43,14 @@ def torch_step(config: DiTConfig) -> Callable[[], None]:
 def measure() -> str:
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA uses
     with_qk_norm = dataclasses.replace(DIT_S_2, qk_norm=True)
+    fast = Compute(is_fast=True)
     workload = training(DIT_S_2, LATENT, BATCH_SIZE)
     contenders = {
         "flowdit": repeated(workload),
         "diffusers in torch": torch_step(DIT_S_2),
         "flowdit, qk_norm (default)": repeated(training(with_qk_norm, LATENT, BATCH_SIZE)),
+        "flowdit, kernels=fast": repeated(training(DIT_S_2, LATENT, BATCH_SIZE, fast)),
+        "flowdit, qk_norm, kernels=fast": repeated(training(with_qk_norm, LATENT, BATCH_SIZE, fast)),
     }
     timings = interleave(contenders, rounds=4)
     flops = image_flops(workload.objective, FLOAT32, jax.eval_shape(workload.init).parameters, workload.batch)
