@@ -62,7 +62,7 @@ def choose_compute(mesh: Mesh | None, dtype: str, shapes: Iterable[AttentionShap
     call it while tracing.
     """
     platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
-    if kernels == "fast" or (kernels == "auto" and platform == "tpu"):
+    if kernels == "fast" or (kernels == "auto" and platform in ("tpu", "cpu")):
         logger.info(
             "compute in %s; the layers of models.fast, with their own attention (model.kernels=%s)", dtype, kernels
         )

@@ -31,9 +31,9 @@ class ModelConfig:
         remat: what the backward pass keeps: `none` (everything), `names` (what is dear to compute), `lean` (less: outputs of
             attention and MLP; the best on TPUs), `dots` (matrix products), `full` (block inputs alone), or some names,
             such as `qkv+attended+up`; `up@host` moves it to the host's memory (not counted in a plan's time).
-        kernels: how the layers of a block are computed: `plain`, `fast` (the same numbers up to rounding, written for
-            TPUs), or `auto`: `fast` on TPUs, elsewhere `plain`, with cuDNN's attention on NVIDIA GPUs. `fast` has no
-            forward-mode derivatives.
+        kernels: how the layers of a block are computed: `plain`; `fast`, the same numbers up to rounding, written for
+            compilers without a fused attention, without forward-mode derivatives; or `auto`: `fast` on TPUs and CPUs,
+            elsewhere `plain`, with cuDNN's attention on NVIDIA GPUs.
         scan_blocks: compile one block and loop over all; false: compile every block, for a faster step on TPUs and many
             times the compile time.
         interpolation_scale: position coordinates are divided by it; PixArt uses 0.5 at 256 pixels, 1 at 512, 2 at 1024.

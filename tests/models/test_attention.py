@@ -167,7 +167,7 @@ def test_where_jax_has_no_cudnn_a_compile_for_an_absent_gpu_does_without(message
 @pytest.mark.parametrize(
     ("platform", "dtype", "line"),
     [
-        ("cpu", "bfloat16", "compute in bfloat16; attention by XLA (cuDNN needs an NVIDIA GPU, not cpu)"),
+        ("cpu", "bfloat16", "compute in bfloat16; the layers of models.fast, with their own attention (model.kernels=auto)"),
         (
             "tpu",
             "bfloat16",
@@ -191,7 +191,7 @@ def test_a_log_line_says_which_kernel_computes_each_shape_and_why(platform, dtyp
 
 def test_a_sampler_says_how_it_computes(whole_run, messages):
     flowdit.load(str(whole_run / "6"))
-    assert "compute in float32; attention by XLA (cuDNN needs an NVIDIA GPU, not cpu)" in messages()
+    assert "compute in float32; the layers of models.fast, with their own attention (model.kernels=auto)" in messages()
 
 
 # --- what is traced ---
