@@ -1,4 +1,4 @@
-"""The layers of a block for compilers without a fused attention kernel, such as XLA for TPUs: `model.kernels=fast`.
+"""The layers of a block for compilers without a fused attention kernel, XLA for TPUs and CPUs: `model.kernels=fast`.
 
 They compute what the layers of `models.layers` compute, from the same parameters, with fewer passes over memory. Their
 gradients are written out, so that the backward pass reads what `models.remat` kept instead of computing it again.
