@@ -66,7 +66,7 @@ def test_the_plan_of_every_row_composes():
             )
             assert (config.model.remat, config.train.gradient_accum) == ("full", 1)
             (topology,) = config.topologies()
-            assert config.train.batch_size == tpu.IMAGES * topology.num_devices // config.mesh.tensor
+            assert config.train.batch_size == tpu.IMAGES * topology.num_devices
 
 
 @pytest.mark.parametrize("given", ["compile", "v5e-one/3", "v5e-one/"])
