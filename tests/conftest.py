@@ -76,7 +76,9 @@ def whole_text_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     finished = train_text_here(tiny_data, run)
     assert (finished.status, finished.err) == (0, "")
     assert "captions, wordllama features of 256 x 32 tokens online" in finished.out
-    assert "compute in float32; the layers of models.fast, with their own attention (model.kernels=auto)" in finished.out
+    assert (
+        "compute in float32; the layers of models.fast, with their own attention (model.kernels=auto)" in finished.out
+    )
     return run
 
 

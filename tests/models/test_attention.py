@@ -150,7 +150,7 @@ def test_the_target_decides_and_not_the_devices_of_this_process(monkeypatch, cal
 
 def test_without_a_mesh_the_first_device_decides(monkeypatch):
     probed = fake_gpu(monkeypatch)
-    assert choose_compute(None, "bfloat16", [SELF]) == Compute("bfloat16")
+    assert choose_compute(None, "bfloat16", [SELF]) == Compute("bfloat16", is_fast=True)
     monkeypatch.setattr(jax, "devices", lambda: list(fake_mesh("gpu").devices.flat))
     monkeypatch.setattr(attention, "_local_gpu", lambda: jax.local_devices()[0])
     assert choose_compute(None, "bfloat16", [SELF]).kernels == {SELF}
@@ -167,7 +167,11 @@ def test_where_jax_has_no_cudnn_a_compile_for_an_absent_gpu_does_without(message
 @pytest.mark.parametrize(
     ("platform", "dtype", "line"),
     [
-        ("cpu", "bfloat16", "compute in bfloat16; the layers of models.fast, with their own attention (model.kernels=auto)"),
+        (
+            "cpu",
+            "bfloat16",
+            "compute in bfloat16; the layers of models.fast, with their own attention (model.kernels=auto)",
+        ),
         (
             "tpu",
             "bfloat16",
