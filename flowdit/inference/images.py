@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.flow import denormalise_latents
@@ -29,8 +29,7 @@ def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[floa
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def decode_batch(vae, latents):
-        raw = denormalise_latents(latents, jnp.asarray(mean), jnp.asarray(scale))
-        return to_pixels(jax.vmap(vae.decode)(raw))
+        return decode_pixels(vae, latents, mean, scale)
 
     def decode(latents: Float[Any, "n c h w"], batch_size: int | None = None) -> UInt8[np.ndarray, "n height width 3"]:
         shards, latents = batch_shards(mesh), np.asarray(latents)
@@ -41,6 +40,13 @@ def make_decoder(vae: AutoencoderKL, mean: Sequence[float], scale: Sequence[floa
         return images[: len(latents)].transpose(0, 2, 3, 1)
 
     return decode
+
+
+def decode_pixels(
+    vae: AutoencoderKL, latents: Float[Array, "n c h w"], mean: Sequence[float], scale: Sequence[float]
+) -> UInt8[Array, "n channels height width"]:
+    """Pixels of normalised latents; traceable."""
+    return to_pixels(jax.vmap(vae.decode)(denormalise_latents(latents, jnp.asarray(mean), jnp.asarray(scale))))
 
 
 def load_matching_vae(name: str, manifest: Manifest) -> AutoencoderKL:

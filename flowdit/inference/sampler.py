@@ -19,6 +19,7 @@ from flowdit.fields import require
 from flowdit.inference.images import Decode, load_matching_vae, make_decoder
 from flowdit.inference.trained import Trained
 from flowdit.models.compute import Compute, choose_compute
+from flowdit.models.vae import AutoencoderKL
 from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, replicated
 
 DrawLatents = Callable[[Any, Any, np.ndarray, Any, Any], Samples]
@@ -50,19 +51,23 @@ class Sampler:
     """
 
     def __init__(self, trained: Trained, mesh: Mesh | None = None, vae: str | None = None):
-        self._mesh = mesh or make_local_mesh()
-        self.trained = trained._replace(model=jax.device_put(trained.model, replicated(self._mesh)))
+        self.mesh = mesh or make_local_mesh()
+        self.trained = trained._replace(model=jax.device_put(trained.model, replicated(self.mesh)))
         self._vae_name = vae or trained.manifest.vae.name
-        dtype = "float32" if self._mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        dtype = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
         shapes = trained.conditioning.attention_shapes(trained.config.model, trained.manifest.latent_shape)
-        self._compute = choose_compute(self._mesh, dtype, shapes)
+        self._compute = choose_compute(self.mesh, dtype, shapes)
         self._compiled: dict[tuple, DrawLatents] = {}
+
+    @functools.cached_property
+    def vae(self) -> AutoencoderKL:
+        """The VAE of the latents. Raises `ValueError` if it is missing or not the data's."""
+        return load_matching_vae(self._vae_name, self.trained.manifest)
 
     @functools.cached_property
     def decode(self) -> Decode:
         """Decode normalised latents to uint8 images. Raises `ValueError` if the VAE is missing or not the data's."""
-        vae = load_matching_vae(self._vae_name, self.trained.manifest)
-        return make_decoder(vae, self.trained.mean, self.trained.scale, self._mesh)
+        return make_decoder(self.vae, self.trained.mean, self.trained.scale, self.mesh)
 
     def draw(
         self, *, num_images: int = 1, seed: int = 0, batch_size: int = 64, **settings: Any
@@ -127,21 +132,32 @@ class Sampler:
     ) -> Iterator[Drawn]:
         """Yield the images with indices `numbers` (default: all) of the `requests`, batch by batch."""
         numbers = range(len(requests)) if numbers is None else numbers
-        size = batch_shape(len(numbers), batch_size, batch_shards(self._mesh))
-        draw = self._draw_latents(config)
+        size = self.batch_shape(len(numbers), batch_size)
+        draw = self.drawing(config, seed)
         for start in range(0, len(numbers), size):
             rows = list(numbers[start : start + size])
             padded = rows + rows[-1:] * (size - len(rows))
-            samples = draw(self.trained.model, np.uint32(seed), np.asarray(padded, np.int32), *requests.encode(padded))
+            samples = draw(np.asarray(padded, np.int32), *requests.encode(padded))
             latents, evaluations = (np.asarray(part)[: len(rows)] for part in samples)
             yield Drawn(self.decode(latents, size), latents, evaluations, rows)
+
+    def batch_shape(self, count: int, batch_size: int) -> int:
+        """The batch size that `count` images are drawn with."""
+        return batch_shape(count, batch_size, batch_shards(self.mesh))
+
+    def drawing(self, config: SamplerConfig, seed: int) -> Callable[[np.ndarray, Any, Any], Samples]:
+        """Return a function from image numbers, conditions and null conditions to samples on the devices.
+
+        It returns before they are computed.
+        """
+        return functools.partial(self._draw_latents(config), self.trained.model, np.uint32(seed))
 
     def _draw_latents(self, config: SamplerConfig) -> DrawLatents:
         key = dataclasses.astuple(config)
         if key not in self._compiled:
             trained = self.trained
             shape, prediction = trained.manifest.latent_shape, trained.prediction
-            self._compiled[key] = make_draw(shape, config, prediction, self._compute, self._mesh)
+            self._compiled[key] = make_draw(shape, config, prediction, self._compute, self.mesh)
         return self._compiled[key]
 
 
