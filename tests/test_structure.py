@@ -48,6 +48,7 @@ LAYERS = {
     "conditioning": 6,
     "checkpoint": 7,
     "inference": 8,
+    "scores": 8,
     "training": 9,
     "interop": 10,
     "planning": 10,
