@@ -35,6 +35,7 @@ LAYERS = {
     "hardware": 0,
     "image_grid": 0,
     "models": 1,
+    "features": 1,
     "data": 2,
     "diffusion": 3,
     "optim": 4,
@@ -170,7 +171,7 @@ def test_torch_is_imported_only_where_its_files_are_read_or_for_diffusers_itself
         tree = ast.parse(path.read_text())
         roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-        allowed = {"torch"} if module_name(path) == "interop.torch_files" else set()
+        allowed = {"torch"} if module_name(path) == "models.torch_files" else set()
         if "exported" in path.parts:  # copied into exported folders, never imported here
             assert "flowdit" not in roots, path
         else:

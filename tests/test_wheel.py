@@ -1,4 +1,4 @@
-"""The wheel contains configurations, images and the VAE, found from any folder."""
+"""The wheel contains configurations, images, the VAE and a feature network, found from any folder."""
 
 import os
 import subprocess
@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
-import flowdit, flowdit.data.openmoji, flowdit.models.vae, pathlib, sys
+import flowdit, flowdit.data.openmoji, flowdit.features.efficientnet, flowdit.models.vae, pathlib, sys
 assert pathlib.Path(flowdit.__file__).is_relative_to(sys.argv[1]), flowdit.__file__
 assert flowdit.data.openmoji.load().tiles.shape[1:] == (64, 64, 3)
 assert flowdit.models.vae.load_vae("openmoji").config.latent_channels == 16
+assert flowdit.features.efficientnet.load_efficientnet().width == 1280
 """
 
 

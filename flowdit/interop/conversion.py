@@ -36,7 +36,7 @@ from flowdit.interop.portable import (
     write_checkpoint,
     write_single,
 )
-from flowdit.interop.torch_files import ENTRIES, SUFFIXES
+from flowdit.models.torch_files import ENTRIES, SUFFIXES
 from flowdit.storage import is_remote, require_local
 
 logger = logging.getLogger(__name__)

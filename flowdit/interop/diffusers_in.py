@@ -18,9 +18,9 @@ from flowdit.interop.foreign import Found, assemble, check_repeated
 from flowdit.interop.layouts import Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable, array_shapes, check_dtypes, check_shapes, checked, describe, parse_meta
-from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.config import ModelConfig
+from flowdit.models.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
 

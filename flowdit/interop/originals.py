@@ -16,10 +16,10 @@ from flowdit.interop.foreign import Found, assemble
 from flowdit.interop.layouts import ORIGINAL_DIT, ORIGINAL_PIXART, Arrays, Layout
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.portable import Portable
-from flowdit.interop.torch_files import read_torch_file
 from flowdit.models import pretrained
 from flowdit.models.config import MODELS, ModelConfig, PixArtConfig
 from flowdit.models.positions import Positions
+from flowdit.models.torch_files import read_torch_file
 
 # Heads by width in the papers; the files do not contain the number of heads.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
