@@ -35,9 +35,10 @@ demo: setup ## train a small model and draw samples, in minutes on two CPU cores
 	@echo "2/3 training stage 1 (resumes if it was interrupted)"
 	@$(BIN)/python train_stage1.py experiment=openmoji_demo train.checkpoint_dir=$(DEMO) train.num_steps=$(DEMO_STEPS) \
 		train.is_restore=$(if $(wildcard $(DEMO)/metrics.jsonl),true,false)
-	@echo "3/3 sampling"
+	@echo "3/3 sampling and scoring"
 	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo overwrite=true num_images=4 \
 		labels=[country-flag,face-smiling,face-concerned,face-neutral-skeptical,heart,cat-face,geometric,country-flag]
+	@$(BIN)/python -m flowdit.evaluate checkpoint=$(DEMO)/$(DEMO_STEPS) num_images=64 metrics=kid out=scores/demo
 	@echo "the image: samples/demo/grid.png"
 
 # The demo's stage 1 runs first if its last checkpoint is missing.

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "memory",
     "convert",
     "restart",
+    "scores",
 )
 LONG = ("long_run", "million", "tpu")
 """Only by name: they take minutes to hours, and gigabytes."""

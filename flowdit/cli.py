@@ -1,4 +1,4 @@
-"""`flowdit train-stage1 | train-stage2 | prepare | sample | plan | convert`: one console command beside the modules.
+"""`flowdit train-stage1 | train-stage2 | prepare | sample | evaluate | plan | convert`: one console command beside the modules.
 
 This module imports only the standard library: JAX and the others take seconds to import, and a signal in that time must
 already end in a line.
@@ -18,11 +18,12 @@ COMMANDS = {
     "train-stage2": ("flowdit.train", "stage2", "train a text-conditional model"),
     "prepare": ("flowdit.prepare", "main", "turn a folder of images into a data set of latents"),
     "sample": ("flowdit.sample", "main", "sample images from a trained model"),
+    "evaluate": ("flowdit.evaluate", "main", "score a trained model against real images"),
     "plan": ("flowdit.plan", "main", "say what a training run costs on machines that are not there"),
     "convert": ("flowdit.convert", "main", "convert a model between formats"),
 }
 """Module, function and summary of every command."""
-SEVERAL_PROCESSES = ("train-stage1", "train-stage2", "sample")
+SEVERAL_PROCESSES = ("train-stage1", "train-stage2", "sample", "evaluate")
 """Commands that may run as several processes."""
 
 

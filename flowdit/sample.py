@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start("sample")
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -17,7 +16,8 @@ from omegaconf import DictConfig
 
 from flowdit.command import Command, join_others, run_command
 from flowdit.config import SampleConfig, register_schemas, resolve
-from flowdit.fields import about, called, listed, require
+from flowdit.fields import about, called, listed
+from flowdit.inference.prompt_file import read_prompts
 from flowdit.inference.sample_folder import check_folder, write_samples
 from flowdit.inference.sampler import check_settings
 from flowdit.interop.loading import load
@@ -43,19 +43,11 @@ COMMAND = Command(
 )
 
 
-def read_prompts(config: SampleConfig) -> list[str] | None:
-    """The given prompts, or those in the file, one per line. Raises `ValueError` for a file without prompts."""
+def chosen_prompts(config: SampleConfig) -> list[str] | None:
+    """The given prompts, or those in the file. Raises `ValueError` for a file without prompts."""
     if config.prompt is not None:
         return [config.prompt]
-    if config.prompts_file is None:
-        return config.prompts
-    try:
-        lines = Path(config.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"prompts_file: {config.prompts_file} cannot be read: {problem}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    require("prompts_file", config.prompts_file, bool(prompts), "must hold at least one prompt")
-    return prompts
+    return config.prompts if config.prompts_file is None else read_prompts(config.prompts_file)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
@@ -66,7 +58,7 @@ def _sample(composed: DictConfig) -> None:
     join_others(composed)
     check_settings(config.num_images, config.seed, config.batch_size)
     from_first(lambda: [str(path) for path in check_folder(config)])
-    prompts = read_prompts(config)
+    prompts = chosen_prompts(config)
     require_equal({"prompts": prompts})  # a file may differ
     arguments: dict[str, Any] = {"labels": config.labels, "prompts": prompts}
     arguments["negative_prompt"] = config.negative_prompt

@@ -24,6 +24,7 @@ from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
 from flowdit.interop import ConvertConfig
 from flowdit.planning.config import PlanConfig
+from flowdit.scores.config import EvaluateConfig
 from flowdit.settings import default, described_fields, in_yaml, own_subclasses, type_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -31,6 +32,7 @@ GROUPS = Path(flowdit.configs.__file__).parent
 COMMANDS = {
     "Training": ("`train_stage1.py` and `train_stage2.py`", Config),
     "Sampling": ("`python -m flowdit.sample`", SampleConfig),
+    "Evaluating": ("`python -m flowdit.evaluate`", EvaluateConfig),
     "Planning": ("`python -m flowdit.plan`, besides those of training", PlanConfig),
     "Preparing data": ("`python -m flowdit.prepare`", PrepareConfig),
     "Converting": ("`python -m flowdit.convert`", ConvertConfig),

@@ -269,6 +269,7 @@ def test_help_has_the_settings_of_the_command(name):
         "train-stage2": ("text.encoder", "data.text_cache", "train.init_time", "model.null_tokens"),
         "prepare": ("source", "captions", "vae"),
         "sample": ("checkpoint", "prompt", "guidance"),
+        "evaluate": ("checkpoint", "reference", "metrics", "weights.inception", "guidance"),
         "plan": ("topology", "stage", "train.batch_size", "mesh.fsdp", "shape.latent"),
         "convert": ("source", "target", "to"),
     }

@@ -8,15 +8,21 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import flowdit.configs
-from flowdit import conditioning
+from flowdit import conditioning, evaluate
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
 from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
 from flowdit.interop import ConvertConfig
+from flowdit.scores.config import EvaluateConfig
 
 FOLDER = Path(flowdit.configs.__file__).parent
 GROUP_OPTIONS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/**/*.yaml"))
-COMMAND_SCHEMAS = {"sample": SampleConfig, "prepare": PrepareConfig, "convert": ConvertConfig}
+COMMAND_SCHEMAS = {
+    "sample": SampleConfig,
+    "prepare": PrepareConfig,
+    "convert": ConvertConfig,
+    "evaluate": EvaluateConfig,
+}
 SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, **COMMAND_SCHEMAS}
 REQUIRED = {
     "seed": int,
@@ -60,6 +66,7 @@ SD3_LATENTS = (16, 32, 32)
 def composed(name: str, *overrides: str):
     register_schemas()
     register_schema()
+    evaluate.register_schema()
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         return compose(name, list(overrides))
 
@@ -85,7 +92,7 @@ def test_every_top_level_file_has_its_schema():
     ("name", "given"),
     [
         *(("config", "data.path=x"), ("config_stage2", "data.path=x")),
-        *(("sample", "checkpoint=x"), ("prepare", "out=x")),
+        *(("sample", "checkpoint=x"), ("prepare", "out=x"), ("evaluate", "checkpoint=x")),
         ("convert", "target=y source=x"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from test_structure import LAYERS
 
-from flowdit import conditioning
+from flowdit import conditioning, evaluate
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
 from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
@@ -23,6 +23,7 @@ from flowdit.interop import ConvertConfig
 from flowdit.overrides import for_hydra
 from flowdit.plan import chosen_stage
 from flowdit.planning.config import PlanConfig
+from flowdit.scores.config import EvaluateConfig
 from flowdit.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -129,8 +130,14 @@ def test_prose_fits_120_characters(page):
 
 TRAINING = {"train-stage1": "config", "train-stage2": "config_stage2"}
 SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
-SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig, "plan": PlanConfig}
-REQUIRED = {"sample": ["checkpoint=x"], "convert": ["source=x", "target=y"], "prepare": [], "plan": ["topology=v5e:1"]}
+SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig, "plan": PlanConfig, "evaluate": EvaluateConfig}
+REQUIRED = {
+    "sample": ["checkpoint=x"],
+    "evaluate": ["checkpoint=x"],
+    "convert": ["source=x", "target=y"],
+    "prepare": [],
+    "plan": ["topology=v5e:1"],
+}
 SETTINGS = {name: settings_of(schema) for name, schema in SCHEMAS.items()}
 COMMAND = re.compile(
     r"\btrain_(stage[12])\.py|python -m flowdit\.(\w+)|(?:^|again\.sh |(=\"))flowdit ([\w-]+)|launch/(slurm|mpirun)\.sh"
@@ -179,6 +186,7 @@ def check_command(name: str, arguments: tuple[str, ...]) -> None:
 def test_commands_compose(page):
     register_schemas()
     register_schema()
+    evaluate.register_schema()
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         for name, arguments in command_lines(page):
             if arguments:

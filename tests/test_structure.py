@@ -34,6 +34,7 @@ LAYERS = {
     "processes": 0,
     "hardware": 0,
     "image_grid": 0,
+    "canvas": 0,
     "models": 1,
     "features": 1,
     "data": 2,
@@ -58,6 +59,7 @@ LAYERS = {
     "train": 11,
     "sample": 11,
     "prepare": 11,
+    "evaluate": 11,
     "plan": 11,
     "convert": 11,
 }

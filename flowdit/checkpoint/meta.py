@@ -113,12 +113,13 @@ def run_meta(
         latent_mean=tuple(mean),
         latent_scale=tuple(scale),
         run_id=secrets.token_hex(4),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        versions={"python": platform.python_version(), **{name: package_version(name) for name in packages}},
         **vars(conditioning),
     )
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The version of an installed package; "source" if it runs from its source alone."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -2,14 +2,15 @@
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 
 class Extracted(NamedTuple):
     """Features of images in float32, and the logits of the classifier if the network has one."""
 
-    features: Float[Array, "n width"]
-    logits: Float[Array, "n classes"] | None
+    features: Float[Array | np.ndarray, "n width"]
+    logits: Float[Array | np.ndarray, "n classes"] | None
 
 
 class Extractor(Protocol):

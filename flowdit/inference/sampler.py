@@ -56,7 +56,7 @@ class Sampler:
         self._vae_name = vae or trained.manifest.vae.name
         dtype = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
         shapes = trained.conditioning.attention_shapes(trained.config.model, trained.manifest.latent_shape)
-        self._compute = choose_compute(self.mesh, dtype, shapes)
+        self.compute = choose_compute(self.mesh, dtype, shapes)
         self._compiled: dict[tuple, DrawLatents] = {}
 
     @functools.cached_property
@@ -157,7 +157,7 @@ class Sampler:
         if key not in self._compiled:
             trained = self.trained
             shape, prediction = trained.manifest.latent_shape, trained.prediction
-            self._compiled[key] = make_draw(shape, config, prediction, self._compute, self.mesh)
+            self._compiled[key] = make_draw(shape, config, prediction, self.compute, self.mesh)
         return self._compiled[key]
 
 

@@ -20,6 +20,7 @@ from flowdit.arrays import check_arrays, shape_text
 from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
+from flowdit.checkpoint.sampler_file import with_sampler
 from flowdit.checkpoint.writer import save_weights
 from flowdit.fields import content_of, listed
 from flowdit.inference.trained import Trained, describe_trained
@@ -43,7 +44,7 @@ def read_checkpoint(folder: epath.PathLike, weights: str, *, is_verified: bool =
 
     Returns its "ema" or "model" weights in float32.
     """
-    meta = read_meta(folder, is_verified=is_verified)
+    meta = with_sampler(read_meta(folder, is_verified=is_verified), folder)
     arrays = host_arrays(restore_weights(folder, describe(meta, str(folder)).model, weights=weights))
     check_finite(arrays, str(folder))
     return Portable(arrays, meta)

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
-
+from flowdit.canvas import GRID, INK, LIMIT, MUTED, Canvas, Number
 from flowdit.hardware import GIGA
 from flowdit.planning.planner import Plan
 
-SCALE = 2  # drawn at twice the size that it is shown at, for sharp text
 LABELS = 150
 PANEL = 330
 GAP = 50
@@ -19,15 +17,9 @@ ROW = 38
 TOP = 46
 LEGEND = 22
 BOTTOM = 16
-INK = "#24292f"
-MUTED = "#6e7781"
-GRID = "#eaeef2"
-LIMIT = "#cf222e"
 MEMORY = ("#0969da", "#54aeff", "#b6e3ff", "#8250df", "#bf8700", "#d0d7de")
 COMPUTATION, COMMUNICATION = "#1a7f37", "#bf8700"
 RATE, RATE_AT_MOST = "#0969da", "#b6e3ff"
-
-Number = int | float
 
 
 class Bar(NamedTuple):
@@ -61,8 +53,7 @@ def save_chart(path: Path, plans: Sequence[Plan]) -> None:
     legend = LEGEND * max(len(panel.legend) for panel in panels)
     width = LABELS + len(panels) * (PANEL + GAP)
     height = TOP + len(plans) * ROW + legend + BOTTOM
-    image = Image.new("RGB", (width * SCALE, height * SCALE), "white")
-    canvas = _Canvas(image)
+    canvas = Canvas(width, height)
     for row, plan in enumerate(plans):
         middle = TOP + (row + 0.5) * ROW
         canvas.text(LABELS - 14, middle - 1, plan.topology, INK, anchor="rs", size=13)
@@ -70,7 +61,7 @@ def save_chart(path: Path, plans: Sequence[Plan]) -> None:
         canvas.text(LABELS - 14, middle + 12, mesh or "1 device", MUTED, anchor="rs", size=10)
     for number, panel in enumerate(panels):
         _draw(canvas, panel, LABELS + number * (PANEL + GAP), len(plans))
-    image.save(path, "PNG")
+    canvas.save(path)
 
 
 def _memory(plans: Sequence[Plan]) -> Panel:
@@ -110,7 +101,7 @@ def _rate(plans: Sequence[Plan]) -> Panel:
     return Panel("images/s of a device", [("at least", RATE), ("at most", RATE_AT_MOST)], bars)
 
 
-def _draw(canvas: _Canvas, panel: Panel, left: Number, rows: int) -> None:
+def _draw(canvas: Canvas, panel: Panel, left: Number, rows: int) -> None:
     unit = PANEL * 0.66 / panel.longest  # the rest is for the text
     canvas.text(left, TOP - 18, panel.title, INK, anchor="ls", size=14)
     canvas.box(left, TOP - 6, left + 1, TOP + rows * ROW, GRID)
@@ -131,18 +122,3 @@ def _draw(canvas: _Canvas, panel: Panel, left: Number, rows: int) -> None:
         y = TOP + rows * ROW + 8 + row * LEGEND
         canvas.box(left, y, left + 12, y + 12, colour)
         canvas.text(left + 18, y + 6, name, MUTED, anchor="lm", size=12)
-
-
-class _Canvas:
-    """Drawing in units of the shown size."""
-
-    def __init__(self, image: Image.Image):
-        self._draw = ImageDraw.Draw(image)
-
-    def box(self, left: Number, top: Number, right: Number, bottom: Number, colour: str) -> None:
-        if right - left >= 0.5:
-            self._draw.rectangle([round(value * SCALE) for value in (left, top, right, bottom)], colour)
-
-    def text(self, x: Number, y: Number, text: str, colour: str, *, anchor: str, size: int) -> None:
-        font = ImageFont.load_default(size * SCALE)
-        self._draw.text((x * SCALE, y * SCALE), text, colour, font, anchor=anchor)

@@ -1,0 +1,124 @@
+"""`python -m flowdit.evaluate checkpoint=... reference=... num_images=...`: scores of a trained model."""
+
+from __future__ import annotations
+
+from flowdit.cli import start
+
+if __name__ == "__main__":
+    start("evaluate")
+
+import functools
+import json
+import logging
+from pathlib import Path
+
+import hydra
+import jax
+from etils import epath
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from flowdit.checkpoint.restore import newest_intact
+from flowdit.checkpoint.sampler_file import write_sampler
+from flowdit.command import Command, join_others, run_command
+from flowdit.config import resolve
+from flowdit.fields import about, require
+from flowdit.inference.sampler import Sampler, check_settings
+from flowdit.interop.hub import find_source
+from flowdit.interop.loading import load
+from flowdit.scores.chart import save_chart
+from flowdit.scores.config import EvaluateConfig
+from flowdit.scores.evaluation import Evaluation, result_json
+from flowdit.scores.preparation import prepare
+from flowdit.scores.results import Result, best_point, lines
+from flowdit.sharding import MeshConfig, make_mesh
+from flowdit.sweep import job
+
+# By its name, as this module is `__main__` when it is run.
+logger = logging.getLogger("flowdit.evaluate")
+
+COMMAND = Command(
+    name="evaluate",
+    script="python -m flowdit.evaluate",
+    config_name="evaluate",
+    schema=EvaluateConfig,
+    folder="out",
+    summary="Score a trained model: draw images, compare their features with those of real images.",
+    examples=(
+        "checkpoint=checkpoints num_images=1000",
+        "checkpoint=checkpoints reference=photos num_images=10000 guidance=[1,1.5,2,3] interval=[[0,1],[0.1,0.7]]",
+        "checkpoint=xl2 reference=VIRTUAL_imagenet256_labeled.npz num_images=50000 labels=balanced "
+        "features=[inception,dinov2] weights.inception=pt_inception-2015-12-05-6726825d.pth weights.dinov2=dinov2-base",
+    ),
+    if_stopped="the same command goes on where it was",
+)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+@job
+def _evaluate(composed: DictConfig) -> None:
+    config: EvaluateConfig = resolve(composed, EvaluateConfig)
+    config.check()
+    join_others(composed)
+    check_settings(config.num_images, config.seed, config.batch_size)
+    if config.save_best:
+        checkpoint_folder(config)
+    evaluation = prepare(config, functools.partial(_load, config))
+    results = list(evaluation.results())
+    if jax.process_index() == 0:
+        _report(evaluation, results)
+
+
+def _load(config: EvaluateConfig, ema_width: float | None) -> Sampler:
+    mesh = make_mesh(MeshConfig()) if jax.process_count() > 1 else None
+    require("ema_width", ema_width, ema_width is None, "must be null in this version")
+    require("guide", config.guide, config.guide is None, "must be null in this version")
+    with about("checkpoint"):
+        return load(config.checkpoint, mesh=mesh, vae=config.vae, text_encoder=config.text_encoder)
+
+
+def _report(evaluation: Evaluation, results: list[Result]) -> None:
+    """Print tables and write `scores.json` and the chart; write the best sampler into the checkpoint if wanted."""
+    config, judge = evaluation.config, evaluation.judge
+    metric, features = config.best or judge.metrics[0], config.features[0]
+    best = best_point(results, metric, features)
+    for line in evaluation.description():
+        logger.info(line)
+    for name, floor in judge.floors.items():
+        for line in lines(results, name, floor, config.num_images, best):
+            logger.info(line)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    content = evaluation.as_json() | {"points": [result_json(result) for result in results]}
+    content["best"] = {"metric": metric, "features": features, "point": best}
+    (out / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    written = ["scores.json"]
+    if len(results) > 1 and save_chart(out / "scores.png", results, metric, judge.floors, best):
+        written.append("scores.png")
+    logger.info("written: %s in %s", " and ".join(written), out)
+    if config.save_best:
+        sampler = evaluation.sampler.sampler_config(config.points()[best].sampler)
+        logger.info("the sampler of the best point: %s", write_sampler(checkpoint_folder(config), sampler))
+
+
+def checkpoint_folder(config: EvaluateConfig) -> epath.Path:
+    """The folder of the checkpoint `<run>/<step>`. Raises `FieldError` for a model of another format."""
+    with about("checkpoint"):
+        folder = newest_intact(find_source(config.checkpoint))
+    rule = "must be false for a model that is no checkpoint of flowdit (flowdit.convert makes one)"
+    require("save_best", config.save_best, (folder / "meta").is_dir(), rule)
+    return folder
+
+
+def register_schema() -> None:
+    """Register the settings with Hydra, which checks names and types of all overrides against them."""
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+
+
+def main() -> None:
+    register_schema()
+    run_command(_evaluate, COMMAND)
+
+
+if __name__ == "__main__":
+    main()

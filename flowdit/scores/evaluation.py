@@ -1,0 +1,219 @@
+"""Scoring a model: every point of a sweep is drawn, its features extracted and compared with those of real images."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from flowdit.checkpoint.meta import package_version
+from flowdit.checkpoint.names import named_arrays
+from flowdit.diffusion.sampling import SamplerConfig
+from flowdit.features.base import FeatureNetwork
+from flowdit.hashing import fingerprint, tensors_fingerprint
+from flowdit.inference.sampler import Sampler
+from flowdit.processes import from_first
+from flowdit.scores.conditions import Asked
+from flowdit.scores.config import EvaluateConfig, Point
+from flowdit.scores.extraction import Extraction
+from flowdit.scores.generation import Part, PartFiles, See, feature_sets, generate
+from flowdit.scores.judge import Judge, Scores
+from flowdit.scores.references import Reference
+from flowdit.scores.results import Result, as_json, from_json
+
+logger = logging.getLogger(__name__)
+
+LoadModel = Callable[[float | None], Sampler]
+"""Loads the evaluated model with its plain EMA weights, or with an average of this width."""
+
+
+class Evaluation(NamedTuple):
+    """All that the points of a sweep have in common. `sampler` is the model of the first point."""
+
+    config: EvaluateConfig
+    load_model: LoadModel
+    sampler: Sampler
+    reference: Reference
+    networks: list[FeatureNetwork]
+    judge: Judge
+    asked: Asked
+
+    def results(self) -> Iterator[Result]:
+        """Yield the result of every point, in order; those that are stored in `out` are read."""
+        extraction = Extraction(self.networks, self.sampler.mesh)
+        keep_images = self.config.save_images
+        points = self.config.points()
+        for width, some in itertools.groupby(points, lambda point: point.ema_width):  # the slowest to change
+            sampler = self.sampler if width == points[0].ema_width else self.load_model(width)
+            trained, weights = sampler.trained, weights_fingerprint(sampler)
+            see = extraction.from_latents(sampler.vae, trained.mean, trained.scale, keep_images=keep_images)
+            for point in some:
+                yield self._result(point, sampler, see, weights)
+
+    def _result(self, point: Point, sampler: Sampler, see: See, weights: str) -> Result:
+        solver = sampler.sampler_config(point.sampler)
+        images = self._identity_of_images(solver, sampler, weights)
+        scores = {"metrics": self.judge.metrics, "reference": self.reference.identity}
+        file = Path(self.config.out) / "points" / f"{fingerprint(json.dumps([images, scores]))}.json"
+        if (stored := from_first(lambda: _read(file))) is not None:
+            return _parsed(stored)
+        result = self._draw_and_score(point, sampler, see, solver, fingerprint(json.dumps(images)))
+        if jax.process_index() == 0:
+            _write(file, dataclasses.asdict(solver) | {"ema_width": point.ema_width}, result)
+        return result
+
+    def _draw_and_score(self, point: Point, sampler: Sampler, see: See, solver: SamplerConfig, identity: str) -> Result:
+        config, requests = self.config, self.asked.requests
+        size = sampler.batch_shape(len(requests), config.batch_size)
+        out = Path(config.out)
+        files = PartFiles(out / "features" / identity, [network.name for network in self.networks], len(requests), size)
+        for part in generate(sampler.drawing(solver, config.seed), see, requests, files, size):
+            if part.images is not None and jax.process_index() == 0:
+                _save_images(out / "images" / identity, part)
+        settings = point_settings(point, solver)
+        if jax.process_index() != 0:
+            return Result(settings, 0.0, {})
+        whole = files.read()
+        scores = self.judge.scores(feature_sets(whole))
+        if not config.keep_features:
+            files.remove()
+        return Result(settings, float(whole.evaluations.mean()), scores)
+
+    def _identity_of_images(self, solver: SamplerConfig, sampler: Sampler, weights: str) -> dict[str, Any]:
+        """What the features depend on."""
+        return {
+            "weights": weights,
+            "vae": sampler.vae.fingerprint,
+            "sampler": dataclasses.asdict(solver),
+            "conditions": self.asked.identity,
+            "seed": self.config.seed,
+            "num_images": self.config.num_images,
+            "batch_size": sampler.batch_shape(self.config.num_images, self.config.batch_size),
+            "features": [network.identity for network in self.networks],
+        }
+
+    def description(self) -> list[str]:
+        """Lines that say what was compared with what."""
+        config, sampler = self.config, self.sampler
+        guide = "" if config.guide is None else f", guided by {config.guide}"
+        return [
+            f"step {sampler.trained.step} of {config.checkpoint}{guide}: {config.num_images} images, "
+            f"{self.asked.choice}, seed {config.seed}",
+            f"reference: {self.reference.description}",
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """All that the scores depend on, without the points."""
+        sampler, mesh = self.sampler, self.sampler.mesh
+        packages = ("flowdit", "jax", "jaxlib", "equinox", "diffrax")
+        floors = {
+            name: {
+                "identity": network.identity,
+                "floor": as_json(self.judge.floors[name].scores),
+                "floor_count": self.judge.floors[name].count,
+                "floor_missing": self.judge.floors[name].missing,
+            }
+            for name, network in ((network.name, network) for network in self.networks)
+        }
+        return {
+            "checkpoint": {
+                "name": self.config.checkpoint,
+                "step": sampler.trained.step,
+                "weights": weights_fingerprint(sampler),
+                "guide": self.config.guide,
+            },
+            "images": {
+                "count": self.config.num_images,
+                "seed": self.config.seed,
+                "conditions": self.asked.choice,
+                "size": list(image_size(sampler)),
+                "vae": sampler.vae.fingerprint,
+            },
+            "reference": {
+                "description": self.reference.description,
+                "identity": self.reference.identity,
+                "count": self.reference.count,
+            },
+            "features": floors,
+            "compute": {
+                "dtype": str(sampler.compute.dtype),
+                "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+                "processes": jax.process_count(),
+                "batch_size": sampler.batch_shape(self.config.num_images, self.config.batch_size),
+            },
+            "versions": {name: package_version(name) for name in packages},
+            "settings": dataclasses.asdict(self.config),
+        }
+
+
+def point_settings(point: Point, solver: SamplerConfig) -> dict[str, Any]:
+    """The settings of a point, by the names in `results.COLUMNS`."""
+    interval = (solver.guidance_low, solver.guidance_high)
+    return {
+        "ema_width": point.ema_width,
+        "solver": solver.solver,
+        "steps": solver.steps,
+        "interval": interval,
+        "guidance": solver.guidance,
+    }
+
+
+def weights_fingerprint(sampler: Sampler) -> str:
+    """16 hex digits of the weights."""
+    tensors = {name: np.asarray(array) for name, array in named_arrays(sampler.trained.model).items()}
+    return tensors_fingerprint(tensors)
+
+
+def _save_images(folder: Path, part: Part) -> None:
+    assert part.images is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in zip(part.numbers, part.images, strict=True):
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+
+
+def image_size(sampler: Sampler) -> tuple[int, int]:
+    """Height and width of the images in pixels."""
+    _, height, width = sampler.trained.manifest.latent_shape
+    stride = sampler.trained.manifest.vae.stride
+    return height * stride, width * stride
+
+
+def _read(file: Path) -> Any:
+    """The stored result of a point; None if there is none, or if it cannot be used."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        _parsed(stored)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        logger.warning("%s is damaged: its images are drawn again", file)
+        return None
+    return stored
+
+
+def _parsed(stored: Mapping[str, Any]) -> Result:
+    scores: Scores = {features: from_json(found) for features, found in stored["scores"].items()}
+    settings = dict(stored["settings"])
+    return Result(settings | {"interval": tuple(settings["interval"])}, float(stored["evaluations"]), scores)
+
+
+def _write(file: Path, sampler: Mapping[str, Any], result: Result) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result_json(result) | {"sampler": sampler}, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """A point as JSON data."""
+    scores = {features: as_json(found) for features, found in result.scores.items()}
+    return {"settings": result.settings, "evaluations": result.evaluations, "scores": scores}
