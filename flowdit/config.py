@@ -23,6 +23,7 @@ from flowdit.models.config import MODELS, DiTConfig, ModelConfig
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.models.text_encoder import TextConfig
 from flowdit.optim import OptimConfig
+from flowdit.score_config import RunScoresConfig
 from flowdit.sharding import MeshConfig
 from flowdit.storage import require_local
 from flowdit.tracking import WandbConfig
@@ -70,6 +71,7 @@ class TrainConfig:
         init_class: how the class is removed from the class model: `dropped` (no class vector) or `null_class`.
         profile: first and last step of a profiler trace in the run folder, as `[100,105]`; null: none.
         sampler: the sampler of previews, and the defaults of `flowdit.sample`.
+        scores: scores of samples.
     """
 
     num_steps: int = 400_000
@@ -102,6 +104,7 @@ class TrainConfig:
     init_class: str = "dropped"
     profile: list[int] | None = None
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    scores: RunScoresConfig = dataclasses.field(default_factory=RunScoresConfig)
 
     def check(self) -> None:
         """Raise `FieldError` naming the first field that breaks a rule."""
@@ -128,6 +131,8 @@ class TrainConfig:
         require("profile", window, is_window, rule)
         with under("sampler."):
             self.sampler.check()
+        with under("scores."):
+            self.scores.check()
 
 
 @dataclasses.dataclass

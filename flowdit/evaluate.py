@@ -27,9 +27,9 @@ from flowdit.inference.sampler import Sampler, check_settings
 from flowdit.interop.hub import find_source
 from flowdit.interop.loading import load
 from flowdit.scores.chart import save_chart
+from flowdit.scores.comparison import Subject, Wanted, compare
 from flowdit.scores.config import EvaluateConfig
 from flowdit.scores.evaluation import Evaluation, result_json
-from flowdit.scores.preparation import prepare
 from flowdit.scores.results import Result, best_point, lines
 from flowdit.sharding import MeshConfig, make_mesh
 from flowdit.sweep import job
@@ -63,10 +63,25 @@ def _evaluate(composed: DictConfig) -> None:
     check_settings(config.num_images, config.seed, config.batch_size)
     if config.save_best:
         checkpoint_folder(config)
-    evaluation = prepare(config, functools.partial(_load, config))
+    evaluation = _prepare(config)
     results = list(evaluation.results())
     if jax.process_index() == 0:
         _report(evaluation, results)
+
+
+def _prepare(config: EvaluateConfig) -> Evaluation:
+    """Load the model of the first point, and check all settings before the first image."""
+    points = config.points()
+    sampler = _load(config, points[0].ema_width)
+    for point in points:
+        sampler.sampler_config(point.sampler)
+    trained = sampler.trained
+    subject = Subject(trained.manifest, trained.conditioning, sampler.vae, trained.config.data.path)
+    wanted = Wanted(config.labels, config.given_prompts(), config.negative_prompt)
+    comparison = compare(config, subject, config.seed, wanted)
+    metrics = comparison.judge.metrics
+    require("best", config.best, config.best is None or config.best in metrics, f"must be one of {', '.join(metrics)}")
+    return Evaluation(config, functools.partial(_load, config), sampler, comparison)
 
 
 def _load(config: EvaluateConfig, ema_width: float | None) -> Sampler:
@@ -79,7 +94,7 @@ def _load(config: EvaluateConfig, ema_width: float | None) -> Sampler:
 
 def _report(evaluation: Evaluation, results: list[Result]) -> None:
     """Print tables and write `scores.json` and the chart; write the best sampler into the checkpoint if wanted."""
-    config, judge = evaluation.config, evaluation.judge
+    config, judge = evaluation.config, evaluation.comparison.judge
     metric, features = config.best or judge.metrics[0], config.features[0]
     best = best_point(results, metric, features)
     for line in evaluation.description():

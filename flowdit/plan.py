@@ -52,7 +52,16 @@ COMMAND = Command(
         "experiment=imagenet256_xl2 topology=h100:8 price_per_device_hour=2.5",
     ),
     hidden=(
-        *("wandb.", "train.sampl", "train.save", "train.keep", "train.log", "train.valid", "train.is_restore"),
+        *(
+            "wandb.",
+            "train.sampl",
+            "train.score",
+            "train.save",
+            "train.keep",
+            "train.log",
+            "train.valid",
+            "train.is_restore",
+        ),
         *("train.requeue", "train.checkpoint_dir", "train.init", "train.profile", "train.max_skipped", "data.num"),
         *("data.prefetch", "data.verify", "data.long", "data.max", "data.stall", "data.local", "data.text_cache"),
         *("mesh.step_timeout", "mesh.multi", "mesh.coord", "mesh.num", "mesh.process", "mesh.heart", "mesh.init"),

@@ -42,6 +42,7 @@ LAYERS = {
     "optim": 4,
     "tracking": 4,
     "config": 5,
+    "score_config": 5,
     "stored_config": 5,
     "command_help": 5,
     "overrides": 6,

@@ -7,13 +7,11 @@ import itertools
 from typing import Any, NamedTuple
 
 from flowdit.config import SamplingMesh, as_list
-from flowdit.diffusion.sampling import check_count
-from flowdit.features import FEATURES, FeatureWeights
 from flowdit.fields import FREE_TEXT, FieldError, require, require_choice, shown
 from flowdit.inference.prompt_file import read_prompts
 from flowdit.joining import check_processes
+from flowdit.score_config import ScoringConfig
 from flowdit.scores.metrics import METRICS
-from flowdit.scores.references import SPLITS
 from flowdit.storage import require_local
 
 SWEPT = ("ema_width", "solver", "steps", "interval", "guidance")
@@ -28,28 +26,19 @@ class Point(NamedTuple):
 
 
 @dataclasses.dataclass
-class EvaluateConfig:
+class EvaluateConfig(ScoringConfig):
     """Settings of `python -m flowdit.evaluate`. Null sampler settings default to the checkpoint's `train.sampler`.
 
     A list for `guidance`, `interval`, `steps`, `solver` or `ema_width` is a sweep: every combination is scored.
 
     Attributes:
         checkpoint: a checkpoint, a run folder (its newest intact checkpoint), or another `source` of `flowdit.convert`.
-        reference: real images to compare with: `data` (records of the run's data set, decoded with its VAE), a folder
-            of images, a folder of records, or an `.npz` file of statistics or images in ADM's format.
-        reference_split: the records of a data set that are the reference: `validation`, `train` or `all`.
-        reference_resize: crop and resize reference images of another size, as `prepare` does; else they are refused.
-        num_images: number of images that are drawn for each point.
-        metrics: scores, one or a list; null: all that the feature networks, the reference and the model allow.
-        features: feature networks, one or a list: `efficientnet` (embedded), `inception`, `dinov2`, `clip`.
-        weights: weights of the feature networks.
-        labels: classes of the images of a class model: `data` (drawn with the frequencies of the reference, or of the
-            run's data set if that has no labels), `balanced` (as many of each), or numbers or names, one or a list.
+        labels: classes of the images of a class model: `data` (drawn with the frequencies of the reference), `balanced`
+            (as many of each), or numbers or names, one or a list.
         prompts: prompts of the images of a text model: `data` (captions of the reference), or one or a list.
         prompts_file: text file with one prompt per line, instead of `prompts`.
         negative_prompt: text that guidance moves away from; empty: the model's null caption.
         seed: seed of noise, labels, and the random subsets of scores; in [0, 2**32).
-        batch_size: maximum number of images per batch.
         solver: solver of the ODE, as `train.sampler.solver`, one or a list.
         steps: number of steps of the solver, one or a list.
         guidance: weight of guidance, one or a list.
@@ -63,26 +52,17 @@ class EvaluateConfig:
         save_images: also write the images as PNG files.
         keep_features: keep the features of the images, so that other scores of the same images take seconds.
         out: folder for `scores.json`, charts, and what is needed to go on after a kill.
-        cache: folder for features of references; null: `flowdit/features` in the user's cache folder, `~/.cache`.
         vae: folder or hub id of the VAE of the latents; null: the one used by `prepare`.
         text_encoder: folder or hub id of the text encoder; null: the one of the training run.
         mesh: processes.
     """
 
     checkpoint: str = "???"
-    reference: str = "data"
-    reference_split: str = "validation"
-    reference_resize: bool = False
-    num_images: int = 5_000
-    metrics: Any = None
-    features: Any = "efficientnet"
-    weights: FeatureWeights = dataclasses.field(default_factory=FeatureWeights)
     labels: Any = "data"
     prompts: Any = dataclasses.field(default="data", metadata=FREE_TEXT)
     prompts_file: str | None = None
     negative_prompt: str = dataclasses.field(default="", metadata=FREE_TEXT)
     seed: int = 0
-    batch_size: int = 64
     solver: Any = None
     steps: Any = None
     guidance: Any = None
@@ -96,14 +76,12 @@ class EvaluateConfig:
     save_images: bool = False
     keep_features: bool = False
     out: str = "scores"
-    cache: str | None = None
     vae: str | None = None
     text_encoder: str | None = None
     mesh: SamplingMesh = dataclasses.field(default_factory=SamplingMesh)
 
     def __post_init__(self) -> None:
-        self.features = [str(name) for name in as_list(self.features) or []]
-        self.metrics = as_list(self.metrics)
+        super().__post_init__()
         pair = as_list(self.interval)
         self.interval = [pair] if pair and not any(isinstance(value, list | tuple) for value in pair) else pair
 
@@ -125,13 +103,8 @@ class EvaluateConfig:
         """Raise `FieldError` naming the first field that breaks a rule; models and references check the others."""
         check_processes(self.mesh)
         require_local("out", self.out)
-        require_choice("reference_split", self.reference_split, SPLITS)
-        for name in ("num_images", "batch_size"):
-            check_count(name, getattr(self, name))
+        super().check()
         require("seed", self.seed, 0 <= self.seed < 2**32, "must be in [0, 2**32)")
-        require("features", self.features, bool(self.features), "must name at least one feature network")
-        for name in self.features:
-            require_choice("features", name, FEATURES)
         for name in [*(self.metrics or []), *([self.best] if self.best else [])]:
             require_choice("best" if name == self.best else "metrics", name, METRICS)
         if self.best is not None and self.metrics is not None:

@@ -18,16 +18,14 @@ from PIL import Image
 from flowdit.checkpoint.meta import package_version
 from flowdit.checkpoint.names import named_arrays
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.features.base import FeatureNetwork
 from flowdit.hashing import fingerprint, tensors_fingerprint
 from flowdit.inference.sampler import Sampler
 from flowdit.processes import from_first
-from flowdit.scores.conditions import Asked
+from flowdit.scores.comparison import Comparison
 from flowdit.scores.config import EvaluateConfig, Point
 from flowdit.scores.extraction import Extraction
 from flowdit.scores.generation import Part, PartFiles, See, feature_sets, generate
-from flowdit.scores.judge import Judge, Scores
-from flowdit.scores.references import Reference
+from flowdit.scores.judge import Scores
 from flowdit.scores.results import Result, as_json, from_json
 
 logger = logging.getLogger(__name__)
@@ -42,14 +40,11 @@ class Evaluation(NamedTuple):
     config: EvaluateConfig
     load_model: LoadModel
     sampler: Sampler
-    reference: Reference
-    networks: list[FeatureNetwork]
-    judge: Judge
-    asked: Asked
+    comparison: Comparison
 
     def results(self) -> Iterator[Result]:
         """Yield the result of every point, in order; those that are stored in `out` are read."""
-        extraction = Extraction(self.networks, self.sampler.mesh)
+        extraction = Extraction(self.comparison.networks, self.sampler.mesh)
         keep_images = self.config.save_images
         points = self.config.points()
         for width, some in itertools.groupby(points, lambda point: point.ema_width):  # the slowest to change
@@ -62,7 +57,7 @@ class Evaluation(NamedTuple):
     def _result(self, point: Point, sampler: Sampler, see: See, weights: str) -> Result:
         solver = sampler.sampler_config(point.sampler)
         images = self._identity_of_images(solver, sampler, weights)
-        scores = {"metrics": self.judge.metrics, "reference": self.reference.identity}
+        scores = {"metrics": self.comparison.judge.metrics, "reference": self.comparison.reference.identity}
         file = Path(self.config.out) / "points" / f"{fingerprint(json.dumps([images, scores]))}.json"
         if (stored := from_first(lambda: _read(file))) is not None:
             return _parsed(stored)
@@ -72,10 +67,12 @@ class Evaluation(NamedTuple):
         return result
 
     def _draw_and_score(self, point: Point, sampler: Sampler, see: See, solver: SamplerConfig, identity: str) -> Result:
-        config, requests = self.config, self.asked.requests
+        config, requests = self.config, self.comparison.asked.requests
         size = sampler.batch_shape(len(requests), config.batch_size)
         out = Path(config.out)
-        files = PartFiles(out / "features" / identity, [network.name for network in self.networks], len(requests), size)
+        files = PartFiles(
+            out / "features" / identity, [network.name for network in self.comparison.networks], len(requests), size
+        )
         for part in generate(sampler.drawing(solver, config.seed), see, requests, files, size):
             if part.images is not None and jax.process_index() == 0:
                 _save_images(out / "images" / identity, part)
@@ -83,7 +80,7 @@ class Evaluation(NamedTuple):
         if jax.process_index() != 0:
             return Result(settings, 0.0, {})
         whole = files.read()
-        scores = self.judge.scores(feature_sets(whole))
+        scores = self.comparison.judge.scores(feature_sets(whole))
         if not config.keep_features:
             files.remove()
         return Result(settings, float(whole.evaluations.mean()), scores)
@@ -94,11 +91,11 @@ class Evaluation(NamedTuple):
             "weights": weights,
             "vae": sampler.vae.fingerprint,
             "sampler": dataclasses.asdict(solver),
-            "conditions": self.asked.identity,
+            "conditions": self.comparison.asked.identity,
             "seed": self.config.seed,
             "num_images": self.config.num_images,
             "batch_size": sampler.batch_shape(self.config.num_images, self.config.batch_size),
-            "features": [network.identity for network in self.networks],
+            "features": [network.identity for network in self.comparison.networks],
         }
 
     def description(self) -> list[str]:
@@ -107,8 +104,8 @@ class Evaluation(NamedTuple):
         guide = "" if config.guide is None else f", guided by {config.guide}"
         return [
             f"step {sampler.trained.step} of {config.checkpoint}{guide}: {config.num_images} images, "
-            f"{self.asked.choice}, seed {config.seed}",
-            f"reference: {self.reference.description}",
+            f"{self.comparison.asked.choice}, seed {config.seed}",
+            f"reference: {self.comparison.reference.description}",
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -118,11 +115,11 @@ class Evaluation(NamedTuple):
         floors = {
             name: {
                 "identity": network.identity,
-                "floor": as_json(self.judge.floors[name].scores),
-                "floor_count": self.judge.floors[name].count,
-                "floor_missing": self.judge.floors[name].missing,
+                "floor": as_json(self.comparison.judge.floors[name].scores),
+                "floor_count": self.comparison.judge.floors[name].count,
+                "floor_missing": self.comparison.judge.floors[name].missing,
             }
-            for name, network in ((network.name, network) for network in self.networks)
+            for name, network in ((network.name, network) for network in self.comparison.networks)
         }
         return {
             "checkpoint": {
@@ -134,14 +131,14 @@ class Evaluation(NamedTuple):
             "images": {
                 "count": self.config.num_images,
                 "seed": self.config.seed,
-                "conditions": self.asked.choice,
+                "conditions": self.comparison.asked.choice,
                 "size": list(image_size(sampler)),
                 "vae": sampler.vae.fingerprint,
             },
             "reference": {
-                "description": self.reference.description,
-                "identity": self.reference.identity,
-                "count": self.reference.count,
+                "description": self.comparison.reference.description,
+                "identity": self.comparison.reference.identity,
+                "count": self.comparison.reference.count,
             },
             "features": floors,
             "compute": {

@@ -19,13 +19,13 @@ from flowdit.data.mirror import provide_shards
 from flowdit.data.schema import CAPTION_FIELDS, LabelField, record_schema
 from flowdit.fields import FieldError, about, require, require_choice
 from flowdit.hashing import file_sha256, sha256
+from flowdit.score_config import SPLITS
 from flowdit.scores.archive import Archive, open_archive
 from flowdit.scores.moments import Moments
 from flowdit.storage import connect
 
 Images = UInt8[np.ndarray, "n height width 3"]
 Decode = Callable[[Float32[np.ndarray, "n c h w"]], Images]
-SPLITS = ("train", "validation", "all")
 RECORDS_AT_ONCE = 256
 
 

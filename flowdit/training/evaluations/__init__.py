@@ -1,4 +1,4 @@
-"""Evaluations between training steps: validation loss, previews, a profiler window.
+"""Evaluations between training steps: validation loss, previews, scores, a profiler window.
 
 The loop calls each evaluation that is due. To add one, write an `Evaluation` in a new file and build it in
 `make_evaluations` (docs/extending.md).
@@ -21,9 +21,10 @@ from flowdit.tracking import Tracker
 from flowdit.training.evaluations.base import Evaluation, Report
 from flowdit.training.evaluations.preview import Preview
 from flowdit.training.evaluations.profile import Profile
+from flowdit.training.evaluations.scores import Scores
 from flowdit.training.evaluations.validation import Validation
 
-__all__ = ["Evaluation", "Preview", "Profile", "Report", "Validation", "closing", "make_evaluations"]
+__all__ = ["Evaluation", "Preview", "Profile", "Report", "Scores", "Validation", "closing", "make_evaluations"]
 
 
 @contextlib.contextmanager
@@ -66,6 +67,8 @@ def make_evaluations(
             seed=config.seed,
         )
         evaluations.append(preview)
+    if train.scores.every:
+        evaluations.append(Scores(config, mesh, data.manifest, conditioning, objective, compute))
     if train.profile:
         evaluations.append(Profile(epath.Path(train.checkpoint_dir), *train.profile))
     return evaluations

@@ -1,29 +1,29 @@
-"""What an evaluation needs before the first image is drawn; every mistake of the user is found here."""
+"""What generated images are compared with, made before the first is drawn; mistakes of the user are found here."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from flowdit.conditioning import Conditioning
 from flowdit.conditioning.base import check_request_args
-from flowdit.data.manifest import FILE_NAME
+from flowdit.data.manifest import FILE_NAME, Manifest
 from flowdit.features import load_features
 from flowdit.features.base import Extracted, FeatureNetwork
-from flowdit.features.config import FeatureWeights
 from flowdit.fields import FieldError, require
 from flowdit.inference.images import make_decoder
-from flowdit.inference.sampler import Sampler
+from flowdit.models.vae import AutoencoderKL
+from flowdit.score_config import ScoringConfig
 from flowdit.scores.conditions import DATA, Asked, ask_for_classes, ask_for_prompts
-from flowdit.scores.config import EvaluateConfig
-from flowdit.scores.evaluation import Evaluation, LoadModel
 from flowdit.scores.extraction import Extraction
 from flowdit.scores.feature_cache import check_statistics, kept_rows, reference_features
 from flowdit.scores.feature_set import FeatureSet
-from flowdit.scores.judge import Texts, make_judge, possible_metrics
+from flowdit.scores.judge import Judge, Texts, make_judge, possible_metrics
 from flowdit.scores.metrics import check_metrics
 from flowdit.scores.prompts import EncodeTexts
 from flowdit.scores.references import Images, Reference, open_reference
@@ -33,73 +33,75 @@ REFERENCE_BATCH = 32
 """Reference images whose features are extracted at once."""
 
 
-def prepare(config: EvaluateConfig, load_model: LoadModel) -> Evaluation:
-    """Load the model of the first point, the feature networks and the reference, and check all settings.
+class Wanted(NamedTuple):
+    """What the images show, as in the settings of `flowdit.evaluate`."""
+
+    labels: Any = DATA
+    prompts: Any = DATA
+    negative_prompt: str = ""
+
+
+class Subject(NamedTuple):
+    """The model whose images are scored: its data, conditioning and VAE. `data` is the data set of its run."""
+
+    manifest: Manifest
+    conditioning: Conditioning
+    vae: AutoencoderKL
+    data: str
+
+
+class Comparison(NamedTuple):
+    """Images that are asked for, and the real ones that they are compared with in the spaces of some networks."""
+
+    asked: Asked
+    reference: Reference
+    networks: list[FeatureNetwork]
+    judge: Judge
+
+
+def compare(config: ScoringConfig, subject: Subject, seed: int, wanted: Wanted | None = None) -> Comparison:
+    """Open the reference, load the feature networks, and check that the metrics can be computed.
 
     Raises `ValueError` naming the first invalid setting.
     """
-    points = config.points()
-    sampler = load_model(points[0].ema_width)
-    for point in points:
-        sampler.sampler_config(point.sampler)
-    _ = sampler.vae  # its errors come before any work
-    networks, encode = load_networks(config.features, config.weights)
-    reference = find_reference(config, sampler)
-    asked = ask(config, sampler, reference)
-    texts = None if asked.prompts is None else _texts(reference, asked, encode)
+    networks = [load_features(name, config.weights) for name in config.features]
+    encode = None
+    reference = find_reference(config, subject)
+    asked = ask(subject, reference, config.num_images, seed, wanted or Wanted())
+    texts = None if asked.prompts is None else _texts(reference, asked.prompts, encode)
     count = None if reference.images is None else reference.count
     metrics = config.metrics or possible_metrics(networks, config.num_images, count, texts)
     has_logits = any(network.num_classes for network in networks)
     check_metrics(metrics, config.num_images, count, has_logits=has_logits, has_text=texts is not None)
     _check_texts(metrics, texts)
-    require("best", config.best, config.best is None or config.best in metrics, f"must be one of {', '.join(metrics)}")
     known = features_of(reference, networks, cache_folder(config.cache))
-    judge = make_judge(metrics, known, config.num_images, config.seed, texts)
-    return Evaluation(
-        config=config,
-        load_model=load_model,
-        sampler=sampler,
-        reference=reference,
-        networks=networks,
-        judge=judge,
-        asked=asked,
-    )
+    return Comparison(asked, reference, networks, make_judge(metrics, known, config.num_images, seed, texts))
 
 
-def load_networks(names: Sequence[str], weights: FeatureWeights) -> tuple[list[FeatureNetwork], EncodeTexts | None]:
-    """The feature networks, and CLIP's text encoder if CLIP is one of them."""
-    return [load_features(name, weights) for name in names], None
-
-
-def find_reference(config: EvaluateConfig, sampler: Sampler) -> Reference:
+def find_reference(config: ScoringConfig, subject: Subject) -> Reference:
     """The reference of the settings; `data` is the data set of the run. Raises `FieldError`."""
-    name, manifest = config.reference, sampler.trained.manifest
+    name, channels = config.reference, subject.manifest.latent_shape[0]
     if name == DATA:
-        name = sampler.trained.config.data.path
-        is_there = name not in ("", "???") and (Path(name) / FILE_NAME).is_file()
+        name = subject.data
+        is_there = "://" in name or (Path(name) / FILE_NAME).is_file()
         rule = "data is the data set of the run, which is not there: give its new place, or other images"
-        require("reference", name, is_there or "://" in name, rule)
-    channels = manifest.latent_shape[0]
-    decode = make_decoder(sampler.vae, (0.0,) * channels, (1.0,) * channels, make_local_mesh())
-    split, resize = config.reference_split, config.reference_resize
-    return open_reference(name, manifest, decode, split=split, resize=resize)
+        require("reference", name, is_there, rule)
+    decode = make_decoder(subject.vae, (0.0,) * channels, (1.0,) * channels, make_local_mesh())
+    return open_reference(name, subject.manifest, decode, split=config.reference_split, resize=config.reference_resize)
 
 
-def ask(config: EvaluateConfig, sampler: Sampler, reference: Reference) -> Asked:
-    """What the images show. Raises `FieldError` for settings that the model does not take."""
-    conditioning = sampler.trained.conditioning
-    count, prompts = config.num_images, config.given_prompts()
-    takes = conditioning.request_args
-    chosen = {"labels": config.labels, "prompts": prompts}
-    given = {name: value for name, value in chosen.items() if value != DATA}
-    check_request_args(conditioning, given | {"negative_prompt": config.negative_prompt})
+def ask(subject: Subject, reference: Reference, count: int, seed: int, wanted: Wanted) -> Asked:
+    """What `count` images show. Raises `FieldError` for settings that the model does not take."""
+    conditioning, takes = subject.conditioning, subject.conditioning.request_args
+    given = {name: value for name, value in wanted._asdict().items() if value != DATA}
+    check_request_args(conditioning, given)
     if "labels" in takes:
-        classes = sampler.trained.manifest.num_classes
+        classes = subject.manifest.num_classes
         counted = lambda: count_labels(reference, classes)
-        return ask_for_classes(conditioning.requests, config.labels, count, classes, config.seed, counted)
+        return ask_for_classes(conditioning.requests, wanted.labels, count, classes, seed, counted)
     if "prompts" in takes:
-        captions = reference.captions() if reference.captions is not None and prompts == DATA else None
-        return ask_for_prompts(conditioning.requests, prompts, config.negative_prompt, count, config.seed, captions)
+        captions = None if reference.captions is None or wanted.prompts != DATA else reference.captions()
+        return ask_for_prompts(conditioning.requests, wanted.prompts, wanted.negative_prompt, count, seed, captions)
     return Asked(conditioning.requests(count), "no condition", "none")
 
 
@@ -114,13 +116,12 @@ def count_labels(reference: Reference, num_classes: int) -> Int[np.ndarray, " cl
     return counts
 
 
-def _texts(reference: Reference, asked: Asked, encode: EncodeTexts | None) -> Texts:
-    assert asked.prompts is not None
+def _texts(reference: Reference, prompts: list[str], encode: EncodeTexts | None) -> Texts:
     captions = None
     if reference.captions is not None and reference.images is not None:
         every = reference.captions()
         captions = [every[row] for row in kept_rows(len(every))]
-    return Texts(captions, asked.prompts, encode)
+    return Texts(captions, prompts, encode)
 
 
 def _check_texts(metrics: Sequence[str], texts: Texts | None) -> None:
