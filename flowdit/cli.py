@@ -1,4 +1,4 @@
-"""`flowdit train-stage1 | train-stage2 | prepare | sample | evaluate | plan | convert`: one console command beside the modules.
+"""`flowdit train-stage1 | train-stage2 | prepare | sample | evaluate | plan | report | convert`: one command beside the modules.
 
 This module imports only the standard library: JAX and the others take seconds to import, and a signal in that time must
 already end in a line.
@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": ("flowdit.sample", "main", "sample images from a trained model"),
     "evaluate": ("flowdit.evaluate", "main", "score a trained model against real images"),
     "plan": ("flowdit.plan", "main", "say what a training run costs on machines that are not there"),
+    "report": ("flowdit.report", "main", "write an HTML page about a training run, or several"),
     "convert": ("flowdit.convert", "main", "convert a model between formats"),
 }
 """Module, function and summary of every command."""

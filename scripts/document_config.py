@@ -24,6 +24,7 @@ from flowdit.data.prepare import PrepareConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
 from flowdit.interop import ConvertConfig
 from flowdit.planning.config import PlanConfig
+from flowdit.reporting.config import ReportConfig
 from flowdit.scores.config import EvaluateConfig
 from flowdit.settings import default, described_fields, in_yaml, own_subclasses, type_name
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "Sampling": ("`python -m flowdit.sample`", SampleConfig),
     "Evaluating": ("`python -m flowdit.evaluate`", EvaluateConfig),
     "Planning": ("`python -m flowdit.plan`, besides those of training", PlanConfig),
+    "Reports": ("`python -m flowdit.report`", ReportConfig),
     "Preparing data": ("`python -m flowdit.prepare`", PrepareConfig),
     "Converting": ("`python -m flowdit.convert`", ConvertConfig),
 }

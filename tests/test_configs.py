@@ -13,6 +13,8 @@ from flowdit.config import Config, SampleConfig, register_schemas, resolve
 from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
 from flowdit.interop import ConvertConfig
+from flowdit.report import register_schema as register_report
+from flowdit.reporting.config import ReportConfig
 from flowdit.scores.config import EvaluateConfig
 
 FOLDER = Path(flowdit.configs.__file__).parent
@@ -22,6 +24,7 @@ COMMAND_SCHEMAS = {
     "prepare": PrepareConfig,
     "convert": ConvertConfig,
     "evaluate": EvaluateConfig,
+    "report": ReportConfig,
 }
 SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, **COMMAND_SCHEMAS}
 REQUIRED = {
@@ -67,6 +70,7 @@ def composed(name: str, *overrides: str):
     register_schemas()
     register_schema()
     evaluate.register_schema()
+    register_report()
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         return compose(name, list(overrides))
 
@@ -93,7 +97,7 @@ def test_every_top_level_file_has_its_schema():
     [
         *(("config", "data.path=x"), ("config_stage2", "data.path=x")),
         *(("sample", "checkpoint=x"), ("prepare", "out=x"), ("evaluate", "checkpoint=x")),
-        ("convert", "target=y source=x"),
+        *(("convert", "target=y source=x"), ("report", "run=x")),
     ],
 )
 def test_commands_compose_into_their_schema(name, given):

@@ -23,6 +23,8 @@ from flowdit.interop import ConvertConfig
 from flowdit.overrides import for_hydra
 from flowdit.plan import chosen_stage
 from flowdit.planning.config import PlanConfig
+from flowdit.report import register_schema as register_report
+from flowdit.reporting.config import ReportConfig
 from flowdit.scores.config import EvaluateConfig
 from flowdit.settings import settings_of
 
@@ -131,12 +133,14 @@ def test_prose_fits_120_characters(page):
 TRAINING = {"train-stage1": "config", "train-stage2": "config_stage2"}
 SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
 SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig, "plan": PlanConfig, "evaluate": EvaluateConfig}
+SCHEMAS |= {"report": ReportConfig}
 REQUIRED = {
     "sample": ["checkpoint=x"],
     "evaluate": ["checkpoint=x"],
     "convert": ["source=x", "target=y"],
     "prepare": [],
     "plan": ["topology=v5e:1"],
+    "report": ["run=x"],
 }
 SETTINGS = {name: settings_of(schema) for name, schema in SCHEMAS.items()}
 COMMAND = re.compile(
@@ -187,6 +191,7 @@ def test_commands_compose(page):
     register_schemas()
     register_schema()
     evaluate.register_schema()
+    register_report()
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         for name, arguments in command_lines(page):
             if arguments:

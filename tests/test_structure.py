@@ -55,6 +55,7 @@ LAYERS = {
     "training": 9,
     "interop": 10,
     "planning": 10,
+    "reporting": 10,
     "composition": 11,
     "sized": 11,
     "train": 11,
@@ -62,6 +63,7 @@ LAYERS = {
     "prepare": 11,
     "evaluate": 11,
     "plan": 11,
+    "report": 11,
     "convert": 11,
 }
 

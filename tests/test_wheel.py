@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
-import flowdit, flowdit.data.openmoji, flowdit.features.efficientnet, flowdit.models.vae, pathlib, sys
+import flowdit, flowdit.data.openmoji, flowdit.features.efficientnet, flowdit.models.vae, flowdit.reporting.page, pathlib, sys
 assert pathlib.Path(flowdit.__file__).is_relative_to(sys.argv[1]), flowdit.__file__
 assert flowdit.data.openmoji.load().tiles.shape[1:] == (64, 64, 3)
 assert flowdit.models.vae.load_vae("openmoji").config.latent_channels == 16
 assert flowdit.features.efficientnet.load_efficientnet().width == 1280
+assert "<style>" in flowdit.reporting.page.make_page([], [], "title", 0)
 """
 
 
@@ -48,6 +49,7 @@ COMMANDS = {
     "train:stage2": (["experiment=openmoji_text"], "encoder: wordllama"),
     "prepare:main": ([], "source: openmoji"),
     "sample:main": ([], "num_images: 1"),
+    "report:main": ([], "out: report.html"),
 }
 
 

@@ -50,6 +50,7 @@ class RunMeta(ConditioningMeta):
         latent_mean, latent_scale: one value per channel; the network sees `(latent - mean) * scale`.
         run_id: the run in Weights & Biases.
         versions: of Python and packages.
+        hardware: the devices of the run that wrote the checkpoint; empty: unknown.
         prediction: output of the network.
         source: format of an imported model.
     """
@@ -63,6 +64,7 @@ class RunMeta(ConditioningMeta):
     latent_scale: Listed[float]
     run_id: str
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    hardware: str = ""
     prediction: Literal["velocity", "noise"] = "velocity"
     source: str | None = None
 
@@ -85,9 +87,11 @@ class RunMeta(ConditioningMeta):
             raise CheckpointError(str(problem)) from None
 
     def dump(self) -> dict[str, Any]:
-        """As JSON data. `prediction` and `source` are left out for flowdit's own models."""
+        """As JSON data. `hardware` is left out if unknown, `prediction` and `source` for flowdit's own models."""
         # Fields first: pydantic itself would leave out those that only a subclass of `ModelConfig` has.
         values = to_jsonable_python(dataclasses.asdict(self))
+        if not self.hardware:
+            del values["hardware"]
         if self.source is None:
             del values["source"]
             if self.prediction == "velocity":

@@ -122,10 +122,7 @@ def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
     if (kind := kind_of(before)) != (ours := kind_of(now)):
         raise ValueError(f"conditioning: must be {kind} as in the checkpoint to resume, got {ours}")
     notes = auxiliary_notes(before, now)
-    # Runs of earlier versions have no `conditioning` key; losses that are switched off do not matter.
-    old, new = (
-        _flat(dataclasses.asdict(c) | {"conditioning": kind, "auxiliary": _switched_on(c)}) for c in (before, now)
-    )
+    old, new = (flat_settings(config) for config in (before, now))
     common = sorted(old.keys() & new.keys())
     changed = {name: (old[name], new[name]) for name in common if old[name] != new[name]}
     for name, (stored_value, value) in changed.items():
@@ -150,6 +147,13 @@ def auxiliary_notes(before: Config, now: Config) -> list[str]:
             if name not in new
         ),
     ]
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """The settings of a run by key. Auxiliary losses that are switched off do not matter and are left out."""
+    # Runs of earlier versions have no `conditioning` key.
+    kind = kind_of(config)
+    return _flat(dataclasses.asdict(config) | {"conditioning": kind, "auxiliary": _switched_on(config)})
 
 
 def _switched_on(config: Config) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from flowdit.data.schema import LATENTS, Schema, record_schema
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.fields import about
 from flowdit.fsdp import check_width
+from flowdit.hardware import this_machine
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.optim import make_optimizer
 from flowdit.processes import from_first
@@ -75,6 +76,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
     stream = make_stream(config, data.train, mesh)
     meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
+    meta = dataclasses.replace(meta, hardware=this_machine().kind)
     if data.validation is None and train.validate_every:
         logger.info("no validation records: no validation loss")
     is_first_start = train.init_from and not list_steps(folder)

@@ -1,0 +1,86 @@
+"""`python -m flowdit.report run=checkpoints [compare=...]`: one HTML file about a training run, or several."""
+
+from __future__ import annotations
+
+from flowdit.cli import watch_for_signals
+
+if __name__ == "__main__":
+    watch_for_signals("report")
+
+import logging
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX is imported with the checkpoints, and must not take a busy device
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from flowdit.command import Command, run_command
+from flowdit.config import resolve
+from flowdit.fields import FieldError
+from flowdit.reporting.config import ReportConfig
+from flowdit.reporting.page import GENERATOR, make_page
+from flowdit.reporting.reading import read_runs
+from flowdit.reporting.results import read_results
+from flowdit.storage import reason
+from flowdit.sweep import job
+
+# By its name, as this module is `__main__` when it is run.
+logger = logging.getLogger("flowdit.report")
+
+COMMAND = Command(
+    name="report",
+    script="python -m flowdit.report",
+    config_name="report",
+    schema=ReportConfig,
+    folder="out",
+    summary="Write one HTML file about a training run: curves, samples, scores, settings, hardware, data.",
+    examples=(
+        "run=checkpoints",
+        "run=checkpoints/wide compare=[checkpoints/narrow,checkpoints/deep] out=widths.html",
+        "run=s3://bucket/runs/xl2 scores=scores/xl2",
+    ),
+)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="report")
+@job
+def _report(composed: DictConfig) -> None:
+    config: ReportConfig = resolve(composed, ReportConfig)
+    config.check()
+    out = Path(config.out)
+    check_replaceable(out)
+    runs = read_runs(config.run, config.compare)
+    page = make_page(runs, read_results(runs, config.scores), config.title, config.grids)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = out.with_name(f".{out.name}.unfinished")
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(unfinished, out)
+    except OSError as problem:
+        raise FieldError("out", f"{out} cannot be written: {reason(problem)}") from None
+    logger.info("written: %s (%.1f MB)", out, out.stat().st_size / 1e6)
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise `FieldError` if there is a file that is not a report."""
+    if out.is_dir():
+        raise FieldError("out", f"must be a file, {out} is a folder")
+    if out.exists() and f'name="generator" content="{GENERATOR}'.encode() not in out.read_bytes()[:2000]:
+        raise FieldError("out", f"{out} exists and is not a report: give another name")
+
+
+def register_schema() -> None:
+    """Register the command's dataclass with Hydra."""
+    ConfigStore.instance().store(name="report_schema", node=ReportConfig)
+
+
+def main() -> None:
+    register_schema()
+    run_command(_report, COMMAND)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What the charts of a report show; drawn by `svg`, and again by the page's script."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flowdit.reporting.metrics import Curve, thinned
+from flowdit.reporting.reading import RunRecord
+from flowdit.reporting.results import Results, setting
+
+PROFILES = 6
+"""Steps that are drawn in a chart by flow time."""
+BY_TIME = re.compile(r"(?P<name>validation/loss_t|[\w-]+_by_t/)(?P<low>\d(?:\.\d+)?)(?:-(?P<high>\d(?:\.\d+)?))?")
+"""Figures at one flow time, or of a bin of flow times."""
+MAIN = {
+    "train/loss": "training",
+    "validation/loss": "validation",
+}
+RATES = {
+    "train/grad_norm": "Gradient norm",
+    "train/learning_rate": "Learning rate",
+    "train/images_per_second": "Images per second",
+    "train/mfu": "Model FLOP utilisation",
+}
+UNDRAWN = ("train/steps_per_second", "train/tflops_per_second", "train/total_flops", "train/skipped_in_row")
+"""Figures that follow from others."""
+
+
+class Series(NamedTuple):
+    """A line. `run` is the index of its run; `colour` and `dash` are numbers of the page's styles.
+
+    `error` holds standard errors. With `fade`, from 0 (old) to 1 (new), the colour is weaker. `smooth` lines follow the
+    page's smoothing.
+    """
+
+    name: str
+    run: int
+    x: list[Any]
+    y: list[Any]
+    colour: int
+    dash: int = 0
+    error: list[float | None] | None = None
+    fade: float = 1.0
+    smooth: bool = False
+    dots: bool = False
+
+
+class Chart(NamedTuple):
+    """A chart. With `axis` "step" the page can also draw it by images or hours. `levels` are horizontal lines by name."""
+
+    section: str
+    title: str
+    axis: str
+    series: list[Series]
+    note: str = ""
+    levels: dict[str, float] = {}
+    is_log: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """For the page's script; None stands for values that are not finite."""
+        series = [
+            line._asdict()
+            | {"x": _rounded(line.x), "y": _rounded(line.y), "error": line.error and _rounded(line.error)}
+            for line in self.series
+        ]
+        return self._asdict() | {"series": series, "section": None}
+
+
+def _rounded(values: Iterable[int | float | None]) -> list[int | float | None]:
+    return [None if v is None or not math.isfinite(v) else v if v == int(v) else float(f"{v:.6g}") for v in values]
+
+
+def curve_charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """The charts by step: losses, rates, scores, parts of the loss, and all other figures."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics.curves))
+    charts = [Chart("curves", "Loss", "step", list(_lines(runs, MAIN)))]
+    charts += [_chart("curves", title, runs, name) for name, title in RATES.items()]
+    drawn = {*MAIN, *RATES, *UNDRAWN}
+    for name in sorted(names):
+        if name in drawn or BY_TIME.fullmatch(name) or name.endswith("_error"):
+            continue
+        if name == "train/skipped_steps":
+            if any((curve := run.metrics.curve(name)) is not None and np.nanmax(curve.values) > 0 for run in runs):
+                charts.append(_chart("curves", "Skipped steps", runs, name))
+        elif name.startswith("scores/"):
+            charts.append(_chart("scores", name.removeprefix("scores/").replace("_", " "), runs, name))
+        elif name.startswith("train/"):
+            charts.append(_chart("parts", f"Part of the loss: {name.removeprefix('train/')}", runs, name))
+        else:
+            charts.append(_chart("others", name, runs, name))
+    return [chart for chart in charts if chart.series]
+
+
+def _chart(section: str, title: str, runs: Sequence[RunRecord], name: str) -> Chart:
+    return Chart(section, title, "step", list(_lines(runs, {name: ""})))
+
+
+def _lines(runs: Sequence[RunRecord], figures: dict[str, str]) -> Iterator[Series]:
+    """Each figure of each run: with several runs the colour tells the run, else the figure."""
+    for dash, (figure, words) in enumerate(figures.items()):
+        for number, run in enumerate(runs):
+            curve = run.metrics.curve(figure)
+            if curve is None or not np.isfinite(curve.values).any():
+                continue
+            thin = thinned(curve)
+            name = ", ".join(filter(None, [run.name if len(runs) > 1 else "", words])) or run.name
+            yield Series(
+                name=name,
+                run=number,
+                x=thin.steps.tolist(),
+                y=thin.values.tolist(),
+                colour=number if len(runs) > 1 else dash,
+                dash=dash if len(runs) > 1 else 0,
+                error=_errors(run, figure, thin),
+                smooth=figure.startswith("train/"),
+                dots=len(thin.steps) <= 60 and not figure.startswith("train/"),
+            )
+
+
+def _errors(run: RunRecord, figure: str, curve: Curve) -> list[float | None] | None:
+    """The standard errors that are logged beside a figure."""
+    errors = run.metrics.curve(f"{figure}_error")
+    if errors is None:
+        return None
+    known = dict(zip(errors.steps.tolist(), errors.values.tolist(), strict=True))
+    return [known.get(step) for step in curve.steps.tolist()]
+
+
+def time_charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """Losses by flow time: those of each run at several steps, and with several runs their newest side by side."""
+    charts = []
+    names = dict.fromkeys(m["name"] for run in runs for name in run.metrics.curves if (m := BY_TIME.fullmatch(name)))
+    for name in sorted(names, key=lambda name: (not name.startswith("validation"), name != "loss_by_t/", name)):
+        title = _time_title(name)
+        profiles = [_profiles(run, name) for run in runs]
+        newest = [
+            Series(f"{run.name}, step {max(found):,}", number, *found[max(found)], colour=number, dots=True)
+            for number, (run, found) in enumerate(zip(runs, profiles, strict=True))
+            if found
+        ]
+        if len(newest) > 1:
+            charts.append(Chart("time", f"{title}, newest step", "t", newest))
+        for number, (run, found) in enumerate(zip(runs, profiles, strict=True)):
+            steps = list(found)
+            chosen = [steps[round(i * (len(steps) - 1) / (PROFILES - 1))] for i in range(PROFILES)] if steps else []
+            chosen = list(dict.fromkeys(chosen))
+            lines = [
+                Series(f"step {step:,}", number, *found[step], colour=number, fade=(i + 1) / len(chosen), dots=True)
+                for i, step in enumerate(chosen)
+            ]
+            if lines:
+                charts.append(Chart("time", f"{title}, {run.name}" if len(runs) > 1 else title, "t", lines))
+    return charts
+
+
+def _time_title(name: str) -> str:
+    part = name.removesuffix("_by_t/")
+    if name.startswith("validation"):
+        return "Validation loss by t"
+    return "Training loss by t" if part == "loss" else f"Part of the loss by t: {part}"
+
+
+def _profiles(run: RunRecord, name: str) -> dict[int, tuple[list[float], list[float]]]:
+    """Flow times and values of a figure at each step that has all of them."""
+    curves: dict[float, dict[int, float]] = {}
+    for figure, curve in run.metrics.curves.items():
+        if (found := BY_TIME.fullmatch(figure)) and found["name"] == name:
+            low, high = float(found["low"]), float(found["high"] or found["low"])
+            curves[(low + high) / 2] = dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
+    times = sorted(curves)
+    if len(times) < 2:
+        return {}
+    common = sorted(set.intersection(*(set(curves[t]) for t in times)))
+    return {step: (times, [curves[t][step] for t in times]) for step in common}
+
+
+def sweep_charts(results: Results) -> list[Chart]:
+    """The metric by which a sweep is judged, in each feature space, against guidance and against evaluations."""
+    charts = []
+    varied = results.varied()
+    for space in results.spaces():
+        metrics = results.metrics(space)
+        metric = results.best_metric if results.best_metric in metrics else metrics[0]
+        floor = results.floors.get(space, {}).get(metric)
+        levels = {} if floor is None else {"real images": floor.value}
+        for axis, along, place in _axes(results):
+            lines: dict[str, list[tuple[float, float, float | None]]] = {}
+            for point in results.points:
+                score, x = point.scores.get(space, {}).get(metric), place(point)
+                if score is not None and x is not None:
+                    name = ", ".join(
+                        f"{other} {setting(point.settings.get(other))}" for other in varied if other != along
+                    )
+                    lines.setdefault(name or metric, []).append((x, score.value, score.error))
+            series = []
+            for number, (name, points) in enumerate(lines.items()):
+                x, y, error = (list(column) for column in zip(*sorted(points, key=lambda p: p[0]), strict=True))
+                series.append(Series(name, results.run or 0, x, y, colour=number % 8, error=error, dots=True))
+            if series:
+                charts.append(Chart("sweep", f"{metric} in {space} by {axis}", axis, series[:24], levels=levels))
+    return charts
+
+
+def _axes(results: Results) -> Iterator[tuple[str, str, Callable[[Any], float | None]]]:
+    """Axes along which the points differ: name, the setting that it stands for, and the place of a point."""
+
+    def guidance(point: Any) -> float | None:
+        value = point.settings.get("guidance")
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    if "guidance" in results.varied():
+        yield "guidance", "guidance", guidance
+    if len({point.evaluations for point in results.points}) > 1:
+        yield "evaluations", "steps", lambda point: point.evaluations

@@ -1,0 +1,241 @@
+"""The parts of the page that are text and tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flowdit.config import Config
+from flowdit.reporting.facts import duration, facts, moment
+from flowdit.reporting.grids import MOST_BYTES, Grid, embed
+from flowdit.reporting.html import Html, joined, table, tag
+from flowdit.reporting.reading import RunRecord
+from flowdit.reporting.results import Results, Value, setting
+from flowdit.settings import in_yaml
+from flowdit.training.resume import STARTING_FIELDS, flat_settings
+
+MISSING = "–"
+
+
+def section(name: str, title: str, *content: Any) -> Html:
+    """A section with a heading, empty without content."""
+    parts = [part for part in content if part]
+    return tag("section", tag("h2", title), *parts, id=name) if parts else Html("")
+
+
+def note(text: str) -> Html:
+    return tag("p", text, class_="note")
+
+
+def folded(title: str, *content: Any) -> Html:
+    """Content that is shown on a click."""
+    return tag("details", tag("summary", title), *content)
+
+
+def cards(runs: Sequence[RunRecord]) -> Html:
+    """A card for each run with its main figures."""
+    made = []
+    for number, run in enumerate(runs):
+        entries = [
+            tag("div", tag("dt", fact.name), tag("dd", fact.value, tag("small", fact.detail) if fact.detail else None))
+            for fact in facts(run)
+        ]
+        last = max((s.ended for s in run.metrics.sessions if s.ended is not None), default=None)
+        where = tag("p", tag("span", str(run.folder), class_="path"), f", last entry {moment(last)}", class_="note")
+        head = tag("h3", run.name) if len(runs) > 1 else None
+        made.append(tag("article", head, where, tag("dl", *entries, class_="facts"), class_=f"card run c{number}"))
+    return tag("div", *made, class_="cards several" if len(runs) > 1 else "cards")
+
+
+def samples(runs: Sequence[RunRecord], count: int) -> Html:
+    """The preview grids of each run, and the slider that the page's script switches on."""
+    drawn = [(number, run) for number, run in enumerate(runs) if run.grids and count]
+    columns = []
+    for number, run in drawn:
+        shots = [_shot(run, grid, len(runs) > 1) for grid in embed(run.grids, count, MOST_BYTES // len(drawn))]
+        if shots:
+            columns.append(tag("div", *shots, class_=f"card run c{number}" if len(runs) > 1 else "card"))
+    if not columns:
+        return Html("")
+    slide = tag(
+        "div",
+        tag("input", type="range", min="0", value="0", aria_label="step of the samples"),
+        tag("output"),
+        tag("button", "All steps", type="button", class_="mode", aria_pressed="false"),
+        class_="slide",
+        hidden=True,
+    )
+    return joined(
+        [
+            note("The same noise and the same labels or prompts at every step, drawn with the EMA weights."),
+            tag(
+                "div",
+                slide,
+                tag("div", *columns, class_="columns several" if len(columns) > 1 else "columns"),
+                class_="samples",
+            ),
+        ]
+    )
+
+
+def _shot(run: RunRecord, grid: Grid, is_named: bool) -> Html:
+    name = f"{run.name}, step {grid.step:,}" if is_named else f"Step {grid.step:,}"
+    image = tag(
+        "img", src=grid.uri, width=grid.width, height=grid.height, alt=f"samples of {run.name} at step {grid.step}"
+    )
+    return tag("figure", tag("figcaption", name), image, class_="shot", data_run=run.name, data_step=grid.step)
+
+
+def settings(runs: Sequence[RunRecord]) -> list[Html]:
+    """What differs between the runs, what is not the default, and all settings."""
+    known = {run.name: _shown_settings(run.meta.config) for run in runs if run.meta is not None}
+    unknown = [run.name for run in runs if run.meta is None]
+    parts = []
+    if unknown:
+        parts.append(note(f"Unknown, as there is no intact checkpoint: {', '.join(unknown)}."))
+    if not known:
+        return parts
+    keys = list(dict.fromkeys(key for values in known.values() for key in values))
+    if len(known) > 1:
+        rows = [
+            [key, *(values.get(key, MISSING) for values in known.values())]
+            for key in keys
+            if len({values.get(key, MISSING) for values in known.values()}) > 1
+        ]
+        body = table(["setting", *known], rows, "settings") if rows else tag("p", "Nothing.")
+        parts.append(tag("div", tag("h3", "What differs between the runs"), body, class_="card block"))
+    for run in runs:
+        if run.meta is None:
+            continue
+        values, defaults = known[run.name], _shown_settings(Config(model=type(run.meta.config.model)()))
+        changed = [
+            [key, value, defaults.get(key, MISSING)] for key, value in values.items() if value != defaults.get(key)
+        ]
+        title = f"{run.name}: settings" if len(runs) > 1 else "Settings"
+        shown = table(["setting", "value", "default"], changed, "settings")
+        everything = folded(f"all {len(values)} settings", table(["setting", "value"], values.items(), "settings"))
+        head = tag("h3", f"{title} that are not the defaults")
+        if len(runs) > 1:
+            parts.append(
+                tag("div", folded(f"{title} that are not the defaults", shown, everything), class_="card block")
+            )
+        else:
+            parts.append(tag("div", head, shown, everything, class_="card block"))
+    return parts
+
+
+def _shown_settings(config: Config) -> dict[str, str]:
+    """Settings in the syntax of the command line, without those of the start of a process and the run folder."""
+    flat, left_out = flat_settings(config), (*STARTING_FIELDS, "train.checkpoint_dir")
+    return {key: in_yaml(value) for key, value in sorted(flat.items()) if key not in left_out}
+
+
+def sessions(runs: Sequence[RunRecord]) -> list[Html]:
+    """When each run was started and resumed."""
+    rows = []
+    for run in runs:
+        for i, one in enumerate(run.metrics.sessions):
+            kind = "start" if i == 0 else "resume"
+            steps = f"{one.first_step:,} to {one.last_step:,}"
+            again = f"{one.repeated:,}" if one.repeated else ""
+            rows.append(
+                [run.name, kind, moment(one.began), steps, duration(one.hours) if one.began else MISSING, again]
+            )
+    head = ["run", "", "began", "steps", "time", "steps done again"]
+    parts = [tag("div", table(head, rows), class_="card block")]
+    skipped = [[run.name, f"{one.step:,}", one.first] for run in runs for one in run.skipped]
+    if skipped:
+        content = table(["run", "step", "first value that was not finite"], skipped)
+        parts.append(tag("div", tag("h3", "Skipped steps"), content, class_="card block"))
+    unreadable = [f"{run.name} {run.metrics.unreadable}" for run in runs if run.metrics.unreadable]
+    if unreadable:
+        parts.append(note(f"Unreadable lines of metrics.jsonl, which are left out: {', '.join(unreadable)}."))
+    return parts
+
+
+def machines(runs: Sequence[RunRecord]) -> Html:
+    """Hardware, precision, layout and versions, of the newest checkpoint of each run."""
+    known = [run for run in runs if run.meta is not None]
+    if not known:
+        return Html("")
+    metas = [run.meta for run in known if run.meta is not None]
+    rows: list[list[Any]] = [
+        ["hardware", *(meta.hardware or "unknown" for meta in metas)],
+        ["mesh", *(_mesh(meta.config) for meta in metas)],
+        ["computed in", *(meta.config.train.compute_dtype for meta in metas)],
+        ["run id", *(meta.run_id for meta in metas)],
+    ]
+    packages = dict.fromkeys(name for meta in metas for name in meta.versions)
+    rows += [[name, *(meta.versions.get(name, MISSING) for meta in metas)] for name in packages]
+    return tag("div", table(["", *(run.name for run in known)], rows), class_="card")
+
+
+def _mesh(config: Config) -> str:
+    sizes = {field.name: getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh)}
+    return ", ".join(f"{name} {sizes[name]}" for name in list(sizes)[:3])
+
+
+def data(runs: Sequence[RunRecord]) -> list[Html]:
+    """The data sets with their licences; one that several runs share is shown once."""
+    sets: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        if run.meta is not None:
+            sets.setdefault(run.meta.manifest.id, []).append(run)
+    parts = []
+    for users in sets.values():
+        meta = users[0].meta
+        assert meta is not None
+        manifest = meta.manifest
+        rows: list[list[Any]] = [
+            ["path", tag("span", meta.config.data.path, class_="path")],
+            [
+                "records",
+                f"{manifest.num_records('train'):,} training, {manifest.num_records('validation'):,} validation",
+            ],
+            ["images", f"{manifest.image_size} px, latents {'x'.join(map(str, manifest.latent_shape))}"],
+            ["classes", f"{manifest.num_classes:,}" if manifest.num_classes else MISSING],
+            ["VAE", manifest.vae.name],
+            *([["text encoder", meta.text.name]] if meta.text is not None else []),
+            ["licence", tag("div", manifest.license or "not stated", class_="text")],
+            ["attribution", tag("div", manifest.attribution or "not stated", class_="text")],
+        ]
+        head = tag("h3", ", ".join(run.name for run in users)) if len(sets) > 1 else None
+        parts.append(tag("div", head, table(["", ""], rows), class_="card block"))
+    return parts
+
+
+def score_tables(results: Results, runs: Sequence[RunRecord]) -> Iterator[Html]:
+    """The scores of one file: what was compared with what, and a table for each feature space."""
+    owner = runs[results.run].name if results.run is not None and len(runs) > 1 else None
+    for space in results.spaces():
+        metrics = results.metrics(space)
+        varied = results.varied() or list(results.points[0].settings)
+        rows, classes = [], []
+        for i, point in enumerate(results.points):
+            is_best = i == results.best and len(results.points) > 1
+            cells = [*(setting(point.settings.get(name)) for name in varied), _count(point.evaluations)]
+            cells += [_score(point.scores.get(space, {}).get(name)) for name in metrics]
+            rows.append(["best" if is_best else f"{i + 1}", *cells])
+            classes.append("best" if is_best else None)
+        floor = results.floors.get(space)
+        if floor:
+            count = f" ({results.floor_counts[space]:,})" if space in results.floor_counts else ""
+            rows.append([f"real images{count}", *("" for _ in varied), "", *(_score(floor.get(n)) for n in metrics)])
+            classes.append("real")
+        head = ["", *(name.replace("_", " ") for name in varied), "evaluations", *metrics]
+        yield tag("h3", f"{owner}: {space}" if owner else space)
+        if results.identities.get(space):
+            yield note(results.identities[space])
+        yield table(head, rows, "numbers", classes)
+    yield folded("what was compared", table(["", ""], [["file", results.source], *results.facts.items()], "settings"))
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _score(score: Value | None) -> str:
+    if score is None:
+        return MISSING
+    return f"{score.value:.4g}" + (f" ± {score.error:.1g}" if score.error else "")
