@@ -27,11 +27,20 @@ GENERATOR = "flowdit report"
 def make_page(runs: Sequence[RunRecord], results: Sequence[Results], title: str | None, grids: int) -> str:
     """The whole file. Text from files is escaped, and the page's own policy forbids any request and other scripts."""
     title = title or " and ".join(run.name for run in runs)
-    charts = [*curve_charts(runs), *time_charts(runs)]
-    sweeps = [sweep_charts(each) for each in results]
-    drawn = charts + [chart for sweep in sweeps for chart in sweep]
-    figures = {id(chart): _figure(number, chart, len(runs)) for number, chart in enumerate(drawn)}
-    body = _body(runs, results, title, grids, charts, sweeps, figures)
+    drawn: list[Chart] = []
+
+    def figure(chart: Chart) -> Html:
+        drawn.append(chart)
+        return _figure(len(drawn) - 1, chart, len(runs))
+
+    figures: dict[str, list[Html]] = {}
+    for chart in (*curve_charts(runs), *time_charts(runs)):
+        figures.setdefault(chart.section, []).append(figure(chart))
+    scores = [_grid(figures.pop("scores", []))]
+    for each in results:
+        scores.append(tag("div", *sections.score_tables(each, runs), class_="card block"))
+        scores.append(_grid([figure(chart) for chart in sweep_charts(each)]))
+    body = _body(runs, title, grids, figures, scores)
     files = resources.files("flowdit.reporting") / "template"
     style = (files / "report.css").read_text(encoding="utf-8")
     script = (files / "report.js").read_text(encoding="utf-8")
@@ -65,19 +74,9 @@ def _run_data(run: RunRecord) -> dict[str, Any]:
 
 
 def _body(
-    runs: Sequence[RunRecord],
-    results: Sequence[Results],
-    title: str,
-    grids: int,
-    charts: list[Chart],
-    sweeps: list[list[Chart]],
-    figures: dict[int, Html],
+    runs: Sequence[RunRecord], title: str, grids: int, figures: dict[str, list[Html]], scores: list[Html]
 ) -> Html:
-    of = lambda name: _grid([figures[id(chart)] for chart in charts if chart.section == name])
-    scores = [of("scores")]
-    for each, sweep in zip(results, sweeps, strict=True):
-        scores.append(tag("div", *sections.score_tables(each, runs), class_="card block"))
-        scores.append(_grid([figures[id(chart)] for chart in sweep]))
+    of = lambda name: _grid(figures.get(name, []))
     others = of("others")
     parts = [
         section("curves", "Curves", _tools(), of("curves"), _notes(runs)),

@@ -10,7 +10,8 @@ from flowdit.reporting.charts import Chart, Series
 from flowdit.reporting.html import Html, joined, tag
 
 WIDTH, HEIGHT = 560, 270
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 36
+LEFT, RIGHT = 56, 12
+TOP, BOTTOM = 10, 36
 
 Number = int | float
 
@@ -54,7 +55,8 @@ def draw(chart: Chart) -> Html:
 
 def _line(line: Series, across: Callable[[Number], float], up: Callable[[Number], float]) -> Html:
     style = f"c{line.colour} d{line.dash} f{round(line.fade * 10)}"
-    path, pen, parts = [], "M", []
+    path, parts = [], []
+    pen = "M"
     for i, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
         if not math.isfinite(y):
             pen = "M"
