@@ -45,7 +45,6 @@ def floor(names: Sequence[str], reference: FeatureSet, count: int, seed: int = 0
         try:
             check_metrics([name], used, known - used)
         except FieldError:
-            minimum = METRICS[name].minimum
-            missing[name] = f"it takes twice {minimum} images of the reference, which has {known}"
+            missing[name] = f"it needs at least {METRICS[name].minimum} images, {used} are compared"
     scores = score([name for name in names if name not in missing], taken, others, seed)
     return Floor({found.metric: found for found in scores}, used, missing)

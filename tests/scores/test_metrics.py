@@ -242,7 +242,7 @@ class TestFloor:
         assert found == ({}, 0, {"fd": "the reference has statistics only, no images"})
         few = floor(["fd", "kid", "inception_score"], feature_set(normal(0, 12)), count=10)
         assert list(few.scores) == ["fd"]
-        assert few.missing == {"kid": "it takes twice 10 images of the reference, which has 12"}
+        assert few.missing == {"kid": "it needs at least 10 images, 6 are compared"}
 
     def test_images_of_one_distribution_score_about_their_floor(self):
         generated = feature_set(normal(1, 100))
