@@ -3,6 +3,7 @@
 Written for CPUs too: there XLA's own depthwise convolution is 7 times slower than a sum of shifted products.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -42,18 +43,23 @@ class DepthwiseConvolution(eqx.Module):
 
     def __call__(self, x: Float[Array, "n height width channels"]) -> Float[Array, "n _ _ channels"]:
         weight = self.weight[:, :, None, None, None]
-        shifted = windows(x, len(weight), self.stride, 0.0)
+        shifted = windows(x, len(weight), self.stride)
         return sum(
             (piece * weight[row, column] for (row, column), piece in shifted.items()), self.bias[None, None, None]
         )
 
 
 def windows(
-    x: Float[Array, "n height width channels"], side: int, stride: int, fill: float
+    x: Float[Array, "n height width channels"],
+    side: int,
+    stride: int = 1,
+    padding: Padding = "SAME",
+    fill: float = 0.0,
 ) -> dict[tuple[int, int], Float[Array, "n _ _ channels"]]:
-    """The pixels that a window of `side` sees at each of its places, by row and column; `SAME` padding with `fill`."""
-    (top, rows), (left, columns) = (_padding(size, side, stride) for size in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (top, rows), (left, columns), (0, 0)), constant_values=fill)
+    """The pixels that a window of `side` sees at each of its places, by row and column; padded with `fill`."""
+    if padding == "SAME":
+        edges = [_padding(size, side, stride) for size in x.shape[1:3]]
+        x = jnp.pad(x, ((0, 0), *edges, (0, 0)), constant_values=fill)
     ends = tuple(size - side + 1 for size in x.shape[1:3])
     return {
         (row, column): x[:, row : row + ends[0] : stride, column : column + ends[1] : stride]
@@ -65,6 +71,19 @@ def windows(
 def _padding(size: int, side: int, stride: int) -> tuple[int, int]:
     total = max((-(-size // stride) - 1) * stride + side - size, 0)
     return total // 2, total - total // 2
+
+
+def max_pool(
+    x: Float[Array, "n height width channels"], stride: int, padding: Padding
+) -> Float[Array, "n _ _ channels"]:
+    """The largest value of each 3x3 window."""
+    return functools.reduce(jnp.maximum, windows(x, 3, stride, padding, -jnp.inf).values())
+
+
+def average_pool(x: Float[Array, "n height width channels"]) -> Float[Array, "n height width channels"]:
+    """The average over each 3x3 window; pixels outside the image do not count."""
+    count = functools.reduce(jnp.add, windows(jnp.ones((1, *x.shape[1:3], 1)), 3).values())
+    return functools.reduce(jnp.add, windows(x, 3).values()) / count
 
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -5,10 +5,12 @@ A network is built as shapes only and then filled from the files by key: a param
 key. All files are untrusted: JSON and safetensors hold data only, and an index cannot point outside its folder.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -196,6 +198,20 @@ def fill(
     return jax.tree_util.tree_map_with_path(place, shapes, *([] if shardings is None else [shardings]))
 
 
+def with_single_layers(shapes: PyTree, path: str, depth: int) -> PyTree:
+    """The tree `shapes` with the stacked layers at `path` as in the files, one by one, so that errors have their keys."""
+    where = operator.attrgetter(path)
+    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), where(shapes))
+    return eqx.tree_at(where, shapes, [layer] * depth)
+
+
+def stack_layers(tensors: dict[str, np.ndarray], path: str, depth: int) -> None:
+    """Replace `<path>.<i>.<name>` by a stacked `<path>.<name>`, one name at a time to save memory."""
+    first = f"{path}.0."
+    for name in [key.removeprefix(first) for key in tensors if key.startswith(first)]:
+        tensors[f"{path}.{name}"] = np.stack([tensors.pop(f"{path}.{i}.{name}") for i in range(depth)])
+
+
 def check_tensors(shapes: PyTree[jax.ShapeDtypeStruct], tensors: Mapping[str, np.ndarray], *, source: Path) -> None:
     """Raise `ValueError` listing all errors unless `tensors` are the parameters of `shapes` by path and shape."""
     parameters = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
@@ -214,4 +230,5 @@ def _described(tensor: np.ndarray) -> str:
 
 def _stored_shape(key: str, parameter: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     # Equinox stores the bias of a convolution as (channels, 1, 1), the files as (channels,).
-    return parameter.shape[:1] if key.endswith(".bias") else parameter.shape
+    is_convolution = key.endswith(".bias") and parameter.shape[1:] == (1, 1)
+    return parameter.shape[:1] if is_convolution else parameter.shape

@@ -226,8 +226,10 @@ def load_t5gemma(folder: Path, dtype: DTypeLike, mesh: Mesh | None = None) -> T5
     del stored  # to free the single layers while they are stacked
     fingerprint = hashing.fingerprint(f"{config} {hashing.tensors_fingerprint(tensors)}")
     shapes = eqx.filter_eval_shape(T5GemmaEncoder, config, fingerprint)
-    pretrained.check_tensors(_with_single_layers(shapes), tensors, source=folder)
-    _stack_layers(tensors, config.num_hidden_layers)
+    pretrained.check_tensors(
+        pretrained.with_single_layers(shapes, "layers", config.num_hidden_layers), tensors, source=folder
+    )
+    pretrained.stack_layers(tensors, "layers", config.num_hidden_layers)
     shardings = None if mesh is None else sharding.parameter_shardings(mesh, shapes)
     return pretrained.fill(shapes, tensors, dtype, source=folder, shardings=shardings)
 
@@ -244,15 +246,3 @@ def _read_config(folder: Path, raw: dict[str, Any], files: list[Path]) -> T5Gemm
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-
-
-def _with_single_layers(shapes: T5GemmaEncoder) -> T5GemmaEncoder:
-    """The tree as in the files, `layers.0` to `layers.25`, so that errors have the keys of the files."""
-    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes.layers)
-    return eqx.tree_at(lambda tree: tree.layers, shapes, [layer] * shapes.config.num_hidden_layers)
-
-
-def _stack_layers(tensors: dict[str, np.ndarray], depth: int) -> None:
-    """Replace `layers.<i>.<name>` by a stacked `layers.<name>`, one name at a time to save memory."""
-    for name in [key.removeprefix("layers.0.") for key in tensors if key.startswith("layers.0.")]:
-        tensors[f"layers.{name}"] = np.stack([tensors.pop(f"layers.{i}.{name}") for i in range(depth)])

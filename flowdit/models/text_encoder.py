@@ -186,7 +186,7 @@ def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncod
 
 def _load_t5gemma(config: TextConfig, folder: Path, mesh: Mesh | None) -> TextEncoder:
     # Before the weights, which are slow to read: most errors of a folder are found here.
-    tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
+    tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
     network = load_t5gemma(folder, config.dtype, mesh)
     largest = max([*tokenizer.get_vocab().values(), *tokenizer.encode("a").ids], default=0)
     if largest >= network.config.vocab_size:
@@ -215,7 +215,7 @@ def _load_wordllama(config: TextConfig, mesh: Mesh | None) -> TextEncoder:
     folder = Path(next(iter(spec.submodule_search_locations)))
     tokenizer_file = folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
     weights = folder / "weights" / "l2_supercat_256.safetensors"
-    tokenizer = _read_tokenizer(tokenizer_file)
+    tokenizer = read_tokenizer(tokenizer_file)
     # Not rescaled, as their standard deviation is 0.9.
     tensors = {key.removeprefix("embedding."): tensor for key, tensor in pretrained.read_tensors([weights]).items()}
     shapes = eqx.filter_eval_shape(lambda: TokenTable(jnp.zeros((tokenizer.get_vocab_size(), 256))))
@@ -234,7 +234,8 @@ def _load_wordllama(config: TextConfig, mesh: Mesh | None) -> TextEncoder:
     )
 
 
-def _read_tokenizer(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read a `tokenizer.json`, its padding and truncation switched off. Raises `ValueError` naming a file that is no such."""
     if not file.is_file():
         raise ValueError(f"{file.parent}: must hold {file.name}, as transformers saves a fast tokenizer")
     try:
