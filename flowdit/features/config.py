@@ -17,7 +17,8 @@ class FeatureWeights:
     """Where the weights of feature networks are.
 
     Attributes:
-        inception: file `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid, or its tensors in a safetensors file.
+        inception: file `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid (read with torch), or its tensors in a
+            safetensors file.
         dinov2: Hugging Face folder or hub id of a DINOv2 model, with or without registers.
         clip: Hugging Face folder or hub id of a CLIP model.
     """
