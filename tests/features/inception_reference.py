@@ -61,7 +61,8 @@ def network(x: torch.Tensor, convolve, pool) -> torch.Tensor:
             x = convolve(f"{block}.{name}", x, out, sides, stride=stride[0] if stride else 1)
         return x
 
-    one, three, row, column = (1, 1), (3, 3), (1, 7), (7, 1)
+    one, three = (1, 1), (3, 3)
+    row, column = (1, 7), (7, 1)
     for block, width in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
         double = ("branch3x3dbl_1", 64, one), ("branch3x3dbl_2", 96, three), ("branch3x3dbl_3", 96, three)
         parts = [

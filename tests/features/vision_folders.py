@@ -8,7 +8,8 @@ import numpy as np
 import safetensors.numpy
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WIDTH, HEADS, DEPTH = 32, 4, 3
+WIDTH, HEADS = 32, 4
+DEPTH = 3
 WORDS = ["<start>", "<end>", *(f"w{i}" for i in range(60))]
 PREPROCESSING = {
     "size": {"shortest_edge": 36},
