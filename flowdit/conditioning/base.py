@@ -31,11 +31,13 @@ class Requests:
     """Images to draw. Conditions are made batch by batch, so memory does not grow with the number of requests.
 
     `captions` are the texts below the images. `encode` takes image indices and returns their conditions and null
-    conditions, both with a leading batch axis; the null conditions are None without guidance.
+    conditions, both with a leading batch axis; the null conditions are None without guidance. `arguments` takes an
+    image index and returns the arguments of `Conditioning.requests` that ask for this image alone, as JSON data.
     """
 
     captions: list[str]
     encode: Callable[[Sequence[int]], tuple[Any, Any]]
+    arguments: Callable[[int], dict[str, Any]]
 
     def __len__(self) -> int:
         return len(self.captions)

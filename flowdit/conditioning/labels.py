@@ -78,7 +78,8 @@ class Labels(Conditioning):
             condition = jnp.asarray([numbers[row] for row in rows], jnp.int32)
             return condition, jax.vmap(self.null)(condition)
 
-        return Requests([self.class_names[number] for number in numbers], encode)
+        captions = [self.class_names[number] for number in numbers]
+        return Requests(captions, encode, lambda row: {"labels": numbers[row]})
 
     def resolve(self, field: str, labels: Sequence[Any] | None) -> list[int]:
         """Class numbers for numbers or names; by default `DEFAULT_PREVIEWS` evenly spaced classes."""

@@ -50,7 +50,7 @@ class Unconditional(Conditioning):
         def encode(rows: Sequence[int]) -> tuple[Array, None]:
             return jnp.zeros(len(rows), jnp.int32), None
 
-        return Requests([""] * count, encode)
+        return Requests([""] * count, encode, lambda row: {})
 
     def previews(self, train: TrainConfig, source: Source | None) -> Requests:
         return self.requests(DEFAULT_PREVIEWS)

@@ -198,7 +198,7 @@ class Text(Conditioning):
                 return condition, jax.vmap(self.null)(condition)
             return condition, jax.tree.map(lambda x: jnp.repeat(x, len(rows), axis=0), negative)
 
-        return Requests(prompts, encode)
+        return Requests(prompts, encode, lambda row: {"prompts": prompts[row], "negative_prompt": negative_prompt})
 
     def _conditions(self, texts: list[str]) -> TextCondition:
         """Conditions with a fixed shape, so that images do not depend on the length of other prompts."""

@@ -108,16 +108,17 @@ def guided_velocity(
     t: Float[Array, ""],
     condition: Any,
     null: Any,
-    guidance: float,
-    interval: tuple[float, float] = (0.0, 1.0),
+    guidance: float | Float[Array, ""],
+    interval: tuple[Any, Any] = (0.0, 1.0),
 ) -> Float[Array, "batch channels height width"]:
     """v = v_null + w (v_cond - v_null) over all channels (Ho & Salimans 2022), both halves in one batch.
 
     Outside `interval` (low <= t <= high) only the conditional velocity is used (Kynkaanniemi et al. 2024).
     `null` has the batch axis of `condition`. With guidance 1, or without `null`, only the conditional half is computed.
+    A traced `guidance` is never taken for 1.
     """
     batch = x_t.shape[0]
-    if guidance == 1.0 or null is None:
+    if null is None or (isinstance(guidance, int | float) and guidance == 1.0):
         return jax.vmap(model, in_axes=(0, None, 0))(x_t, t, condition)
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
     velocity = jax.vmap(model, in_axes=(0, None, 0))(jnp.concatenate([x_t, x_t]), t, both)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
+from flowdit.diffusion.watch import Meter, Watch
 from flowdit.fields import require, require_choice
 
 PREDICTIONS = ("velocity", "noise")
@@ -85,11 +87,20 @@ def check_count(field: str, value: Any) -> None:
     require(field, value, int(value) >= 1, "must be at least 1")
 
 
+class Guidance(NamedTuple):
+    """Weight of guidance and the flow times between which it holds, as numbers or as inputs of a compiled solve."""
+
+    weight: Any
+    low: Any = 0.0
+    high: Any = 1.0
+
+
 class Samples(NamedTuple):
-    """Normalised latents, and the number of evaluations of the velocity field for each."""
+    """Normalised latents, the number of evaluations of the velocity field for each, and the path if it was asked for."""
 
     latents: Float[Array, "batch channels height width"]
     evaluations: Int[Array, " batch"]
+    path: Float[Array, "batch frames channels height width"] | None = None
 
 
 def sample(
@@ -99,6 +110,8 @@ def sample(
     null: Any,
     config: SamplerConfig,
     prediction: str = "velocity",
+    watch: Watch = Watch(),
+    guidance: Guidance | None = None,
 ) -> Samples:
     """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0. `condition` and `null` have a leading batch axis.
 
@@ -108,13 +121,18 @@ def sample(
 
     A guided evaluation runs a batch twice as large and counts once. Without `null` there is no guidance. Adaptive steps
     are chosen per image, so that images do not depend on the rest of the batch; more than `config.steps` raise an
-    error.
+    error. A `watch` sees the solve without changing its result. `guidance` takes the place of that of `config`, so
+    that a compiled function serves many weights.
     """
+    guidance = guidance or Guidance(config.guidance, config.guidance_low, config.guidance_high)
     model = velocity_field(model, prediction)
     start_time, start = _starting_point(noise, prediction)
 
     def solve(start: Array, condition: Any, null: Any) -> Samples:
-        return _solve(model, start, start_time, condition, null, config)
+        def field(t: Array, x: Array, args: None) -> Array:
+            return guided_velocity(model, x, t, condition, null, guidance.weight, (guidance.low, guidance.high))
+
+        return _solve(field, start, start_time, config, watch)
 
     if config.rtol is None:  # the same times for all images: terms that depend only on the time are computed once
         return solve(start, condition, null)
@@ -127,14 +145,11 @@ def sample(
 
 
 def _solve(
-    model: Velocity, start: Array, start_time: float, condition: Any, null: Any, config: SamplerConfig
+    field: Callable[..., Array], start: Array, start_time: float, config: SamplerConfig, watch: Watch
 ) -> Samples:
     solver = SOLVERS[config.solver]
-    interval = (config.guidance_low, config.guidance_high)
-
-    def field(t, x, args):
-        return guided_velocity(model, x, t, condition, null, guidance=config.guidance, interval=interval)
-
+    times = jnp.linspace(start_time, 0.0, watch.frames)
+    states = [diffrax.SubSaveAt(ts=times)] if watch.frames else []
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),  # type: ignore[arg-type]
         solver.build(),
@@ -142,13 +157,16 @@ def _solve(
         t1=0.0,
         dt0=None if config.rtol is None else -start_time / config.steps,
         y0=start,
-        saveat=diffrax.SaveAt(t1=True),
+        saveat=diffrax.SaveAt(subs=[diffrax.SubSaveAt(t1=True), *states]),
         stepsize_controller=_controller(config, start_time),
         max_steps=config.steps,
+        progress_meter=diffrax.NoProgressMeter() if watch.progress is None else Meter(watch.progress),
     )
     assert solution.ys is not None
     evaluations = solver.evaluations_per_step * solution.stats["num_steps"] + solver.evaluations_at_start
-    return Samples(solution.ys[0], jnp.broadcast_to(evaluations, start.shape[:1]))
+    (result,), *path = solution.ys
+    evaluations = jnp.broadcast_to(evaluations, start.shape[:1])
+    return Samples(result, evaluations, jnp.swapaxes(path[0], 0, 1) if path else None)
 
 
 def velocity_field(model: Velocity, prediction: str) -> Velocity:

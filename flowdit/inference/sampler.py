@@ -12,29 +12,37 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from flowdit.checkpoint.names import named_arrays
 from flowdit.conditioning import KINDS, Requests
 from flowdit.conditioning.base import check_request_args
-from flowdit.diffusion.sampling import SamplerConfig, Samples, check_count, image_noise, sample
+from flowdit.diffusion.sampling import Guidance, SamplerConfig, Samples, check_count, image_noise, sample
+from flowdit.diffusion.watch import Watch
 from flowdit.fields import require
+from flowdit.hashing import tensors_fingerprint
 from flowdit.inference.images import Decode, load_matching_vae, make_decoder
 from flowdit.inference.trained import Trained
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.models.vae import AutoencoderKL
 from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, replicated
 
-DrawLatents = Callable[[Any, Any, np.ndarray, Any, Any], Samples]
+DrawLatents = Callable[..., Samples]
+MOST_COMPILED = 24
+"""Compiled functions that a sampler keeps, of different solvers, steps and shapes; the oldest goes first."""
 
 
 class Drawn(NamedTuple):
     """A batch of uint8 images (n, height, width, 3), their normalised latents and their indices.
 
-    `evaluations` is the number of evaluations of the velocity field for each.
+    `evaluations` is the number of evaluations of the velocity field for each, `size` the batch size that they were drawn
+    with, and `path` the latents on the way from the noise, (n, frames, channels, height, width), if they were watched.
     """
 
     images: np.ndarray
     latents: np.ndarray
     evaluations: np.ndarray
     numbers: list[int]
+    size: int = 1
+    path: np.ndarray | None = None
 
 
 class Sampler:
@@ -58,11 +66,18 @@ class Sampler:
         shapes = trained.conditioning.attention_shapes(trained.config.model, trained.manifest.latent_shape)
         self.compute = choose_compute(self.mesh, dtype, shapes)
         self._compiled: dict[tuple, DrawLatents] = {}
+        self._tell: Callable[[float], None] | None = None
 
     @functools.cached_property
     def vae(self) -> AutoencoderKL:
         """The VAE of the latents. Raises `ValueError` if it is missing or not the data's."""
         return load_matching_vae(self._vae_name, self.trained.manifest)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell the weights of the network from others."""
+        arrays = named_arrays(self.trained.model)
+        return tensors_fingerprint({name: np.asarray(array) for name, array in arrays.items()})
 
     @functools.cached_property
     def decode(self) -> Decode:
@@ -129,36 +144,67 @@ class Sampler:
         seed: int = 0,
         batch_size: int = 64,
         numbers: Sequence[int] | None = None,
+        watch: Watch = Watch(),
     ) -> Iterator[Drawn]:
-        """Yield the images with indices `numbers` (default: all) of the `requests`, batch by batch."""
+        """Yield the images with indices `numbers` (default: all) of the `requests`, batch by batch.
+
+        A `watch` sees each solve without changing the images; one at a time may tell the progress.
+        """
         numbers = range(len(requests)) if numbers is None else numbers
         size = self.batch_shape(len(numbers), batch_size)
-        draw = self.drawing(config, seed)
+        draw = self.drawing(config, seed, watch)
         for start in range(0, len(numbers), size):
             rows = list(numbers[start : start + size])
             padded = rows + rows[-1:] * (size - len(rows))
             samples = draw(np.asarray(padded, np.int32), *requests.encode(padded))
-            latents, evaluations = (np.asarray(part)[: len(rows)] for part in samples)
-            yield Drawn(self.decode(latents, size), latents, evaluations, rows)
+            samples = jax.tree.map(lambda part: np.asarray(part)[: len(rows)], samples)
+            yield Drawn(
+                images=self.decode(samples.latents, size),
+                latents=samples.latents,
+                evaluations=samples.evaluations,
+                numbers=rows,
+                size=size,
+                path=samples.path,
+            )
 
     def batch_shape(self, count: int, batch_size: int) -> int:
         """The batch size that `count` images are drawn with."""
         return batch_shape(count, batch_size, batch_shards(self.mesh))
 
-    def drawing(self, config: SamplerConfig, seed: int) -> Callable[[np.ndarray, Any, Any], Samples]:
+    def drawing(
+        self, config: SamplerConfig, seed: int, watch: Watch = Watch()
+    ) -> Callable[[np.ndarray, Any, Any], Samples]:
         """Return a function from image numbers, conditions and null conditions to samples on the devices.
 
         It returns before they are computed.
         """
-        return functools.partial(self._draw_latents(config), self.trained.model, np.uint32(seed))
+        self._tell = watch.progress
+        draw = self._draw_latents(config, watch)
+        return functools.partial(draw, guidance_inputs(config), self.trained.model, np.uint32(seed))
 
-    def _draw_latents(self, config: SamplerConfig) -> DrawLatents:
-        key = dataclasses.astuple(config)
+    def _draw_latents(self, config: SamplerConfig, watch: Watch) -> DrawLatents:
+        """The compiled function of these settings; it serves all weights of guidance and every `watch.progress`."""
+        steps = (config.solver, config.steps, config.time_shift, config.rtol)
+        key = (*steps, config.guidance == 1, watch.frames, watch.progress is None)
         if key not in self._compiled:
             trained = self.trained
             shape, prediction = trained.manifest.latent_shape, trained.prediction
-            self._compiled[key] = make_draw(shape, config, prediction, self.compute, self.mesh)
+            watch = watch if watch.progress is None else watch._replace(progress=self._told)
+            self._compiled[key] = compile_draw(shape, config, prediction, self.compute, self.mesh, watch)
+            while len(self._compiled) > MOST_COMPILED:
+                del self._compiled[next(iter(self._compiled))]
         return self._compiled[key]
+
+    def _told(self, fraction: float) -> None:
+        if self._tell is not None:
+            self._tell(fraction)
+
+
+def guidance_inputs(config: SamplerConfig) -> Guidance | None:
+    """Guidance as inputs of a compiled solve, so that other values compile nothing; None without guidance."""
+    if config.guidance == 1:
+        return None
+    return Guidance(np.float32(config.guidance), np.float32(config.guidance_low), np.float32(config.guidance_high))
 
 
 def make_draw(
@@ -168,11 +214,25 @@ def make_draw(
 
     The results are replicated, so that each process can read them: latents are small.
     """
+    draw = compile_draw(latent_shape, config, prediction, compute, mesh)
+    return functools.partial(draw, guidance_inputs(config))
 
-    def draw(model, seed, numbers, condition, null):
+
+def compile_draw(
+    latent_shape: tuple[int, int, int],
+    config: SamplerConfig,
+    prediction: str,
+    compute: Compute,
+    mesh: Mesh,
+    watch: Watch = Watch(),
+) -> DrawLatents:
+    """`make_draw` for all guided solves with these steps, or all without guidance: takes `guidance_inputs` first."""
+
+    def draw(guidance, model, seed, numbers, condition, null):
         inputs = (image_noise(seed, numbers, latent_shape), condition, null)
         noise, condition, null = jax.lax.with_sharding_constraint(inputs, batch_sharding(mesh))
-        return sample(compute.cast(model), noise, condition, null, config, prediction)
+        options = {"watch": watch, "guidance": guidance}
+        return sample(compute.cast(model), noise, condition, null, config, prediction, **options)
 
     return jax.jit(compute.on(mesh, draw), out_shardings=replicated(mesh))
 
