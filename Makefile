@@ -10,7 +10,7 @@ DEMO_TEXT_STEPS ?= 1800
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-text sample test test-slow check bench bench-tpu clean
+.PHONY: help setup demo demo-text sample serve test test-slow test-browser check bench bench-tpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,16 @@ $(VENV)/ready-$(EXTRA): pyproject.toml
 $(VENV)/ready-test: $(VENV)/ready-$(EXTRA)
 	@echo "installing the test extra"
 	@$(PIP) -e '.[$(EXTRA),test]'
+	@touch $@
+
+$(VENV)/ready-serve: $(VENV)/ready-$(EXTRA)
+	@echo "installing the serve extra"
+	@$(PIP) -e '.[$(EXTRA),serve]'
+	@touch $@
+
+$(VENV)/ready-browser: $(VENV)/ready-test
+	@echo "installing the serve and browser extras"
+	@$(PIP) -e '.[$(EXTRA),serve,browser]'
 	@touch $@
 
 setup: $(VENV)/ready-$(EXTRA) ## create .venv and install (EXTRA=cpu, cuda12, cuda13 or tpu)
@@ -59,11 +69,19 @@ sample: setup ## draw a grid from the pretrained model of the repository
 	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained overwrite=true num_images=2
 	@echo "the image: samples/pretrained/grid.png"
 
+serve: $(VENV)/ready-serve ## open the pretrained model as a page in the browser, http://127.0.0.1:7860
+	@$(BIN)/python -m flowdit.serve checkpoint=pretrained/openmoji
+
 test: $(VENV)/ready-test ## the test suite (a quarter of an hour or more on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@echo "left out: the slow tests (make test-slow) and those of the page in a browser (make test-browser)"
 
 test-slow: $(VENV)/ready-test ## the slow tests: full-size models in every format
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Needs chromium and chromedriver: on Debian, apt-get install chromium chromium-driver.
+test-browser: $(VENV)/ready-browser ## the tests of the page in headless Chromium
+	@$(BIN)/python -m pytest -m browser
 
 check: $(VENV)/ready-test ## format, lint, types and code structure
 	@$(BIN)/ruff format --check .

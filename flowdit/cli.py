@@ -1,4 +1,4 @@
-"""`flowdit train-stage1 | train-stage2 | prepare | sample | evaluate | plan | report | convert`: one command beside the modules.
+"""`flowdit train-stage1 | prepare | sample | serve | evaluate | report ...`: one console command beside the modules.
 
 This module imports only the standard library: JAX and the others take seconds to import, and a signal in that time must
 already end in a line.
@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": ("flowdit.prepare", "main", "turn a folder of images into a data set of latents"),
     "sample": ("flowdit.sample", "main", "sample images from a trained model"),
     "evaluate": ("flowdit.evaluate", "main", "score a trained model against real images"),
+    "serve": ("flowdit.serve", "main", "open a page in the browser to try a trained model"),
     "plan": ("flowdit.plan", "main", "say what a training run costs on machines that are not there"),
     "report": ("flowdit.report", "main", "write an HTML page about a training run, or several"),
     "convert": ("flowdit.convert", "main", "convert a model between formats"),

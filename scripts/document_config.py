@@ -26,6 +26,7 @@ from flowdit.interop import ConvertConfig
 from flowdit.planning.config import PlanConfig
 from flowdit.reporting.config import ReportConfig
 from flowdit.scores.config import EvaluateConfig
+from flowdit.serving.config import ServeConfig
 from flowdit.settings import default, described_fields, in_yaml, own_subclasses, type_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -34,6 +35,7 @@ COMMANDS = {
     "Training": ("`train_stage1.py` and `train_stage2.py`", Config),
     "Sampling": ("`python -m flowdit.sample`", SampleConfig),
     "Evaluating": ("`python -m flowdit.evaluate`", EvaluateConfig),
+    "The page": ("`python -m flowdit.serve`", ServeConfig),
     "Planning": ("`python -m flowdit.plan`, besides those of training", PlanConfig),
     "Reports": ("`python -m flowdit.report`", ReportConfig),
     "Preparing data": ("`python -m flowdit.prepare`", PrepareConfig),

@@ -270,6 +270,7 @@ def test_help_has_the_settings_of_the_command(name):
         "prepare": ("source", "captions", "vae"),
         "sample": ("checkpoint", "prompt", "guidance"),
         "evaluate": ("checkpoint", "reference", "metrics", "weights.inception", "guidance"),
+        "serve": ("checkpoint", "compare", "port", "max_waiting_each"),
         "plan": ("topology", "stage", "train.batch_size", "mesh.fsdp", "shape.latent"),
         "convert": ("source", "target", "to"),
     }

@@ -26,6 +26,8 @@ from flowdit.planning.config import PlanConfig
 from flowdit.report import register_schema as register_report
 from flowdit.reporting.config import ReportConfig
 from flowdit.scores.config import EvaluateConfig
+from flowdit.serve import register_schema as register_serve
+from flowdit.serving.config import ServeConfig
 from flowdit.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -132,11 +134,12 @@ def test_prose_fits_120_characters(page):
 
 TRAINING = {"train-stage1": "config", "train-stage2": "config_stage2"}
 SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
-SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig, "plan": PlanConfig, "evaluate": EvaluateConfig}
-SCHEMAS |= {"report": ReportConfig}
+SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig, "plan": PlanConfig}
+SCHEMAS |= {"evaluate": EvaluateConfig, "report": ReportConfig, "serve": ServeConfig}
 REQUIRED = {
     "sample": ["checkpoint=x"],
     "evaluate": ["checkpoint=x"],
+    "serve": ["checkpoint=x"],
     "convert": ["source=x", "target=y"],
     "prepare": [],
     "plan": ["topology=v5e:1"],
@@ -192,6 +195,7 @@ def test_commands_compose(page):
     register_schema()
     evaluate.register_schema()
     register_report()
+    register_serve()
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         for name, arguments in command_lines(page):
             if arguments:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flowdit
-from flowdit.diffusion.watch import Watch
+from flowdit.diffusion.watch import UNWATCHED, Watch
 from flowdit.inference import sampler as sampling
 from flowdit.inference.sampler import Sampler
 
@@ -16,7 +16,7 @@ def sampler(whole_run) -> Sampler:
     return flowdit.load(str(whole_run / "6"))
 
 
-def drawn(sampler: Sampler, watch: Watch = Watch(), count: int = 3, **solver) -> sampling.Drawn:
+def drawn(sampler: Sampler, watch: Watch = UNWATCHED, count: int = 3, **solver) -> sampling.Drawn:
     requests = sampler.requests(count, {"labels": ["heart"]})
     (batch,) = sampler.batches(requests, sampler.sampler_config(solver), seed=5, watch=watch)
     jax.effects_barrier()

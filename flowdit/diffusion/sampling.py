@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
-from flowdit.diffusion.watch import Meter, Watch
+from flowdit.diffusion.watch import UNWATCHED, Meter, Watch
 from flowdit.fields import require, require_choice
 
 PREDICTIONS = ("velocity", "noise")
@@ -110,7 +110,7 @@ def sample(
     null: Any,
     config: SamplerConfig,
     prediction: str = "velocity",
-    watch: Watch = Watch(),
+    watch: Watch = UNWATCHED,
     guidance: Guidance | None = None,
 ) -> Samples:
     """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0. `condition` and `null` have a leading batch axis.
@@ -130,7 +130,8 @@ def sample(
 
     def solve(start: Array, condition: Any, null: Any) -> Samples:
         def field(t: Array, x: Array, args: None) -> Array:
-            return guided_velocity(model, x, t, condition, null, guidance.weight, (guidance.low, guidance.high))
+            interval = (guidance.low, guidance.high)
+            return guided_velocity(model, x, t, condition, null, guidance=guidance.weight, interval=interval)
 
         return _solve(field, start, start_time, config, watch)
 

@@ -24,6 +24,9 @@ class Watch(NamedTuple):
     progress: Callable[[float], None] | None = None
 
 
+UNWATCHED = Watch()
+
+
 class Meter(diffrax.AbstractProgressMeter):
     """Passes the progress of a solve to `tell`."""
 

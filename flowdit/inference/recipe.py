@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import io
 import json
+import math
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
-import jax
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -24,8 +25,8 @@ from pydantic.dataclasses import dataclass
 
 from flowdit.conditioning import Requests
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.diffusion.watch import Watch
-from flowdit.fields import FieldError, about, require, under
+from flowdit.diffusion.watch import UNWATCHED, Watch
+from flowdit.fields import FieldError, about, require, shortened, under
 from flowdit.inference.sampler import Drawn, Sampler
 from flowdit.json_input import STRICT, Count, InputError, parse
 
@@ -94,7 +95,9 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self))
 
 
-def make_recipe(sampler: Sampler, requests: Requests, config: SamplerConfig, seed: int, number: int, size: int) -> Recipe:
+def make_recipe(
+    sampler: Sampler, requests: Requests, config: SamplerConfig, seed: int, number: int, size: int
+) -> Recipe:
     """The recipe of image `number` of the `requests`, drawn in a batch of `size`."""
     return Recipe(
         recipe=1,
@@ -146,7 +149,7 @@ def device_kind(device: Any) -> str:
     return names.group(1) if names else platform.processor() or platform.machine()
 
 
-def save_png(image: np.ndarray, file: Path | IO[bytes], recipe: Recipe) -> None:
+def save_png(image: np.ndarray, file: Path | IO[bytes] | io.BytesIO, recipe: Recipe) -> None:
     """Write a uint8 image (height, width, 3) as PNG, with its recipe."""
     info = PngInfo()
     info.add_text(KEYWORD, recipe.dump())
@@ -191,15 +194,26 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def solver(recipe: Recipe) -> SamplerConfig:
     """Its solver. Raises `FieldError` for an unknown or invalid field."""
-    known = [field.name for field in dataclasses.fields(SamplerConfig)]
-    for name in recipe.sampler:
-        require("field", name, name in known, f"must be one of {', '.join(known)}")
+    check_solver_fields(recipe.sampler)
     config = SamplerConfig(**recipe.sampler)
     config.check()
     return config
 
 
-def redraw(sampler: Sampler, recipe: Recipe, batch: int | None = None, watch: Watch = Watch()) -> Drawn:
+def check_solver_fields(fields: Mapping[str, Any]) -> None:
+    """Raise `FieldError` for a name that is no field of `SamplerConfig`, or a value that is not of its type and finite."""
+    known = [field.name for field in dataclasses.fields(SamplerConfig)]
+    for name, value in fields.items():
+        if name not in known:
+            raise FieldError(shortened(name), f"no such setting, must be one of {', '.join(known)}")
+        if name == "solver":
+            require(name, value, isinstance(value, str), "must be a text")
+        elif value is not None or name != "rtol":
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            require(name, value, is_number, "must be a finite number")
+
+
+def redraw(sampler: Sampler, recipe: Recipe, batch: int | None = None, watch: Watch = UNWATCHED) -> Drawn:
     """Draw the image of a recipe again.
 
     The pixels are bit-identical if `differences` finds none. `batch` is the size to draw with, by default the recipe's:
@@ -233,12 +247,7 @@ def differences(recipe: Recipe, sampler: Sampler, batch: int) -> list[str]:
     found = []
     if then.weights != now.weights:
         found.append(f"weights {then.weights} of step {then.step}, here {now.weights} of step {now.step}")
-    for name in ("vae", "text_encoder", "guide", "device"):
-        if getattr(then, name) != getattr(now, name):
-            found.append(f"{name} {getattr(then, name) or 'none'}, here {getattr(now, name) or 'none'}")
-    for name in now.versions:
-        if then.versions.get(name) != now.versions[name]:
-            found.append(f"{name} {then.versions.get(name)}, here {now.versions[name]}")
-    if recipe.batch != batch:
-        found.append(f"a batch of {recipe.batch}, here {batch}")
-    return found
+    pairs = {name: (getattr(then, name), getattr(now, name)) for name in ("vae", "text_encoder", "guide", "device")}
+    pairs |= {name: (then.versions.get(name), version) for name, version in now.versions.items()}
+    pairs["a batch of"] = (recipe.batch, batch)
+    return [*found, *(f"{name} {a or 'none'}, here {b or 'none'}" for name, (a, b) in pairs.items() if a != b)]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from flowdit.conditioning import Requests
 from flowdit.config import SampleConfig
@@ -21,6 +20,7 @@ from flowdit.data.images import SUFFIXES
 from flowdit.data.progress import progress_bar
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.image_grid import save_grid
+from flowdit.inference.recipe import Recipe, make_recipe, save_png
 from flowdit.inference.sampler import Drawn, Sampler
 
 UNFINISHED = "samples.json.unfinished"
@@ -60,9 +60,9 @@ def write_samples(sampler: Sampler, requests: Requests, solvers: Sequence[Sample
         names = _image_names(captions)
         shown = []
         evaluations = 0
-        for drawn in itertools.chain([first], batches):
+        for drawn, recipes in itertools.chain([first], batches):
             with _naming_the_folder(out):
-                _write_batch(out, names, drawn, config.save_latents)
+                _write_batch(out, names, drawn, recipes, config.save_latents)
             shown += [image.copy() for image in drawn.images[: GRID_IMAGES - len(shown)]]
             evaluations = max(evaluations, int(drawn.evaluations.max()))
             progress.update(len(drawn.images))
@@ -84,11 +84,12 @@ def _captions(requests: Requests, solvers: Sequence[SamplerConfig]) -> list[str]
 
 def _batches(
     sampler: Sampler, requests: Requests, solvers: Sequence[SamplerConfig], config: SampleConfig
-) -> Iterator[Drawn]:
-    """The batches of one solver after the other, with the images numbered over all of them."""
+) -> Iterator[tuple[Drawn, list[Recipe]]]:
+    """The batches of one solver after the other with recipes; the images are numbered over all of them."""
     for row, solver in enumerate(solvers):
         for drawn in sampler.batches(requests, solver, config.seed, config.batch_size):
-            yield drawn._replace(numbers=[row * len(requests) + number for number in drawn.numbers])
+            recipes = [make_recipe(sampler, requests, solver, config.seed, n, drawn.size) for n in drawn.numbers]
+            yield drawn._replace(numbers=[row * len(requests) + number for number in drawn.numbers]), recipes
 
 
 @contextlib.contextmanager
@@ -99,9 +100,9 @@ def _naming_the_folder(out: Path) -> Iterator[None]:
         raise ValueError(f"out: {out} cannot be written: {problem.strerror or problem}") from None
 
 
-def _write_batch(out: Path, names: list[str], drawn: Drawn, save_latents: bool) -> None:
-    for number, image in zip(drawn.numbers, drawn.images, strict=True):
-        Image.fromarray(image).save(out / names[number])
+def _write_batch(out: Path, names: list[str], drawn: Drawn, recipes: list[Recipe], save_latents: bool) -> None:
+    for number, image, recipe in zip(drawn.numbers, drawn.images, recipes, strict=True):
+        save_png(image, out / names[number], recipe)
     if save_latents:
         _append_latents(out / LATENTS, len(names), drawn)
 

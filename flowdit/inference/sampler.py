@@ -16,7 +16,7 @@ from flowdit.checkpoint.names import named_arrays
 from flowdit.conditioning import KINDS, Requests
 from flowdit.conditioning.base import check_request_args
 from flowdit.diffusion.sampling import Guidance, SamplerConfig, Samples, check_count, image_noise, sample
-from flowdit.diffusion.watch import Watch
+from flowdit.diffusion.watch import UNWATCHED, Watch
 from flowdit.fields import require
 from flowdit.hashing import tensors_fingerprint
 from flowdit.inference.images import Decode, load_matching_vae, make_decoder
@@ -144,7 +144,7 @@ class Sampler:
         seed: int = 0,
         batch_size: int = 64,
         numbers: Sequence[int] | None = None,
-        watch: Watch = Watch(),
+        watch: Watch = UNWATCHED,
     ) -> Iterator[Drawn]:
         """Yield the images with indices `numbers` (default: all) of the `requests`, batch by batch.
 
@@ -157,22 +157,17 @@ class Sampler:
             rows = list(numbers[start : start + size])
             padded = rows + rows[-1:] * (size - len(rows))
             samples = draw(np.asarray(padded, np.int32), *requests.encode(padded))
-            samples = jax.tree.map(lambda part: np.asarray(part)[: len(rows)], samples)
-            yield Drawn(
-                images=self.decode(samples.latents, size),
-                latents=samples.latents,
-                evaluations=samples.evaluations,
-                numbers=rows,
-                size=size,
-                path=samples.path,
-            )
+            parts = {
+                name: np.asarray(part)[: len(rows)] for name, part in samples._asdict().items() if part is not None
+            }
+            yield Drawn(images=self.decode(parts["latents"], size), numbers=rows, size=size, **parts)
 
     def batch_shape(self, count: int, batch_size: int) -> int:
         """The batch size that `count` images are drawn with."""
         return batch_shape(count, batch_size, batch_shards(self.mesh))
 
     def drawing(
-        self, config: SamplerConfig, seed: int, watch: Watch = Watch()
+        self, config: SamplerConfig, seed: int, watch: Watch = UNWATCHED
     ) -> Callable[[np.ndarray, Any, Any], Samples]:
         """Return a function from image numbers, conditions and null conditions to samples on the devices.
 
@@ -224,7 +219,7 @@ def compile_draw(
     prediction: str,
     compute: Compute,
     mesh: Mesh,
-    watch: Watch = Watch(),
+    watch: Watch = UNWATCHED,
 ) -> DrawLatents:
     """`make_draw` for all guided solves with these steps, or all without guidance: takes `guidance_inputs` first."""
 

@@ -16,14 +16,25 @@ from PIL import Image
 from flowdit.conditioning import Requests
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.diffusion.watch import Watch
-from flowdit.fields import FieldError, called, require, shortened
-from flowdit.inference.recipe import Recipe, differences, make_recipe, redraw, request_of, save_png
+from flowdit.fields import FieldError, require, shortened, under
+from flowdit.inference.recipe import (
+    Recipe,
+    check_solver_fields,
+    differences,
+    make_recipe,
+    redraw,
+    request_of,
+    save_png,
+    solver,
+)
 from flowdit.inference.sampler import Drawn, Sampler, check_settings
 from flowdit.serving.config import ServeConfig
 
 NAMES = {"labels": "label", "prompts": "prompt"}
 """Names of the arguments of `Conditioning.requests` on the page, where a draw has one of each."""
 SOLVER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplerConfig))
+PATH_BATCH = 16
+"""Pictures of paths that are decoded at once, whatever their number: one shape to compile."""
 Progress = Callable[[float], None]
 
 
@@ -81,7 +92,9 @@ class Models:
         return {
             "models": models,
             "takes": [NAMES.get(name, name) for name in first.trained.conditioning.request_args],
-            "classes": list(first.trained.manifest.class_names) if "labels" in first.trained.conditioning.request_args else [],
+            "classes": list(first.trained.manifest.class_names)
+            if "labels" in first.trained.conditioning.request_args
+            else [],
             "image_size": first.trained.manifest.image_size,
             "defaults": dataclasses.asdict(first.sampler_config({})),
             "limits": limits,
@@ -123,8 +136,8 @@ class Models:
         sampler = (named or self.samplers)[0]
         self._check_texts(recipe.request)
         requests = request_of(sampler, recipe)
-        with called({name: f"recipe.sampler.{name}" for name in SOLVER_FIELDS}):
-            config = self.solver(recipe.sampler)
+        with under("recipe.sampler."):
+            config = self._limited(solver(recipe))
         most = sampler.batch_shape(self.config.max_images, self.config.max_images)
         batch = sampler.batch_shape(min(recipe.batch, most), most)
         found = differences(recipe, sampler, batch)
@@ -139,12 +152,17 @@ class Models:
         return Work(run, [f"The image may differ from that of the recipe: {'; '.join(found)}."])
 
     def solver(self, fields: Mapping[str, Any]) -> SamplerConfig:
-        """The checked solver. Raises `FieldError` for an invalid field, or more steps than the limit."""
-        given = {name: _plain(name, value) for name, value in fields.items()}
+        """The solver with these fields, else the model's. Raises `FieldError` for an invalid one or too many steps."""
+        check_solver_fields(fields)
+        given = {name: value if name == "solver" else float(value) for name, value in fields.items()}
         if "steps" in given:
-            given["steps"] = whole(given, "steps", 1)
-        config = self.samplers[0].sampler_config(given)
-        require("steps", config.steps, config.steps <= self.config.max_steps, f"must be at most {self.config.max_steps}")
+            given["steps"] = whole(fields, "steps", 1)
+        return self._limited(self.samplers[0].sampler_config(given))
+
+    def _limited(self, config: SamplerConfig) -> SamplerConfig:
+        require(
+            "steps", config.steps, config.steps <= self.config.max_steps, f"must be at most {self.config.max_steps}"
+        )
         return config
 
     def _requests(self, sampler: Sampler, count: int, given: Mapping[str, Any]) -> Requests:
@@ -176,11 +194,14 @@ class Models:
 def pictures(sampler: Sampler, drawn: Drawn, recipes: list[Recipe]) -> list[Picture]:
     """The images of a batch, with their recipes and paths."""
     jax.effects_barrier()  # late calls of the progress, which would belong to the next draw
+    paths = [b""] * len(recipes)
+    if drawn.path is not None:
+        frames = sampler.decode(drawn.path.reshape(-1, *drawn.path.shape[2:]), PATH_BATCH)
+        paths = [strip(part) for part in np.split(frames, len(recipes))]
     found = []
-    for row, (image, recipe) in enumerate(zip(drawn.images, recipes, strict=True)):
+    for image, recipe, path in zip(drawn.images, recipes, paths, strict=True):
         png = io.BytesIO()
         save_png(image, png, recipe)
-        path = b"" if drawn.path is None or not drawn.path.shape[1] else strip(sampler.decode(drawn.path[row]))
         found.append(Picture(png.getvalue(), recipe, path))
     return found
 
@@ -200,12 +221,6 @@ def whole(given: Mapping[str, Any], name: str, default: int) -> int:
     return int(value)
 
 
-def _plain(name: str, value: Any) -> Any:
-    require(name, value, isinstance(value, str | int | float) and not isinstance(value, bool), "must be a number or text")
-    require(name, value, isinstance(value, str) or math.isfinite(value), "must be finite")
-    return value if name in ("solver", "steps") or isinstance(value, str) else float(value)
-
-
 def check_pair(first: Sampler, second: Sampler) -> None:
     """Raise `FieldError` unless both models take the same noise and requests."""
     kinds = [sampler.trained.conditioning.request_args for sampler in (first, second)]
@@ -215,5 +230,3 @@ def check_pair(first: Sampler, second: Sampler) -> None:
         raise FieldError("compare", f"must take {takes[0]}, as the model of checkpoint, takes {takes[1]}")
     if shapes[0] != shapes[1]:
         raise FieldError("compare", f"must have latents of {shapes[0]}, as the model of checkpoint, has {shapes[1]}")
-
-

@@ -106,7 +106,6 @@ class Events:
         except (ValueError, OSError) as problem:
             yield status("error", one_line(problem)), gr.skip()
             return
-        assert job.future is not None
         try:
             while not job.future.done():
                 yield self._progress(job, began), gr.skip()
@@ -167,5 +166,3 @@ def _taken(path: Path) -> bytes:
         return path.read_bytes()
     finally:
         path.unlink(missing_ok=True)
-
-

@@ -44,17 +44,19 @@ def build_page(models: Models, events: Events, title: str) -> gr.Blocks:
         with gr.Row(elem_id="fd-main"):
             with gr.Column(scale=0, min_width=320, elem_id="fd-controls"):
                 controls, new_seed, draw, stop = control_column(models)
-                dropped = gr.File(
-                    label="Recipe: drop a PNG or JSON of this page", file_types=[".png", ".json"], height=96,
-                    elem_id="fd-recipe",
-                )  # fmt: wide
+                gr.HTML("Or drop a PNG of this page, or a recipe, to draw its image again:", elem_id="fd-hint")
+                types = [".png", ".json"]
+                dropped = gr.File(file_types=types, show_label=False, height=84, elem_id="fd-recipe")
             with gr.Column(scale=1, min_width=320, elem_id="fd-results"):
                 status = gr.HTML(events.idle(), elem_id="fd-status")
                 result = gr.HTML(
                     html_template=asset("result.html"), js_on_load=asset("result.js"), elem_id="fd-result", value=None
                 )
                 history = gr.HTML(
-                    html_template=asset("history.html"), js_on_load=asset("history.js"), elem_id="fd-history", value=None
+                    html_template=asset("history.html"),
+                    js_on_load=asset("history.js"),
+                    elem_id="fd-history",
+                    value=None,
                 )
         shown = controls.shown()
         options = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
@@ -79,16 +81,19 @@ def control_column(models: Models) -> tuple[Controls, gr.Button, gr.Button, gr.B
     if "labels" in takes:
         choices = class_choices(sampler.trained.manifest.class_names)
         info = f"{len(choices)} classes; type to search"
-        label = gr.Dropdown(choices, value=choices[0][1], label="Class", info=info, filterable=True, elem_id="fd-label")
+        first = sampler.requests(1, {}).arguments(0)["labels"]  # of the previews
+        label = gr.Dropdown(choices, value=first, label="Class", info=info, filterable=True, elem_id="fd-label")
     if "prompts" in takes:
         prompt = gr.Textbox(label="Prompt", lines=3, max_length=limits.max_prompt, elem_id="fd-prompt")
     if "negative_prompt" in takes:
         negative = gr.Textbox(label="Negative prompt", lines=1, max_length=limits.max_prompt, elem_id="fd-negative")
     count = gr.Slider(1, limits.max_images, min(4, limits.max_images), step=1, label="Images", elem_id="fd-count")
     with gr.Row(elem_id="fd-seed-row"):
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120, elem_id="fd-seed")
+        seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="fd-seed")
         new_seed = gr.Button("New seed", size="sm", min_width=90, scale=0, elem_id="fd-new-seed")
-    steps = gr.Slider(1, limits.max_steps, min(config.steps, limits.max_steps), step=1, label="Steps", elem_id="fd-steps")
+    steps = gr.Slider(
+        1, limits.max_steps, min(config.steps, limits.max_steps), step=1, label="Steps", elem_id="fd-steps"
+    )
     guidance = gr.Slider(1, 15, config.guidance, step=0.1, label="Guidance", info="1: none", elem_id="fd-guidance")
     with gr.Accordion("Solver and interval", open=False, elem_id="fd-more"):
         solver = gr.Dropdown(list(SOLVERS), value=config.solver, label="Solver", filterable=False, elem_id="fd-solver")
@@ -99,8 +104,16 @@ def control_column(models: Models) -> tuple[Controls, gr.Button, gr.Button, gr.B
         draw = gr.Button("Draw", variant="primary", size="lg", elem_id="fd-draw")
         stop = gr.Button("Stop", size="lg", scale=0, min_width=80, elem_id="fd-stop")
     controls = Controls(
-        label=label, prompt=prompt, negative_prompt=negative, seed=seed, count=count, solver=solver, steps=steps,
-        guidance=guidance, guidance_low=low, guidance_high=high,
+        label=label,
+        prompt=prompt,
+        negative_prompt=negative,
+        seed=seed,
+        count=count,
+        solver=solver,
+        steps=steps,
+        guidance=guidance,
+        guidance_low=low,
+        guidance_high=high,
     )  # fmt: wide
     return controls, new_seed, draw, stop
 

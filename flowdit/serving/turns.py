@@ -17,7 +17,7 @@ class Job:
         self.visitor = visitor
         self.progress = 0.0
         self.is_running = False
-        self.future: concurrent.futures.Future[Any] | None = None
+        self.future: concurrent.futures.Future[Any]
 
 
 class Turns:
@@ -41,7 +41,9 @@ class Turns:
         with self._lock:
             own = sum(job.visitor == visitor for job in self._jobs)
             if own >= self._most_each:
-                raise FieldError("queue", f"{own} of your draws are waiting or running, which is the most: try again later")
+                raise FieldError(
+                    "queue", f"{own} of your draws are waiting or running, which is the most: try again later"
+                )
             waiting = sum(not job.is_running for job in self._jobs)
             if waiting >= self._most:
                 raise FieldError("queue", f"{waiting} draws are waiting, which is the most: try again later")
@@ -58,8 +60,7 @@ class Turns:
 
     def leave(self, job: Job) -> None:
         """Forget a job whose visitor has gone, unless it has started."""
-        if job.future is not None:
-            job.future.cancel()
+        job.future.cancel()
 
     def _run(self, job: Job, work: Callable[[Callable[[float], None]], Any]) -> Any:
         job.is_running = True
