@@ -251,7 +251,7 @@ def test_scores_are_shown_with_errors_floor_and_best(run, tmp_path):
     ]
     floor = {"identity": "efficientnet-lite0 pool", "floor": {"fd": {"value": 1.25}}, "floor_count": 500}
     content = {
-        "checkpoint": {"path": str(run / "6"), "step": 6},
+        "checkpoint": {"name": str(run / "6"), "step": 6},
         "images": {"count": 64},
         "features": {"efficientnet": floor},
         "points": [*points, {"scores": 3}],
@@ -260,10 +260,12 @@ def test_scores_are_shown_with_errors_floor_and_best(run, tmp_path):
     (run / "evaluation").mkdir()
     (run / "evaluation" / "scores.json").write_text(json.dumps(content))
     page = report(tmp_path, f"run={run}")
-    assert "best 2 40 5 0.1 ± 0.02" in page.text and "real images (500) 1.25" in page.text
+    assert "best 2 40 5 0.1 ± 0.02" in page.text and "real images, 500 against others 1.25" in page.text
     assert "images.count 64" in page.text and "efficientnet-lite0 pool" in page.text
-    chart = page.chart("fd in efficientnet by guidance")
-    assert chart["levels"] == {"real images": 1.25} and chart["series"][0]["y"] == [10.0, 5.0]
+    assert f"64 images of step 6 of {run / '6'}" in page.text
+    chart = page.chart("Frechet distance in efficientnet by guidance")
+    assert chart["levels"] == {"real images": 1.25} and chart["note"] == "lower is better"
+    assert chart["series"][0]["y"] == [10.0, 5.0] and chart["series"][0]["best"] == 1
     (run / "evaluation" / "scores.json").write_text("{}")
     assert "has no points with scores" in call(main, f"run={run}", f"out={tmp_path / 'report.html'}").out
     refused = error_line(call(main, f"run={run}", f"scores={run / 'evaluation'}", f"out={tmp_path / 'report.html'}"))

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flowdit.reporting.metrics import Curve, thinned
+from flowdit.features import FEATURES
+from flowdit.reporting.metrics import thinned
 from flowdit.reporting.reading import RunRecord
-from flowdit.reporting.results import Results, setting
+from flowdit.reporting.results import Point, Results, direction, metric_title, number
+from flowdit.scores.results import shown_setting
 
 PROFILES = 6
 """Steps that are drawn in a chart by flow time."""
+MOST_LINES = 24
+"""Of a chart of a sweep."""
 BY_TIME = re.compile(r"(?P<name>validation/loss_t|[\w-]+_by_t/)(?P<low>\d(?:\.\d+)?)(?:-(?P<high>\d(?:\.\d+)?))?")
 """Figures at one flow time, or of a bin of flow times."""
 MAIN = {
@@ -34,8 +38,8 @@ UNDRAWN = ("train/steps_per_second", "train/tflops_per_second", "train/total_flo
 class Series(NamedTuple):
     """A line. `run` is the index of its run; `colour` and `dash` are numbers of the page's styles.
 
-    `error` holds standard errors. With `fade`, from 0 (old) to 1 (new), the colour is weaker. `smooth` lines follow the
-    page's smoothing.
+    `error` holds standard errors, `best` is the index of a point that is marked. With `fade`, from 0 (old) to 1 (new),
+    the colour is weaker. `smooth` lines follow the page's smoothing.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Series(NamedTuple):
     fade: float = 1.0
     smooth: bool = False
     dots: bool = False
+    best: int | None = None
 
 
 class Chart(NamedTuple):
@@ -82,13 +87,13 @@ def curve_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     charts += [_chart("curves", title, runs, name) for name, title in RATES.items()]
     drawn = {*MAIN, *RATES, *UNDRAWN}
     for name in sorted(names):
-        if name in drawn or BY_TIME.fullmatch(name) or name.endswith("_error"):
+        if name in drawn or BY_TIME.fullmatch(name):
             continue
         if name == "train/skipped_steps":
             if any((curve := run.metrics.curve(name)) is not None and np.nanmax(curve.values) > 0 for run in runs):
                 charts.append(_chart("curves", "Skipped steps", runs, name))
         elif name.startswith("scores/"):
-            charts.append(_chart("scores", name.removeprefix("scores/").replace("_", " "), runs, name))
+            charts.append(_chart("scores", _score_title(name.removeprefix("scores/")), runs, name))
         elif name.startswith("train/"):
             charts.append(_chart("parts", f"Part of the loss: {name.removeprefix('train/')}", runs, name))
         else:
@@ -100,10 +105,19 @@ def _chart(section: str, title: str, runs: Sequence[RunRecord], name: str) -> Ch
     return Chart(section, title, "step", list(_lines(runs, {name: ""})))
 
 
+def _score_title(name: str) -> str:
+    """`KID in efficientnet, lower is better` of `kid_efficientnet`."""
+    for space in FEATURES:
+        if name.endswith(f"_{space}"):
+            metric = name.removesuffix(f"_{space}")
+            return ", ".join(filter(None, [f"{metric_title(metric)} in {space}", direction(metric)]))
+    return name
+
+
 def _lines(runs: Sequence[RunRecord], figures: dict[str, str]) -> Iterator[Series]:
     """Each figure of each run: with several runs the colour tells the run, else the figure."""
     for dash, (figure, words) in enumerate(figures.items()):
-        for number, run in enumerate(runs):
+        for index, run in enumerate(runs):
             curve = run.metrics.curve(figure)
             if curve is None or not np.isfinite(curve.values).any():
                 continue
@@ -111,24 +125,14 @@ def _lines(runs: Sequence[RunRecord], figures: dict[str, str]) -> Iterator[Serie
             name = ", ".join(filter(None, [run.name if len(runs) > 1 else "", words])) or run.name
             yield Series(
                 name=name,
-                run=number,
+                run=index,
                 x=thin.steps.tolist(),
                 y=thin.values.tolist(),
-                colour=number if len(runs) > 1 else dash,
+                colour=index if len(runs) > 1 else dash,
                 dash=dash if len(runs) > 1 else 0,
-                error=_errors(run, figure, thin),
                 smooth=figure.startswith("train/"),
                 dots=len(thin.steps) <= 60 and not figure.startswith("train/"),
             )
-
-
-def _errors(run: RunRecord, figure: str, curve: Curve) -> list[float | None] | None:
-    """The standard errors that are logged beside a figure."""
-    errors = run.metrics.curve(f"{figure}_error")
-    if errors is None:
-        return None
-    known = dict(zip(errors.steps.tolist(), errors.values.tolist(), strict=True))
-    return [known.get(step) for step in curve.steps.tolist()]
 
 
 def time_charts(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -139,18 +143,18 @@ def time_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         title = _time_title(name)
         profiles = [_profiles(run, name) for run in runs]
         newest = [
-            Series(f"{run.name}, step {max(found):,}", number, *found[max(found)], colour=number, dots=True)
-            for number, (run, found) in enumerate(zip(runs, profiles, strict=True))
+            Series(f"{run.name}, step {max(found):,}", index, *found[max(found)], colour=index, dots=True)
+            for index, (run, found) in enumerate(zip(runs, profiles, strict=True))
             if found
         ]
         if len(newest) > 1:
             charts.append(Chart("time", f"{title}, newest step", "t", newest))
-        for number, (run, found) in enumerate(zip(runs, profiles, strict=True)):
+        for index, (run, found) in enumerate(zip(runs, profiles, strict=True)):
             steps = list(found)
             chosen = [steps[round(i * (len(steps) - 1) / (PROFILES - 1))] for i in range(PROFILES)] if steps else []
             chosen = list(dict.fromkeys(chosen))
             lines = [
-                Series(f"step {step:,}", number, *found[step], colour=number, fade=(i + 1) / len(chosen), dots=True)
+                Series(f"step {step:,}", index, *found[step], colour=index, fade=(i + 1) / len(chosen), dots=True)
                 for i, step in enumerate(chosen)
             ]
             if lines:
@@ -182,38 +186,42 @@ def _profiles(run: RunRecord, name: str) -> dict[int, tuple[list[float], list[fl
 def sweep_charts(results: Results) -> list[Chart]:
     """The metric by which a sweep is judged, in each feature space, against guidance and against evaluations."""
     charts = []
-    varied = results.varied()
     for space in results.spaces():
         metrics = results.metrics(space)
         metric = results.best_metric if results.best_metric in metrics else metrics[0]
         floor = results.floors.get(space, {}).get(metric)
         levels = {} if floor is None else {"real images": floor.value}
         for axis, along, place in _axes(results):
-            lines: dict[str, list[tuple[float, float, float | None]]] = {}
-            for point in results.points:
-                score, x = point.scores.get(space, {}).get(metric), place(point)
-                if score is not None and x is not None:
-                    name = ", ".join(
-                        f"{other} {setting(point.settings.get(other))}" for other in varied if other != along
-                    )
-                    lines.setdefault(name or metric, []).append((x, score.value, score.error))
-            series = []
-            for number, (name, points) in enumerate(lines.items()):
-                x, y, error = (list(column) for column in zip(*sorted(points, key=lambda p: p[0]), strict=True))
-                series.append(Series(name, results.run or 0, x, y, colour=number % 8, error=error, dots=True))
-            if series:
-                charts.append(Chart("sweep", f"{metric} in {space} by {axis}", axis, series[:24], levels=levels))
+            if series := _sweep_lines(results, space, metric, along, place):
+                title = f"{metric_title(metric)} in {space} by {axis}"
+                charts.append(Chart("sweep", title, axis, series, direction(metric), levels))
     return charts
 
 
-def _axes(results: Results) -> Iterator[tuple[str, str, Callable[[Any], float | None]]]:
+def _sweep_lines(
+    results: Results, space: str, metric: str, along: str, place: Callable[[Point], float | None]
+) -> list[Series]:
+    """A line for each combination of the settings besides the one `along` the axis."""
+    lines: dict[str, list[tuple[float, float, float | None, bool]]] = {}
+    others = [name for name in results.varied() if name != along]
+    for i, point in enumerate(results.points):
+        score, x = point.scores.get(space, {}).get(metric), place(point)
+        if score is not None and x is not None:
+            name = ", ".join(f"{other} {shown_setting(point.settings.get(other))}" for other in others)
+            is_best = i == results.best and len(results.points) > 1
+            lines.setdefault(name or metric_title(metric), []).append((x, score.value, score.error, is_best))
+    series = []
+    for colour, (name, points) in enumerate(list(lines.items())[:MOST_LINES]):
+        x, y, error, is_best = (list(column) for column in zip(*sorted(points, key=lambda p: p[0]), strict=True))
+        best = is_best.index(True) if True in is_best else None
+        series.append(Series(name, results.run or 0, x, y, colour=colour % 8, error=error, dots=True, best=best))
+    return series
+
+
+def _axes(results: Results) -> Iterator[tuple[str, str, Callable[[Point], float | None]]]:
     """Axes along which the points differ: name, the setting that it stands for, and the place of a point."""
 
-    def guidance(point: Any) -> float | None:
-        value = point.settings.get("guidance")
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
     if "guidance" in results.varied():
-        yield "guidance", "guidance", guidance
+        yield "guidance", "guidance", lambda point: number(point.settings.get("guidance"))
     if len({point.evaluations for point in results.points}) > 1:
         yield "evaluations", "steps", lambda point: point.evaluations

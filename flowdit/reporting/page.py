@@ -38,7 +38,8 @@ def make_page(runs: Sequence[RunRecord], results: Sequence[Results], title: str 
         figures.setdefault(chart.section, []).append(figure(chart))
     scores = [_grid(figures.pop("scores", []))]
     for each in results:
-        scores.append(tag("div", *sections.score_tables(each, runs), class_="card block"))
+        owner = tag("h3", runs[each.run].name) if each.run is not None and len(runs) > 1 else None
+        scores.append(tag("div", owner, *sections.score_tables(each), class_="card"))
         scores.append(_grid([figure(chart) for chart in sweep_charts(each)]))
     body = _body(runs, title, grids, figures, scores)
     files = resources.files("flowdit.reporting") / "template"

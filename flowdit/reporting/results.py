@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from etils import epath
 from flowdit.fields import FieldError, about, shortened
 from flowdit.json_input import InputError
 from flowdit.reporting.reading import RunRecord, read_small_json
-from flowdit.storage import connect
+from flowdit.scores.metrics import METRICS, Score
+from flowdit.scores.results import title
+from flowdit.storage import connect, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -20,19 +23,12 @@ FILE = "scores.json"
 MOST_POINTS = 1_000
 
 
-class Value(NamedTuple):
-    """A score and its standard error, None if it has none."""
-
-    value: float
-    error: float | None
-
-
 class Point(NamedTuple):
     """One point of a sweep: settings by name, mean evaluations of the network for an image, scores by space and metric."""
 
     settings: dict[str, Any]
     evaluations: float | None
-    scores: dict[str, dict[str, Value]]
+    scores: dict[str, dict[str, Score]]
 
 
 class Results(NamedTuple):
@@ -45,7 +41,7 @@ class Results(NamedTuple):
     run: int | None
     facts: dict[str, str]
     identities: dict[str, str]
-    floors: dict[str, dict[str, Value]]
+    floors: dict[str, dict[str, Score]]
     floor_counts: dict[str, int]
     points: list[Point]
     best: int | None
@@ -58,6 +54,17 @@ class Results(NamedTuple):
     def metrics(self, space: str) -> list[str]:
         """The metrics in a space."""
         return list(dict.fromkeys(name for point in self.points for name in point.scores.get(space, {})))
+
+    def description(self) -> str:
+        """What was scored, against what."""
+        words = {
+            "images.count": "{} images",
+            "checkpoint.step": "of step {}",
+            "checkpoint.name": "of {}",
+            "images.conditions": "({})",
+            "reference.description": "against {}",
+        }
+        return " ".join(text.format(self.facts[key]) for key, text in words.items() if key in self.facts)
 
     def varied(self) -> list[str]:
         """The settings in which the points differ."""
@@ -114,16 +121,17 @@ def _read(file: epath.Path, run: int | None, runs: Sequence[RunRecord]) -> Resul
 
 
 def _run_of(checkpoint: dict[str, Any], runs: Sequence[RunRecord]) -> int | None:
-    """The run with the same id, or whose folder the checkpoint is in."""
-    for number, run in enumerate(runs):
-        if run.meta is not None and checkpoint.get("run_id") == run.meta.run_id:
-            return number
-    paths = [str(value).rstrip("/") for value in checkpoint.values() if isinstance(value, str)]
-    for number, run in enumerate(runs):
-        folder = str(run.folder)
-        if any(path == folder or path.startswith(f"{folder}/") for path in paths):
-            return number
-    return None
+    """The run in whose folder the checkpoint is."""
+    name = checkpoint.get("name")
+    if not isinstance(name, str):
+        return None
+    path = f"{_absolute(name)}/"
+    matching = (number for number, run in enumerate(runs) if path.startswith(f"{_absolute(str(run.folder))}/"))
+    return next(matching, None)
+
+
+def _absolute(path: str) -> str:
+    return path.rstrip("/") if is_remote(path) else os.path.abspath(path)
 
 
 def _facts(name: str, values: dict[str, Any], depth: int = 0) -> Iterable[tuple[str, str]]:
@@ -138,16 +146,16 @@ def _facts(name: str, values: dict[str, Any], depth: int = 0) -> Iterable[tuple[
 def _point(entry: Any) -> Point:
     entry = _dict(entry)
     scores = {_text(space): _values(values) for space, values in _dict(entry.get("scores")).items()}
-    settings = {_text(name): value for name, value in _dict(entry.get("settings")).items()}
+    settings = {_text(name): _setting(value) for name, value in _dict(entry.get("settings")).items()}
     return Point(settings, number(entry.get("evaluations")), {space: found for space, found in scores.items() if found})
 
 
-def _values(entry: Any) -> dict[str, Value]:
+def _values(entry: Any) -> dict[str, Score]:
     found = {}
     for name, score in _dict(entry).items():
         value = number(_dict(score).get("value"))
         if value is not None:
-            found[_text(name)] = Value(value, number(_dict(score).get("error")))
+            found[_text(name)] = Score(_text(name), value, number(_dict(score).get("error")))
     return found
 
 
@@ -161,12 +169,22 @@ def number(value: Any) -> float | None:
         return None
 
 
-def setting(value: Any) -> str:
-    """A setting as it is typed."""
+def _setting(value: Any) -> Any:
+    """A setting of a point: a number, None, text, or a list of these."""
     if isinstance(value, list):
-        return f"[{','.join(setting(part) for part in value[:8])}]"
-    known = number(value)
-    return "plain" if value is None else _text(value) if known is None else f"{known:g}"
+        return [_setting(part) if not isinstance(part, list) else _text(part) for part in value[:8]]
+    return value if value is None or number(value) is not None else _text(value)
+
+
+def metric_title(name: str) -> str:
+    """The name of a metric for people, of one that is not known its own."""
+    return title(name) if name.partition("/")[0] in METRICS else name
+
+
+def direction(name: str) -> str:
+    """Which values of a metric are better, in words."""
+    metric = METRICS.get(name.partition("/")[0])
+    return "" if metric is None else "higher is better" if metric.higher_is_better else "lower is better"
 
 
 def _text(value: Any) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flowdit.config import Config
+from flowdit.joining import ProcessConfig
 from flowdit.reporting.facts import duration, facts, moment
 from flowdit.reporting.grids import MOST_BYTES, Grid, embed
 from flowdit.reporting.html import Html, joined, table, tag
 from flowdit.reporting.reading import RunRecord
-from flowdit.reporting.results import Results, Value, setting
+from flowdit.reporting.results import Results, metric_title
+from flowdit.scores.metrics import Score
+from flowdit.scores.results import COLUMNS, shown_score, shown_setting
 from flowdit.settings import in_yaml
 from flowdit.training.resume import STARTING_FIELDS, flat_settings
 
@@ -104,7 +107,7 @@ def settings(runs: Sequence[RunRecord]) -> list[Html]:
             if len({values.get(key, MISSING) for values in known.values()}) > 1
         ]
         body = table(["setting", *known], rows, "settings") if rows else tag("p", "Nothing.")
-        parts.append(tag("div", tag("h3", "What differs between the runs"), body, class_="card block"))
+        parts.append(tag("div", tag("h3", "What differs between the runs"), body, class_="card"))
     for run in runs:
         if run.meta is None:
             continue
@@ -117,11 +120,9 @@ def settings(runs: Sequence[RunRecord]) -> list[Html]:
         everything = folded(f"all {len(values)} settings", table(["setting", "value"], values.items(), "settings"))
         head = tag("h3", f"{title} that are not the defaults")
         if len(runs) > 1:
-            parts.append(
-                tag("div", folded(f"{title} that are not the defaults", shown, everything), class_="card block")
-            )
+            parts.append(tag("div", folded(f"{title} that are not the defaults", shown, everything), class_="card"))
         else:
-            parts.append(tag("div", head, shown, everything, class_="card block"))
+            parts.append(tag("div", head, shown, everything, class_="card"))
     return parts
 
 
@@ -143,11 +144,11 @@ def sessions(runs: Sequence[RunRecord]) -> list[Html]:
                 [run.name, kind, moment(one.began), steps, duration(one.hours) if one.began else MISSING, again]
             )
     head = ["run", "", "began", "steps", "time", "steps done again"]
-    parts = [tag("div", table(head, rows), class_="card block")]
+    parts = [tag("div", table(head, rows), class_="card")]
     skipped = [[run.name, f"{one.step:,}", one.first] for run in runs for one in run.skipped]
     if skipped:
         content = table(["run", "step", "first value that was not finite"], skipped)
-        parts.append(tag("div", tag("h3", "Skipped steps"), content, class_="card block"))
+        parts.append(tag("div", tag("h3", "Skipped steps"), content, class_="card"))
     unreadable = [f"{run.name} {run.metrics.unreadable}" for run in runs if run.metrics.unreadable]
     if unreadable:
         parts.append(note(f"Unreadable lines of metrics.jsonl, which are left out: {', '.join(unreadable)}."))
@@ -172,8 +173,10 @@ def machines(runs: Sequence[RunRecord]) -> Html:
 
 
 def _mesh(config: Config) -> str:
-    sizes = {field.name: getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh)}
-    return ", ".join(f"{name} {sizes[name]}" for name in list(sizes)[:3])
+    """The sizes of the mesh's axes, -1 for all devices that are left."""
+    own = {field.name for field in dataclasses.fields(ProcessConfig)}
+    sizes = {name: value for name, value in dataclasses.asdict(config.mesh).items() if name not in own}
+    return ", ".join(f"{name} {value}" for name, value in sizes.items() if isinstance(value, int))
 
 
 def data(runs: Sequence[RunRecord]) -> list[Html]:
@@ -201,41 +204,39 @@ def data(runs: Sequence[RunRecord]) -> list[Html]:
             ["attribution", tag("div", manifest.attribution or "not stated", class_="text")],
         ]
         head = tag("h3", ", ".join(run.name for run in users)) if len(sets) > 1 else None
-        parts.append(tag("div", head, table(["", ""], rows), class_="card block"))
+        parts.append(tag("div", head, table(["", ""], rows), class_="card"))
     return parts
 
 
-def score_tables(results: Results, runs: Sequence[RunRecord]) -> Iterator[Html]:
+def score_tables(results: Results) -> Iterator[Html]:
     """The scores of one file: what was compared with what, and a table for each feature space."""
-    owner = runs[results.run].name if results.run is not None and len(runs) > 1 else None
+    yield note(results.description())
+    varied = results.varied() or list(results.points[0].settings)
     for space in results.spaces():
         metrics = results.metrics(space)
-        varied = results.varied() or list(results.points[0].settings)
-        rows, classes = [], []
+        rows: list[list[str]] = []
+        classes: list[str | None] = []
         for i, point in enumerate(results.points):
             is_best = i == results.best and len(results.points) > 1
-            cells = [*(setting(point.settings.get(name)) for name in varied), _count(point.evaluations)]
+            cells = [shown_setting(point.settings.get(name)) for name in varied]
+            cells.append("" if point.evaluations is None else f"{point.evaluations:,.0f}")
             cells += [_score(point.scores.get(space, {}).get(name)) for name in metrics]
             rows.append(["best" if is_best else f"{i + 1}", *cells])
             classes.append("best" if is_best else None)
         floor = results.floors.get(space)
         if floor:
-            count = f" ({results.floor_counts[space]:,})" if space in results.floor_counts else ""
+            count = f", {results.floor_counts[space]:,} against others" if space in results.floor_counts else ""
             rows.append([f"real images{count}", *("" for _ in varied), "", *(_score(floor.get(n)) for n in metrics)])
             classes.append("real")
-        head = ["", *(name.replace("_", " ") for name in varied), "evaluations", *metrics]
-        yield tag("h3", f"{owner}: {space}" if owner else space)
+        head = ["", *(COLUMNS.get(name, name) for name in varied), "evaluations", *map(metric_title, metrics)]
+        yield tag("h3", space)
         if results.identities.get(space):
             yield note(results.identities[space])
         yield table(head, rows, "numbers", classes)
-    yield folded("what was compared", table(["", ""], [["file", results.source], *results.facts.items()], "settings"))
+    yield folded(
+        "all that was compared", table(["", ""], [["file", results.source], *results.facts.items()], "settings")
+    )
 
 
-def _count(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
-def _score(score: Value | None) -> str:
-    if score is None:
-        return MISSING
-    return f"{score.value:.4g}" + (f" ± {score.error:.1g}" if score.error else "")
+def _score(score: Score | None) -> str:
+    return MISSING if score is None else shown_score(score)

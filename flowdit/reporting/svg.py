@@ -69,6 +69,8 @@ def _line(line: Series, across: Callable[[Number], float], up: Callable[[Number]
             parts.append(tag("line", class_=f"line {style}", x1=_short(across(x)), x2=_short(across(x)), **ends))
         if line.dots or len(line.x) == 1:
             parts.append(tag("circle", class_=f"dot {style}", cx=_short(across(x)), cy=_short(up(y)), r=3))
+        if i == line.best:
+            parts.append(tag("circle", class_="ring", cx=_short(across(x)), cy=_short(up(y)), r=7))
     return joined([tag("path", class_=f"line {style}", d="".join(path)), *parts])
 
 

@@ -230,6 +230,7 @@
         if (line.dots || line.x.length === 1) {
           parts.push(element("circle", { class: `dot ${style}`, cx: at, cy: this.up(y), r: 3.2 }));
         }
+        if (i === line.best) parts.push(element("circle", { class: "ring", cx: at, cy: this.up(y), r: 7 }));
       });
       return parts;
     }
@@ -405,6 +406,14 @@
     if (steps.length < 2) return;
     const slide = samples.querySelector(".slide");
     const [input, output, all] = ["input", "output", "button"].map((name) => slide.querySelector(name));
+    const columns = samples.querySelector(".columns.several");
+    if (columns) {
+      const large = element("button", { type: "button", class: "mode large", "aria-pressed": "false" }, "Large");
+      large.addEventListener("click", () => {
+        large.setAttribute("aria-pressed", String(!columns.classList.toggle("several")));
+      });
+      all.after(large);
+    }
     const update = () => {
       const step = steps[Number(input.value)];
       const isAll = all.getAttribute("aria-pressed") === "true";
