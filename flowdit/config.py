@@ -227,6 +227,7 @@ class SampleConfig:
         guidance_high: as `train.sampler.guidance_high`.
         time_shift: as `train.sampler.time_shift`.
         rtol: as `train.sampler.rtol`.
+        guide: a weaker model that guides in place of the null condition (autoguidance), named like `checkpoint`; null: none.
         mesh: processes.
     """
 
@@ -252,6 +253,7 @@ class SampleConfig:
     guidance_high: float | None = None
     time_shift: float | None = None
     rtol: float | None = None
+    guide: str | None = None
     mesh: SamplingMesh = dataclasses.field(default_factory=SamplingMesh)
 
     def __post_init__(self) -> None:

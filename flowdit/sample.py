@@ -64,7 +64,8 @@ def _sample(composed: DictConfig) -> None:
     arguments["negative_prompt"] = config.negative_prompt
     with about("checkpoint"):
         mesh = make_mesh(MeshConfig()) if jax.process_count() > 1 else None
-        sampler = load(config.checkpoint, mesh=mesh, vae=config.vae, text_encoder=config.text_encoder)
+        hints: dict[str, Any] = {"vae": config.vae, "text_encoder": config.text_encoder}
+        sampler = load(config.checkpoint, mesh=mesh, guide=config.guide, **hints)
     solvers = [sampler.sampler_config(fields) for fields in config.samplers()]
     with called({"prompts": "prompt"} if config.prompt is not None else {}):
         requests = sampler.requests(config.num_images, arguments)
@@ -73,6 +74,7 @@ def _sample(composed: DictConfig) -> None:
         logger.info("%s: %s", count, listed([repr(prompt) for prompt in prompts]))
     guidance = ", ".join(f"{solver.guidance:g}" for solver in solvers)
     settings = f"{solvers[0].solver}, {solvers[0].steps} steps, guidance {guidance}"
+    settings += f" by {config.guide} (step {sampler.guide.step})" if sampler.guide is not None else ""
     logger.info("step %d: %d images, %s", sampler.trained.step, len(requests) * len(solvers), settings)
     logger.info("samples: %s", write_samples(sampler, requests, solvers, config))
 

@@ -172,6 +172,13 @@ class Conditioning(abc.ABC):
         """Counts to log, of what this process has read so far."""
         return {}
 
+    # --- another model beside this one ---
+
+    def unlike(self, theirs: Conditioning) -> str | None:
+        """Why conditions of this kind mean something else to a model of kind `theirs`, which cannot guide; None if not."""
+        ours, other = (type(part).__name__.lower() for part in (self, theirs))
+        return None if ours == other else f"must have the conditioning of the model, {ours}, it has {other}"
+
     # --- starting and resuming ---
 
     def check_resumable(self, stored: ConditioningMeta) -> None:  # noqa: B027

@@ -113,6 +113,15 @@ class Labels(Conditioning):
             f"Class-conditional ({self.num_classes})", "pipe(class_labels=[0])", values={"class_names": names}
         )
 
+    def unlike(self, theirs: Conditioning) -> str | None:
+        if not isinstance(theirs, Labels) or self.class_names == theirs.class_names:
+            return super().unlike(theirs)
+        if len(theirs.class_names) != len(self.class_names):
+            return f"must have the {len(self.class_names)} classes of the model, it has {len(theirs.class_names)}"
+        pairs = zip(self.class_names, theirs.class_names, strict=True)
+        number, (ours, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        return f"must have the classes of the model in their order, class {number} is {ours!r}, its own is {other!r}"
+
     def fresh_parts(self, theirs: Conditioning, their_model: ModelConfig, model: ModelConfig) -> dict[str, str]:
         count = theirs.num_classes if isinstance(theirs, Labels) else 0
         if count == self.num_classes:

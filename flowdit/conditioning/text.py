@@ -253,6 +253,21 @@ class Text(Conditioning):
         counts = self.training.readers["train"].counts
         return {"data/captions": counts.captions, "data/truncated_captions": counts.truncated}
 
+    def unlike(self, theirs: Conditioning) -> str | None:
+        if not isinstance(theirs, Text):
+            return super().unlike(theirs)
+        assert self.info is not None and theirs.info is not None
+        # The fingerprint of an imported model's encoder is unknown: compare the name.
+        same = "fingerprint" if self.info.fingerprint and theirs.info.fingerprint else "name"
+        for field in (same, "width", "max_length"):
+            if (ours := getattr(self.info, field)) != (other := getattr(theirs.info, field)):
+                return (
+                    f"must read the features of the model's text encoder, of {field} {ours}, it reads those of {other}"
+                )
+        if theirs.size not in (None, self.size):
+            return f"must take images of the model's size {self.size}, it takes {theirs.size}"
+        return None
+
     # --- starting and resuming ---
 
     def check_resumable(self, stored: ConditioningMeta) -> None:

@@ -110,18 +110,24 @@ def guided_velocity(
     null: Any,
     guidance: float | Float[Array, ""],
     interval: tuple[Any, Any] = (0.0, 1.0),
+    guide: Velocity | None = None,
 ) -> Float[Array, "batch channels height width"]:
     """v = v_null + w (v_cond - v_null) over all channels (Ho & Salimans 2022), both halves in one batch.
 
+    With a `guide`, a weaker model, its velocity for `condition` takes the place of v_null (Karras et al. 2024,
+    autoguidance), and `null` is not used.
     Outside `interval` (low <= t <= high) only the conditional velocity is used (Kynkaanniemi et al. 2024).
-    `null` has the batch axis of `condition`. With guidance 1, or without `null`, only the conditional half is computed.
-    A traced `guidance` is never taken for 1.
+    `null` has the batch axis of `condition`. With guidance 1, or with neither `null` nor `guide`, only the conditional
+    velocity is computed. A traced `guidance` is never taken for 1.
     """
-    batch = x_t.shape[0]
-    if null is None or (isinstance(guidance, int | float) and guidance == 1.0):
-        return jax.vmap(model, in_axes=(0, None, 0))(x_t, t, condition)
-    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
-    velocity = jax.vmap(model, in_axes=(0, None, 0))(jnp.concatenate([x_t, x_t]), t, both)
-    v_cond, v_null = velocity[:batch], velocity[batch:]
+    of_batch = lambda network, x, condition: jax.vmap(network, in_axes=(0, None, 0))(x, t, condition)
+    is_one = isinstance(guidance, int | float) and guidance == 1.0
+    if is_one or (null is None and guide is None):
+        return of_batch(model, x_t, condition)
+    if guide is not None:
+        v_cond, v_weak = of_batch(model, x_t, condition), of_batch(guide, x_t, condition)
+    else:
+        both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
+        v_cond, v_weak = jnp.split(of_batch(model, jnp.concatenate([x_t, x_t]), both), 2)
     weight = jnp.where((t >= interval[0]) & (t <= interval[1]), guidance, 1.0)
-    return v_null + weight * (v_cond - v_null)
+    return v_weak + weight * (v_cond - v_weak)

@@ -95,6 +95,13 @@ class Guidance(NamedTuple):
     high: Any = 1.0
 
 
+class Guide(NamedTuple):
+    """A weaker model as guide, in place of the null condition; `prediction` is its output, one of `PREDICTIONS`."""
+
+    model: Velocity
+    prediction: str = "velocity"
+
+
 class Samples(NamedTuple):
     """Normalised latents, the number of evaluations of the velocity field for each, and the path if it was asked for."""
 
@@ -112,26 +119,29 @@ def sample(
     prediction: str = "velocity",
     watch: Watch = UNWATCHED,
     guidance: Guidance | None = None,
+    guide: Guide | None = None,
 ) -> Samples:
     """Solve dx/dt = v(x, t) from `noise` at t = 1 to data at t = 0. `condition` and `null` have a leading batch axis.
 
     `prediction` is the output of the model, one of `PREDICTIONS`. With "noise" the solve starts at DDPM's last step,
-    and the times are scaled accordingly. Guidance is the same for both, as v is affine in the noise. Raises
-    `ValueError` for another prediction.
+    and the times are scaled accordingly, also where only the `guide` predicts noise. Guidance is the same for both, as v
+    is affine in the noise. Raises `ValueError` for another prediction.
 
-    A guided evaluation runs a batch twice as large and counts once. Without `null` there is no guidance. Adaptive steps
-    are chosen per image, so that images do not depend on the rest of the batch; more than `config.steps` raise an
-    error. A `watch` sees the solve without changing its result. `guidance` takes the place of that of `config`, so
-    that a compiled function serves many weights.
+    A guided evaluation runs a batch twice as large, or the guide as well, and counts once. With neither `null` nor `guide`
+    there is no guidance. Adaptive steps are chosen per image, so that images do not depend on the rest of the batch; more
+    than `config.steps` raise an error. A `watch` sees the solve without changing its result. `guidance` takes the place
+    of that of `config`, so that a compiled function serves many weights.
     """
     guidance = guidance or Guidance(config.guidance, config.guidance_low, config.guidance_high)
+    predictions = [prediction] if guide is None else [prediction, guide.prediction]
+    weak = None if guide is None else velocity_field(guide.model, guide.prediction)
     model = velocity_field(model, prediction)
-    start_time, start = _starting_point(noise, prediction)
+    start_time, start = _starting_point(noise, "noise" if "noise" in predictions else "velocity")
 
     def solve(start: Array, condition: Any, null: Any) -> Samples:
         def field(t: Array, x: Array, args: None) -> Array:
-            interval = (guidance.low, guidance.high)
-            return guided_velocity(model, x, t, condition, null, guidance=guidance.weight, interval=interval)
+            options = {"guidance": guidance.weight, "interval": (guidance.low, guidance.high), "guide": weak}
+            return guided_velocity(model, x, t, condition, null, **options)
 
         return _solve(field, start, start_time, config, watch)
 

@@ -52,6 +52,8 @@ def write_samples(sampler: Sampler, requests: Requests, solvers: Sequence[Sample
         settings = dataclasses.asdict(config) | dataclasses.asdict(solvers[0]) | {"captions": captions}
         settings["guidance"] = [solver.guidance for solver in solvers] if len(solvers) > 1 else solvers[0].guidance
         record = {"settings": settings, "step": sampler.trained.step, "weights": "ema"}
+        if sampler.guide is not None:
+            record["guide"] = {"checkpoint": config.guide, "step": sampler.guide.step}
         with _naming_the_folder(out):
             for path in replaced:
                 path.unlink()

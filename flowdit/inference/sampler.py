@@ -15,12 +15,12 @@ from PIL import Image
 from flowdit.checkpoint.names import named_arrays
 from flowdit.conditioning import KINDS, Requests
 from flowdit.conditioning.base import check_request_args
-from flowdit.diffusion.sampling import Guidance, SamplerConfig, Samples, check_count, image_noise, sample
+from flowdit.diffusion.sampling import Guidance, Guide, SamplerConfig, Samples, check_count, image_noise, sample
 from flowdit.diffusion.watch import UNWATCHED, Watch
-from flowdit.fields import require
+from flowdit.fields import FieldError, require
 from flowdit.hashing import tensors_fingerprint
 from flowdit.inference.images import Decode, load_matching_vae, make_decoder
-from flowdit.inference.trained import Trained
+from flowdit.inference.trained import Trained, check_guide
 from flowdit.models.compute import Compute, choose_compute
 from flowdit.models.vae import AutoencoderKL
 from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, replicated
@@ -55,15 +55,24 @@ class Sampler:
     ```
 
     `trained` is the model with its metadata; `trained.model` is the network for one example, called as `model(x_t, t,
-    condition)`. It is on `mesh`, by default all devices of this process, which share each batch.
+    condition)`. It is on `mesh`, by default all devices of this process, which share each batch. `guide` is a weaker
+    model whose velocity takes the place of that of the null condition in guidance (autoguidance); `check_guide` says
+    what it must have in common with the model.
     """
 
-    def __init__(self, trained: Trained, mesh: Mesh | None = None, vae: str | None = None):
+    def __init__(
+        self, trained: Trained, mesh: Mesh | None = None, vae: str | None = None, guide: Trained | None = None
+    ):
         self.mesh = mesh or make_local_mesh()
-        self.trained = trained._replace(model=jax.device_put(trained.model, replicated(self.mesh)))
+        on_mesh = lambda part: part._replace(model=jax.device_put(part.model, replicated(self.mesh)))
+        self.trained = on_mesh(trained)
+        self.guide = None
+        if guide is not None:
+            check_guide(trained, guide)
+            self.guide = on_mesh(guide)
         self._vae_name = vae or trained.manifest.vae.name
         dtype = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-        shapes = trained.conditioning.attention_shapes(trained.config.model, trained.manifest.latent_shape)
+        shapes = [shape for part in (trained, guide) if part is not None for shape in part.attention_shapes()]
         self.compute = choose_compute(self.mesh, dtype, shapes)
         self._compiled: dict[tuple, DrawLatents] = {}
         self._tell: Callable[[float], None] | None = None
@@ -126,9 +135,14 @@ class Sampler:
         return config
 
     def requests(self, num_images: int, arguments: Mapping[str, Any]) -> Requests:
-        """Requests for `num_images` images of each label or prompt, by default those of the training previews."""
+        """Requests for `num_images` images of each label or prompt, by default those of the training previews.
+
+        Raises `ValueError` for arguments that the model does not take, and for a negative prompt beside a guide.
+        """
         conditioning = self.trained.conditioning
         check_request_args(conditioning, arguments)
+        if self.guide is not None and (negative := arguments.get("negative_prompt")):
+            raise FieldError("negative_prompt", f"must not be given with a guide, which replaces it, got {negative!r}")
         arguments = {
             name: value for name, value in arguments.items() if value is not None and name in conditioning.request_args
         }
@@ -174,18 +188,26 @@ class Sampler:
         It returns before they are computed.
         """
         self._tell = watch.progress
-        draw = self._draw_latents(config, watch)
-        return functools.partial(draw, guidance_inputs(config), self.trained.model, np.uint32(seed))
+        draw, guide = self._draw_latents(config, watch), None if self.guide is None else self.guide.model
+        inputs = (guidance_inputs(config), self.trained.model, np.uint32(seed))
+        return lambda numbers, condition, null: draw(*inputs, numbers, condition, null, guide)
 
     def _draw_latents(self, config: SamplerConfig, watch: Watch) -> DrawLatents:
         """The compiled function of these settings; it serves all weights of guidance and every `watch.progress`."""
         steps = (config.solver, config.steps, config.time_shift, config.rtol)
         key = (*steps, config.guidance == 1, watch.frames, watch.progress is None)
         if key not in self._compiled:
-            trained = self.trained
-            shape, prediction = trained.manifest.latent_shape, trained.prediction
+            predictions = [part.prediction for part in (self.trained, self.guide) if part is not None]
             watch = watch if watch.progress is None else watch._replace(progress=self._told)
-            self._compiled[key] = compile_draw(shape, config, prediction, self.compute, self.mesh, watch)
+            self._compiled[key] = compile_draw(
+                latent_shape=self.trained.manifest.latent_shape,
+                config=config,
+                prediction=predictions[0],
+                compute=self.compute,
+                mesh=self.mesh,
+                watch=watch,
+                guide_prediction=predictions[-1],
+            )
             while len(self._compiled) > MOST_COMPILED:
                 del self._compiled[next(iter(self._compiled))]
         return self._compiled[key]
@@ -220,13 +242,18 @@ def compile_draw(
     compute: Compute,
     mesh: Mesh,
     watch: Watch = UNWATCHED,
+    guide_prediction: str = "velocity",
 ) -> DrawLatents:
-    """`make_draw` for all guided solves with these steps, or all without guidance: takes `guidance_inputs` first."""
+    """`make_draw` for all guided solves with these steps, or all without guidance: takes `guidance_inputs` first.
 
-    def draw(guidance, model, seed, numbers, condition, null):
+    A guide is its last argument, and `guide_prediction` what that predicts.
+    """
+
+    def draw(guidance, model, seed, numbers, condition, null, guide=None):
         inputs = (image_noise(seed, numbers, latent_shape), condition, null)
         noise, condition, null = jax.lax.with_sharding_constraint(inputs, batch_sharding(mesh))
-        options = {"watch": watch, "guidance": guidance}
+        weak = None if guide is None else Guide(compute.cast(guide), guide_prediction)
+        options = {"watch": watch, "guidance": guidance, "guide": weak}
         return sample(compute.cast(model), noise, condition, null, config, prediction, **options)
 
     return jax.jit(compute.on(mesh, draw), out_shardings=replicated(mesh))

@@ -10,6 +10,8 @@ from flowdit.checkpoint.meta import RunMeta
 from flowdit.conditioning import Conditioning, from_checkpoint
 from flowdit.config import Config
 from flowdit.data.manifest import Manifest
+from flowdit.fields import FieldError
+from flowdit.models.attention import AttentionShape
 
 
 class Trained(NamedTuple):
@@ -26,6 +28,10 @@ class Trained(NamedTuple):
     scale: tuple[float, ...]
     step: int
     prediction: str = "velocity"
+
+    def attention_shapes(self) -> list[AttentionShape]:
+        """The attention shapes of the network on the latents of its data."""
+        return self.conditioning.attention_shapes(self.config.model, self.manifest.latent_shape)
 
 
 def describe_trained(meta: RunMeta) -> Trained:
@@ -45,3 +51,16 @@ def describe_trained(meta: RunMeta) -> Trained:
         step=meta.step,
         prediction=meta.prediction,
     )
+
+
+def check_guide(trained: Trained, guide: Trained) -> None:
+    """Raise `FieldError` unless `guide` can guide `trained`: the same latents and conditions, of a network of any shape."""
+    for what, ours, theirs in (
+        ("latents of shape", trained.manifest.latent_shape, guide.manifest.latent_shape),
+        ("latents of mean", trained.mean, guide.mean),
+        ("latents of scale", trained.scale, guide.scale),
+    ):
+        if ours != theirs:
+            raise FieldError("guide", f"must take {what} {list(ours)}, as the model, it takes {list(theirs)}")
+    if problem := trained.conditioning.unlike(guide.conditioning):
+        raise FieldError("guide", problem)
