@@ -45,6 +45,9 @@ class TrainConfig:
         save_every: steps between checkpoints; 0: only the last step, which is always saved.
         keep_last: number of newest checkpoints that are kept.
         keep_every: also keep the checkpoint of every multiple of this number of steps; null: none.
+        keep_best: figure of an evaluation, such as `validation/loss`, by which the best checkpoint is kept besides these, as
+            `<checkpoint_dir>/best`; null: none.
+        keep_best_mode: whether lower values of `keep_best` are better, `min`, or higher ones, `max`; `auto`: by the figure.
         log_every: steps between log entries.
         validate_every: steps between validations; 0: never.
         validation_records: maximum number of held-out records per validation.
@@ -83,6 +86,8 @@ class TrainConfig:
     save_every: int = 5_000
     keep_last: int = 3
     keep_every: int | None = None
+    keep_best: str | None = None
+    keep_best_mode: str = "auto"
     log_every: int = 100
     validate_every: int = 5_000
     validation_records: int = 1_024
@@ -121,6 +126,7 @@ class TrainConfig:
         require("drop_rate", self.drop_rate, 0 <= self.drop_rate <= 1, "must be in [0, 1]")
         require("time_shift", shift, shift is None or shift > 0, "must be null or positive")
         require_choice("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        require_choice("keep_best_mode", self.keep_best_mode, ("auto", "min", "max"))
         require_choice("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
         require("init_time", self.init_time, 0 <= self.init_time <= 1, "must be in [0, 1]")
         require_choice("init_shared_map", self.init_shared_map, SHARED_MAPS)

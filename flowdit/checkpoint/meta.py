@@ -41,6 +41,20 @@ def _stored_config(values: Any) -> Config:
 
 
 @dataclass(frozen=True, config=STRICT_PART, kw_only=True)
+class Best:
+    """The best checkpoint of a run so far, by `metric`, a figure of its evaluations; the content of `best.json`.
+
+    `mode` is "min" if lower values are better, else "max". `measured` is the last step whose evaluation is included.
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+    value: float
+    step: Annotated[int, Field(ge=0)]
+    measured: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT_PART, kw_only=True)
 class RunMeta(ConditioningMeta):
     """The metadata of a checkpoint, enough to sample from it and to refuse a resume that would not be exact.
 
@@ -53,6 +67,7 @@ class RunMeta(ConditioningMeta):
         hardware: the devices of the run that wrote the checkpoint; empty: unknown.
         prediction: output of the network.
         source: format of an imported model.
+        best: with `train.keep_best`, the best step by the evaluations before the checkpoint was written.
     """
 
     format: Literal[1]
@@ -67,6 +82,7 @@ class RunMeta(ConditioningMeta):
     hardware: str = ""
     prediction: Literal["velocity", "noise"] = "velocity"
     source: str | None = None
+    best: Best | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunMeta:
@@ -87,11 +103,12 @@ class RunMeta(ConditioningMeta):
             raise CheckpointError(str(problem)) from None
 
     def dump(self) -> dict[str, Any]:
-        """As JSON data. `hardware` is left out if unknown, `prediction` and `source` for flowdit's own models."""
+        """As JSON data. What is unknown or absent is left out, `prediction` and `source` for flowdit's own models."""
         # Fields first: pydantic itself would leave out those that only a subclass of `ModelConfig` has.
         values = to_jsonable_python(dataclasses.asdict(self))
-        if not self.hardware:
-            del values["hardware"]
+        for name in ("hardware", "best"):
+            if not values[name]:
+                del values[name]
         if self.source is None:
             del values["source"]
             if self.prediction == "velocity":

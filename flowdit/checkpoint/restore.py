@@ -16,9 +16,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flowdit.arrays import check_arrays, shape_text
-from flowdit.checkpoint.files import CheckpointError, find_damage, list_steps, set_aside
+from flowdit.checkpoint.files import CheckpointError, DamagedCheckpoint, find_damage, list_steps, set_aside
 from flowdit.checkpoint.meta import RunMeta, read_json_item, verified_meta
 from flowdit.checkpoint.names import from_named, is_auxiliary, named_arrays, split_state
+from flowdit.checkpoint.retention import best_step, is_best_name
 from flowdit.errors import first_line
 from flowdit.fields import listed
 from flowdit.processes import from_first, wait_for_all
@@ -144,11 +145,18 @@ def _check_step(step_folder: epath.Path, step: int, check_meta: Callable[[RunMet
 
 
 def newest_intact(folder: epath.PathLike) -> epath.Path:
-    """The newest intact checkpoint of a run folder, verified and logged; other folders are returned unchanged.
+    """The newest intact checkpoint of a run folder, verified and logged; of `<run>/best` the best one.
 
-    All processes must call it. Raises `CheckpointError` for a run folder without an intact checkpoint.
+    Other folders are returned unchanged. All processes must call it. Raises `CheckpointError` for a run folder without
+    an intact checkpoint, and for a best one that is damaged or missing.
     """
     folder = connect(folder)
+    if is_best_name(folder):
+        found = best_step(folder)
+        if (damage := find_damage(found)) is not None:
+            raise DamagedCheckpoint(damage)
+        logger.info("%s: the best checkpoint of the run", found)
+        return found
     if (folder / "meta").is_dir() or not list_steps(folder):
         return folder
     found = folder / str(find_newest(folder).step)

@@ -18,11 +18,12 @@ from etils import epath
 
 from flowdit.checkpoint import object_stores
 from flowdit.checkpoint.files import TEMPORARY_SUFFIX, CheckpointError, list_steps, write_checksums, write_share
-from flowdit.checkpoint.meta import RunMeta
+from flowdit.checkpoint.meta import Best, RunMeta
 from flowdit.checkpoint.names import named_arrays, split_state
+from flowdit.checkpoint.retention import BEST_FILE, Retention, write_best
 from flowdit.errors import first_line
-from flowdit.processes import any_process
-from flowdit.storage import absolute, free_bytes, has_been_committed, is_remote
+from flowdit.processes import any_process, from_first
+from flowdit.storage import absolute, free_bytes, has_been_committed, is_remote, reason
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Moment(NamedTuple):
 class CheckpointWriter:
     """Saves the last state passed to `reached`; keeps the newest `keep_last` steps and every multiple of `keep_every`.
 
+    The best step is kept besides (`keep_best`), and named in `best.json` as long as its checkpoint is on disk.
     As a context manager it also saves if the run ends with an error. `meta` is stored in every checkpoint. A save that
     fails is logged.
     """
@@ -53,9 +55,11 @@ class CheckpointWriter:
         self._moment: Moment | None = None
         self._writing: int | None = None
         self._failure: CheckpointError | None = None
+        self._best = meta.best
+        self._published: Best | None = None
+        self._retention = Retention(keep_last, keep_every)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
-            keep_period=keep_every,
+            preservation_policy=self._retention,
             # In an object store Orbax would remove the previews, too: they are folders without a last object.
             cleanup_tmp_directories=not is_remote(folder),
             atomicity_options=object_stores.atomicity(folder),
@@ -99,6 +103,31 @@ class CheckpointWriter:
         assert failure is not None
         raise failure
 
+    def keep_best(self, best: Best) -> None:
+        """Keep the checkpoint of `best.step`, which is saved if it is the last step `reached` and is not yet saved.
+
+        The former best one is deleted by the first save after the new one is on disk.
+        """
+        self._best = best
+        if self._moment is not None and self._moment.step == best.step:
+            self.save()
+        self._publish()
+
+    def best_so_far(self) -> Best | None:
+        """The last argument of `keep_best`, or the one before if its checkpoint could not be written; None if gone.
+
+        All processes must call it.
+        """
+
+        def choose() -> dict[str, Any] | None:
+            steps = {*self._finished_steps(), self._writing}
+            found = (best for best in (self._best, self._published) if best is not None and best.step in steps)
+            return next(map(dataclasses.asdict, found), None)
+
+        chosen = from_first(choose)
+        self._best = None if chosen is None else Best(**chosen)
+        return self._best
+
     def has_failed(self) -> bool:
         """Whether the background save has failed, so that the current state should be saved.
 
@@ -106,11 +135,13 @@ class CheckpointWriter:
         """
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self._failure = self._settle()
+        self._publish()
         return any_process(self._failure is not None)
 
     def last_good(self) -> epath.Path | None:
         """The newest finished checkpoint; waits for a running save."""
         self._failure = self._failure or self._settle()
+        self._publish()
         steps = self._finished_steps()
         return self.folder / str(steps[-1]) if steps else None
 
@@ -142,7 +173,9 @@ class CheckpointWriter:
 
     def _write(self, moment: Moment, wait: bool) -> CheckpointError | None:
         """Try to save; return the error."""
-        meta = dataclasses.replace(self._meta, step=moment.step)
+        meta = dataclasses.replace(self._meta, step=moment.step, best=self._best)
+        # The former best one stays until `best.json` names the new one.
+        self._retention.protected = {best.step for best in (self._best, self._published) if best is not None}
         state_item, ema_item = split_state(moment.state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state_item),
@@ -173,6 +206,18 @@ class CheckpointWriter:
             self._look_again()
         self._writing = None
         return None
+
+    def _publish(self) -> None:
+        """Write `best.json`, once the checkpoint is on disk."""
+        best = self._best
+        if best is None or best == self._published or best.step == self._writing or not self._is_finished(best.step):
+            return
+        self._published = best
+        if jax.process_index() == 0:
+            try:
+                write_best(self.folder, best)
+            except OSError as problem:
+                logger.warning("%s cannot be written (%s)", self.folder / BEST_FILE, reason(problem))
 
     def _look_again(self) -> None:
         # Orbax removes checkpoints from its list before deleting them, even if that fails.

@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from etils import epath
 
+from flowdit.checkpoint.retention import is_best_name
 from flowdit.errors import first_line
 from flowdit.storage import connect, is_remote
 
@@ -19,9 +20,9 @@ UNUSED = ("text_encoder*/*", "safety_checker/*", "image_encoder/*")  # parts of 
 
 
 def find_source(name: str) -> epath.Path:
-    """The local file or folder `name`, or else a download from the hub. Raises `ValueError` if there is neither."""
+    """The local file or folder `name`, also `<run>/best`, or else a download from the hub. Raises `ValueError` if there is neither."""
     path = connect(name)
-    if path.exists():
+    if path.exists() or is_best_name(path):
         return path
     if is_remote(path):
         raise ValueError(f"there is no checkpoint or run folder {name}")

@@ -20,8 +20,10 @@ from flowdit.data.loader import DataSet
 from flowdit.processes import totals
 from flowdit.sharding import prefetch_to_device
 from flowdit.tracking import Progress, Tracker
-from flowdit.training.evaluations import closing
+from flowdit.training.evaluations import Evaluation, Report, closing
+from flowdit.training.evaluations.best import Metric, count, find_metric, is_unmeasured
 from flowdit.training.setup import Run, start_run
+from flowdit.training.step import TrainState
 from flowdit.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -52,8 +54,11 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
 
     writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta)
     saved = saying_how_to_resume(writer, settings.num_steps, resume_command)
+    metric = find_metric(settings, run.evaluations)
     watchdog = Watchdog(config.mesh.step_timeout, config.data.stall_timeout, run.stream, run.folder)
     with stop_signal() as signalled, tracker, saved, writer, closing(run.evaluations, tracker), watchdog:
+        if metric is not None and is_unmeasured(metric, run.meta.best, start, start >= settings.num_steps):
+            evaluate(metric.evaluation, start, state, tracker, metric, writer)
         batches = prefetch_to_device(run.mesh, run.stream, run.conditioning.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
             if step == start + 1:
@@ -84,11 +89,28 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
                 break
             for evaluation in run.evaluations:
                 if evaluation.is_due(step, last):
-                    with progress.paused(), watchdog.paused(), tracker.warns_only(evaluation.folder):
-                        tracker.report(step, evaluation(step, state))
+                    with progress.paused(), watchdog.paused():
+                        evaluate(evaluation, step, state, tracker, metric, writer)
         is_complete = step >= settings.num_steps
         logger.info("%s; checkpoint: %s", "done" if is_complete else "stopped by signal", writer.last_good())
     return is_complete
+
+
+def evaluate(
+    evaluation: Evaluation,
+    step: int,
+    state: TrainState,
+    tracker: Tracker,
+    metric: Metric | None,
+    writer: CheckpointWriter,
+) -> None:
+    """Call an evaluation, log its report, and count it for the best checkpoint if it is the one that reports `metric`."""
+    report = Report()
+    with tracker.warns_only(evaluation.folder):
+        report = evaluation(step, state)
+        tracker.report(step, report)
+    if metric is not None and evaluation is metric.evaluation:
+        count(metric, step, report.figures, writer)
 
 
 @contextlib.contextmanager

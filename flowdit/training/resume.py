@@ -88,7 +88,7 @@ def resume(
 ) -> tuple[TrainState, RunMeta]:
     """Restore the newest intact checkpoint, `found` or else searched, and move the stream to the batch after it.
 
-    Logs changed settings. Returns its state, and `meta` with the id of the resumed run. Parameters of auxiliary losses
+    Logs changed settings. Returns its state, and `meta` with the id and the best step of the resumed run. Parameters of auxiliary losses
     that are not in the checkpoint are taken from `build_state`.
     """
 
@@ -104,7 +104,7 @@ def resume(
     restored = restore_newest(folder, template, check, fresh, found)
     stream.set_state(restored.dataset)
     logger.info("resumed from %s", folder / str(int(restored.state.step)))
-    return restored.state, dataclasses.replace(meta, run_id=restored.meta.run_id)
+    return restored.state, dataclasses.replace(meta, run_id=restored.meta.run_id, best=restored.meta.best)
 
 
 def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:

@@ -35,6 +35,7 @@ from flowdit.sharding import batch_sharding, check_batch_size, init_sharded, mak
 from flowdit.training.agreement import require_one_data_set, require_shared_folder
 from flowdit.training.diagnosis import Diagnosis, make_diagnose
 from flowdit.training.evaluations import Evaluation, make_evaluations
+from flowdit.training.evaluations.best import find_metric, resumed_best
 from flowdit.training.objective import make_objective
 from flowdit.training.resume import prepare_folder, resume, run_folder
 from flowdit.training.start import Start, drift_figures, initial_model, load_start
@@ -95,6 +96,8 @@ def start_run(config: Config, found: Found | None = None) -> Run:
             meta=meta,
             found=found,
         )
+        best = resumed_best(folder, find_metric(train, evaluations), int(state.step), meta.best)
+        meta = dataclasses.replace(meta, best=best)
     else:
         state = init_sharded(mesh, parts.build_state, start)
     diagnose = make_diagnose(objective, config.seed, train.gradient_accum, compute, mesh)

@@ -19,6 +19,7 @@ from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.compute import Compute
 from flowdit.tracking import Tracker
 from flowdit.training.evaluations.base import Evaluation, Report
+from flowdit.training.evaluations.best import find_metric
 from flowdit.training.evaluations.preview import Preview
 from flowdit.training.evaluations.profile import Profile
 from flowdit.training.evaluations.scores import Scores
@@ -71,4 +72,5 @@ def make_evaluations(
         evaluations.append(Scores(config, mesh, data.manifest, conditioning, objective, compute))
     if train.profile:
         evaluations.append(Profile(epath.Path(train.checkpoint_dir), *train.profile))
+    find_metric(train, evaluations)
     return evaluations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import ClassVar
 
 from flowdit.tracking import Report
@@ -20,6 +21,8 @@ class Evaluation(abc.ABC):
     every: int = 0
     folder: ClassVar[str | None] = None
     """Its folder within the run folder. Write errors there give a warning and do not end the run."""
+    metrics: Mapping[str, str] = {}
+    """The figures that every report holds and that `train.keep_best` may name: "min" if lower is better, else "max"."""
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether it is called after `step`."""

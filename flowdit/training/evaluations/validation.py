@@ -38,6 +38,8 @@ class Validation(Evaluation):
         self._encode = encode
         self._batch_size, self._limit = train.batch_size // train.gradient_accum, train.validation_records
         self._times = objective.validation_times
+        self._names = [f"validation/loss_t{t:.4f}" for t in self._times]
+        self.metrics = dict.fromkeys(["validation/loss", *self._names], "min")
         self._step = make_validation_step(objective, seed, compute, mesh)
 
     def __call__(self, step: int, state: TrainState) -> Report:
@@ -48,5 +50,5 @@ class Validation(Evaluation):
             batch_sums, batch_weight = jax.device_get(self._step(state.ema, on_devices, jnp.asarray(i)))
             sums, weight = sums + batch_sums, weight + float(batch_weight)
         loss = float(sums.sum() / weight / len(sums))
-        by_time = {f"validation/loss_t{t:.4f}": float(s / weight) for t, s in zip(self._times, sums, strict=True)}
+        by_time = {name: float(total / weight) for name, total in zip(self._names, sums, strict=True)}
         return Report({"validation/loss": loss, **by_time}, line=f"validation loss {loss:.4f}")
