@@ -64,7 +64,7 @@ def _sample(composed: DictConfig) -> None:
     arguments["negative_prompt"] = config.negative_prompt
     with about("checkpoint"):
         mesh = make_mesh(MeshConfig()) if jax.process_count() > 1 else None
-        hints: dict[str, Any] = {"vae": config.vae, "text_encoder": config.text_encoder}
+        hints: dict[str, Any] = {"vae": config.vae, "text_encoder": config.text_encoder, "ema_width": config.ema_width}
         sampler = load(config.checkpoint, mesh=mesh, guide=config.guide, **hints)
     solvers = [sampler.sampler_config(fields) for fields in config.samplers()]
     with called({"prompts": "prompt"} if config.prompt is not None else {}):

@@ -161,16 +161,18 @@ def error_line(finished: Finished) -> str:
 
 def stored_arrays(step_folder: Path) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by item and name."""
+    items = {item: stored_item(step_folder / item) for item in ("state", "model_ema")}
+    return {f"{item}.{name}": value for item, arrays in items.items() for name, value in arrays.items()}
+
+
+def stored_item(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of an item of a checkpoint by name."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # the checkpoint may be of other devices
-    arrays = {}
-    for item in ("state", "model_ema"):
-        folder = (step_folder / item).resolve()
-        stored: Any = ocp.StandardCheckpointHandler().metadata(folder)
-        stored = getattr(stored, "tree", stored)
-        targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in stored.items()}
-        restored = ocp.StandardCheckpointer().restore(folder, targets)
-        arrays |= {f"{item}.{name}": np.asarray(value) for name, value in restored.items()}
-    return arrays
+    stored: Any = ocp.StandardCheckpointHandler().metadata(folder.resolve())
+    stored = getattr(stored, "tree", stored)
+    targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in stored.items()}
+    restored = ocp.StandardCheckpointer().restore(folder.resolve(), targets)
+    return {name: np.asarray(value) for name, value in restored.items()}
 
 
 def stored_json(step_folder: Path, item: str) -> dict[str, Any]:

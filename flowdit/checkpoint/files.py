@@ -26,7 +26,8 @@ CHECKSUMS = "checksums.json"
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
 PART_OF_CHECKSUMS = "checksums.{}.json"
 """The checksums of one process, until all are written to `CHECKSUMS`."""
-ITEMS = ("state", "model_ema", "dataset", "meta")
+ITEMS = ("state", "model_ema", "dataset", "meta", "averages")
+"""The last one is of the snapshots of post-hoc EMA, which have `meta` besides."""
 STEP_NAME = re.compile("0|[1-9][0-9]*")
 """The name of the folder of a step."""
 MAX_INSPECTED = 1000

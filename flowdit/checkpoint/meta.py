@@ -23,6 +23,7 @@ from flowdit.data.manifest import Manifest
 from flowdit.errors import first_line
 from flowdit.fields import FieldError, require, shortened
 from flowdit.json_input import STRICT_PART, InputError, Listed, parse
+from flowdit.power_ema import MAX_WIDTH
 from flowdit.stored_config import from_stored
 
 FORMAT = 1
@@ -55,6 +56,15 @@ class Best:
 
 
 @dataclass(frozen=True, config=STRICT_PART, kw_only=True)
+class Averages:
+    """Power-function averages of the weights, at a time of `updates`; `since`: the step at which they were switched on."""
+
+    widths: Listed[Annotated[float, Field(gt=0, lt=MAX_WIDTH)]]
+    updates: Annotated[int, Field(ge=0)] = 0
+    since: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, config=STRICT_PART, kw_only=True)
 class RunMeta(ConditioningMeta):
     """The metadata of a checkpoint, enough to sample from it and to refuse a resume that would not be exact.
 
@@ -68,6 +78,7 @@ class RunMeta(ConditioningMeta):
         prediction: output of the network.
         source: format of an imported model.
         best: with `train.keep_best`, the best step by the evaluations before the checkpoint was written.
+        averages: of post-hoc EMA, in the checkpoint or snapshot.
     """
 
     format: Literal[1]
@@ -83,6 +94,7 @@ class RunMeta(ConditioningMeta):
     prediction: Literal["velocity", "noise"] = "velocity"
     source: str | None = None
     best: Best | None = None
+    averages: Averages | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunMeta:
@@ -106,7 +118,7 @@ class RunMeta(ConditioningMeta):
         """As JSON data. What is unknown or absent is left out, `prediction` and `source` for flowdit's own models."""
         # Fields first: pydantic itself would leave out those that only a subclass of `ModelConfig` has.
         values = to_jsonable_python(dataclasses.asdict(self))
-        for name in ("hardware", "best"):
+        for name in ("hardware", "best", "averages"):
             if not values[name]:
                 del values[name]
         if self.source is None:

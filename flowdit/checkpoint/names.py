@@ -50,3 +50,8 @@ def split_state(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def is_auxiliary(name: str) -> bool:
     """Whether an array of the `state` item belongs to an auxiliary loss: a parameter, or a moment of the optimizer."""
     return re.search(r"(^|^opt_state\..*\.)auxiliary\.", name) is not None
+
+
+def is_average(name: str) -> bool:
+    """Whether an array of the `state` item belongs to a power-function average of the model."""
+    return name.startswith("averages.")

@@ -18,7 +18,7 @@ from etils import epath
 from flowdit.arrays import check_arrays, shape_text
 from flowdit.checkpoint.files import CheckpointError, DamagedCheckpoint, find_damage, list_steps, set_aside
 from flowdit.checkpoint.meta import RunMeta, read_json_item, verified_meta
-from flowdit.checkpoint.names import from_named, is_auxiliary, named_arrays, split_state
+from flowdit.checkpoint.names import from_named, is_auxiliary, is_average, named_arrays, split_state
 from flowdit.checkpoint.retention import best_step, is_best_name
 from flowdit.errors import first_line
 from flowdit.fields import listed
@@ -43,20 +43,20 @@ class Restored(Generic[State]):
 def _restore_arrays(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Restore arrays by name after checking shapes: Orbax silently casts and sometimes slices.
 
-    Arrays of auxiliary losses may be missing or additional on disk: those in common are read.
+    Arrays of auxiliary losses and of averages may be missing or additional on disk: those in common are read.
     """
     # The handler directly, as the checkpointer warns that an item has no metadata of a step.
     stored: Any = ocp.StandardCheckpointHandler().metadata(absolute(item_folder))
     stored = getattr(stored, "tree", stored)
     found = {name: shape_text(leaf.shape) for name, leaf in stored.items()}
     wanted = {name: shape_text(leaf.shape) for name, leaf in targets.items()}
-    added_or_removed = {name for name in found.keys() ^ wanted.keys() if is_auxiliary(name)}
+    added_or_removed = {name for name in found.keys() ^ wanted.keys() if is_auxiliary(name) or is_average(name)}
     try:
         check_arrays(_without(wanted, added_or_removed), _without(found, added_or_removed), item_folder)
     except ValueError as problem:
         raise CheckpointError(str(problem)) from None
     if added_or_removed:
-        return _restore_some(item_folder, _without(targets, added_or_removed))
+        return restore_some(item_folder, _without(targets, added_or_removed))
     return ocp.StandardCheckpointer().restore(absolute(item_folder), targets)
 
 
@@ -64,7 +64,7 @@ def _without(arrays: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: array for name, array in arrays.items() if name not in names}
 
 
-def _restore_some(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
+def restore_some(item_folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Restore some of the arrays of an item."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
     request = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=True)
@@ -124,7 +124,7 @@ def restore_newest(
     """Restore the newest intact checkpoint, `found` or else searched; damaged newer ones are renamed `<step>.damaged`.
 
     `template` holds `ShapeDtypeStruct`s with shardings. `check_meta` raises `ValueError` for a checkpoint of another run.
-    `fresh` makes the arrays of auxiliary losses that are not in the checkpoint, by name. Raises `CheckpointError` if no
+    `fresh` makes the arrays of auxiliary losses and averages that are not in the checkpoint, by name. Raises `CheckpointError` if no
     step can be read, or it is of another format.
     """
     folder = epath.Path(folder)
@@ -194,7 +194,7 @@ def _restore_raw(step_folder: epath.Path, targets: dict[str, Any]) -> dict[str, 
     if not (step_folder / "state").is_dir():
         raise CheckpointError(f"{step_folder}: holds only the EMA weights, not the raw ones")
     named = {f"model.{name}": target for name, target in targets.items()}
-    arrays = _restore_some(step_folder / "state", named)
+    arrays = restore_some(step_folder / "state", named)
     return {name.removeprefix("model."): array for name, array in arrays.items()}
 
 

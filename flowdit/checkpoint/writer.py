@@ -41,16 +41,35 @@ class Moment(NamedTuple):
     dataset: dict[str, Any]
 
 
+def whole_state(state: Any) -> dict[str, dict[str, Any]]:
+    """The arrays of a checkpoint by item and name."""
+    state_item, ema_item = split_state(state)
+    return {"state": state_item, "model_ema": ema_item}
+
+
+def only_averages(state: Any) -> dict[str, dict[str, Any]]:
+    """The arrays of a snapshot of post-hoc EMA by item and name."""
+    return {"averages": named_arrays(state.averages)}
+
+
 class CheckpointWriter:
     """Saves the last state passed to `reached`; keeps the newest `keep_last` steps and every multiple of `keep_every`.
 
     The best step is kept besides (`keep_best`), and named in `best.json` as long as its checkpoint is on disk.
     As a context manager it also saves if the run ends with an error. `meta` is stored in every checkpoint. A save that
-    fails is logged.
+    fails is logged. `arrays` says which of the state are saved.
     """
 
-    def __init__(self, folder: epath.Path, keep_last: int, keep_every: int | None, meta: RunMeta):
+    def __init__(
+        self,
+        folder: epath.Path,
+        keep_last: int | None,
+        keep_every: int | None,
+        meta: RunMeta,
+        arrays: Callable[[Any], dict[str, dict[str, Any]]] = whole_state,
+    ):
         self.folder = folder
+        self._arrays = arrays
         self._meta = meta
         self._moment: Moment | None = None
         self._writing: int | None = None
@@ -60,6 +79,8 @@ class CheckpointWriter:
         self._retention = Retention(keep_last, keep_every)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention,
+            # Of a run and its snapshots there are two managers in a process.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder.name),
             # In an object store Orbax would remove the previews, too: they are folders without a last object.
             cleanup_tmp_directories=not is_remote(folder),
             atomicity_options=object_stores.atomicity(folder),
@@ -173,20 +194,20 @@ class CheckpointWriter:
 
     def _write(self, moment: Moment, wait: bool) -> CheckpointError | None:
         """Try to save; return the error."""
-        meta = dataclasses.replace(self._meta, step=moment.step, best=self._best)
+        averages = self._meta.averages
+        if averages is not None:
+            averages = dataclasses.replace(averages, updates=moment.step - int(moment.state.skipped))
+        meta = dataclasses.replace(self._meta, step=moment.step, best=self._best, averages=averages)
         # The former best one stays until `best.json` names the new one.
         self._retention.protected = {best.step for best in (self._best, self._published) if best is not None}
-        state_item, ema_item = split_state(moment.state)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state_item),
-            model_ema=ocp.args.StandardSave(ema_item),
-            dataset=ocp.args.JsonSave(moment.dataset),
-            meta=ocp.args.JsonSave(meta.dump()),
-        )
+        arrays = self._arrays(moment.state)
+        items: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in arrays.items()}
+        for name, content in (("dataset", moment.dataset), ("meta", meta.dump())):
+            items |= {name: ocp.args.JsonSave(content)} if content else {}
         try:
-            check_free_space(self.folder, moment.state, meta)
+            check_free_space(self.folder, arrays, meta)
             self._writing = moment.step
-            self._manager.save(moment.step, args=items, force=True)
+            self._manager.save(moment.step, args=ocp.args.Composite(**items), force=True)
         except Exception as problem:  # Orbax raises the errors of its storage
             return self._failed(moment.step, problem)
         return self._settle() if wait else None

@@ -116,10 +116,14 @@ def read_source(name: str, weights: str = "ema", hints: ForeignConfig | None = N
     hints = hints or ForeignConfig()
     ForeignConfig.check(hints)
     require_choice("weights", weights, WEIGHTS)
+    is_ema = hints.ema_width is None or weights == "ema"
+    require("ema_width", hints.ema_width, is_ema, f"must not be given with weights={weights}")
     found = find_source(name)
     source = newest_intact(found)
     if (source / "meta").is_dir():
-        return read_checkpoint(source, weights, is_verified=source != found)
+        return read_checkpoint(source, weights, is_verified=source != found, ema_width=hints.ema_width)
+    rule = "must not be given for a model that is not a checkpoint of flowdit"
+    require("ema_width", hints.ema_width, hints.ema_width is None, rule)
     if is_remote(source):
         raise ValueError(f"{source}: must be a checkpoint (<run>/<step>) or a run folder, {what_is_in(source)}")
     path = Path(source)  # safetensors and torch read local files

@@ -33,7 +33,7 @@ MAX_SAMPLED_SIDE = 1024
 
 @dataclasses.dataclass
 class ForeignConfig:
-    """The user's hints about a checkpoint, for information that is not in its files.
+    """The user's hints about a checkpoint, for information that is not in its files, and which of its weights to read.
 
     Attributes:
         format: `dit`, `sit` or `pixart`, for a file of an original repository; DiT's and SiT's tensors have the same names.
@@ -45,6 +45,8 @@ class ForeignConfig:
         vae: the AutoencoderKL of the latents, a folder or hub id; null: that of the pipeline folder.
         text_encoder: the text encoder of the model, a folder or hub id.
         max_length: number of tokens of the text features.
+        ema_width: width of the EMA that is made from a run's power-function averages (`train.ema_snapshot_every`), as a
+            fraction of the run; null: the EMA of `train.ema_decay`.
     """
 
     format: str | None = None
@@ -56,6 +58,7 @@ class ForeignConfig:
     vae: str | None = None
     text_encoder: str | None = None
     max_length: int | None = None
+    ema_width: float | None = None
 
     def check(self) -> None:
         """Raise `FieldError` naming the first field that breaks a rule; all of them may be left out."""
@@ -72,9 +75,10 @@ class ForeignConfig:
         for field in ("classes", "vae", "text_encoder"):
             value = getattr(self, field)
             require(field, value, isinstance(value, str | None), "must be a text")
-        scale = self.interpolation_scale
-        is_positive = scale is None or (type(scale) in (int, float) and 0 < scale < math.inf)
-        require("interpolation_scale", scale, is_positive, "must be a number above 0")
+        for field in ("interpolation_scale", "ema_width"):
+            value = getattr(self, field)
+            is_positive = value is None or (type(value) in (int, float) and 0 < value < math.inf)
+            require(field, value, is_positive, "must be a number above 0")
 
 
 class ForeignCondition(NamedTuple):

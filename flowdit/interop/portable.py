@@ -17,6 +17,7 @@ import safetensors.numpy
 from etils import epath
 
 from flowdit.arrays import check_arrays, shape_text
+from flowdit.checkpoint.averages import restore_average
 from flowdit.checkpoint.meta import RunMeta, read_meta
 from flowdit.checkpoint.names import from_named, named_arrays
 from flowdit.checkpoint.restore import restore_weights
@@ -39,13 +40,19 @@ class Portable(NamedTuple):
     meta: RunMeta
 
 
-def read_checkpoint(folder: epath.PathLike, weights: str, *, is_verified: bool = False) -> Portable:
+def read_checkpoint(
+    folder: epath.PathLike, weights: str, *, is_verified: bool = False, ema_width: float | None = None
+) -> Portable:
     """Verify, unless that was done, and read a flowdit checkpoint, with or without training state.
 
-    Returns its "ema" or "model" weights in float32.
+    Returns its "ema" or "model" weights in float32, or with `ema_width` an average of that width (post-hoc EMA).
     """
     meta = with_sampler(read_meta(folder, is_verified=is_verified), folder)
-    arrays = host_arrays(restore_weights(folder, describe(meta, str(folder)).model, weights=weights))
+    template = describe(meta, str(folder)).model
+    if ema_width is not None:
+        arrays = host_arrays(restore_average(epath.Path(folder), template, ema_width))
+    else:
+        arrays = host_arrays(restore_weights(folder, template, weights=weights))
     check_finite(arrays, str(folder))
     return Portable(arrays, meta)
 

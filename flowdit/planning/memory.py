@@ -21,7 +21,7 @@ def memory_of_state(step: Step) -> dict[str, int]:
     return {
         "parameters": bytes_on_device(state.parameters),
         "optimizer": bytes_on_device(state.opt_state),
-        "EMA": bytes_on_device(state.ema),
+        "EMA": bytes_on_device((state.ema, state.averages)),
         "batch": bytes_on_device(step.batch),
     }
 

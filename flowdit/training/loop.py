@@ -57,8 +57,8 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
     metric = find_metric(settings, run.evaluations)
     watchdog = Watchdog(config.mesh.step_timeout, config.data.stall_timeout, run.stream, run.folder)
     with stop_signal() as signalled, tracker, saved, writer, closing(run.evaluations, tracker), watchdog:
-        if metric is not None and is_unmeasured(metric, run.meta.best, start, start >= settings.num_steps):
-            evaluate(metric.evaluation, start, state, tracker, metric, writer)
+        for evaluation in overdue(run, metric, start, start >= settings.num_steps):
+            evaluate(evaluation, start, state, tracker, metric, writer)
         batches = prefetch_to_device(run.mesh, run.stream, run.conditioning.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
             if step == start + 1:
@@ -94,6 +94,13 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
         is_complete = step >= settings.num_steps
         logger.info("%s; checkpoint: %s", "done" if is_complete else "stopped by signal", writer.last_good())
     return is_complete
+
+
+def overdue(run: Run, metric: Metric | None, start: int, is_last: bool) -> list[Evaluation]:
+    """The evaluations that were due at the step from which a run resumes, and are not done yet."""
+    unmeasured = metric is not None and is_unmeasured(metric, run.meta.best, start, is_last)
+    first = [metric.evaluation] if metric is not None and unmeasured else []
+    return first + [evaluation for evaluation in run.evaluations if evaluation.is_overdue(start)]
 
 
 def evaluate(

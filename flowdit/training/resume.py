@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 from etils import epath
 from jax.sharding import Mesh
@@ -18,11 +19,11 @@ from flowdit.checkpoint.restore import Found, restore_newest
 from flowdit.conditioning import Conditioning, kind_of
 from flowdit.config import Config
 from flowdit.data.loader import TrainStream
-from flowdit.fields import about
+from flowdit.fields import about, require
 from flowdit.joining import ProcessConfig
 from flowdit.sharding import init_sharded
 from flowdit.storage import connect, reason
-from flowdit.training.step import TrainState
+from flowdit.training.step import TrainState, copies
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ def resume(
 ) -> tuple[TrainState, RunMeta]:
     """Restore the newest intact checkpoint, `found` or else searched, and move the stream to the batch after it.
 
-    Logs changed settings. Returns its state, and `meta` with the id and the best step of the resumed run. Parameters of auxiliary losses
-    that are not in the checkpoint are taken from `build_state`.
+    Logs changed settings. Returns its state, and `meta` with what is of the resumed run: its id, its best step, and since
+    when it has averages. Parameters of auxiliary losses that are not in the checkpoint are taken from `build_state`.
     """
 
     def check(stored: RunMeta) -> None:
@@ -103,8 +104,14 @@ def resume(
 
     restored = restore_newest(folder, template, check, fresh, found)
     stream.set_state(restored.dataset)
-    logger.info("resumed from %s", folder / str(int(restored.state.step)))
-    return restored.state, dataclasses.replace(meta, run_id=restored.meta.run_id, best=restored.meta.best)
+    state, step = restored.state, int(restored.state.step)
+    logger.info("resumed from %s", folder / str(step))
+    meta = dataclasses.replace(meta, run_id=restored.meta.run_id, best=restored.meta.best)
+    if meta.averages is not None and restored.meta.averages is None:
+        logger.info("train.ema_snapshot_every: power-function averages start from the weights of step %d", step)
+        state = eqx.tree_at(lambda s: s.averages, state, copies(state.model, len(state.averages)))
+        return state, dataclasses.replace(meta, averages=dataclasses.replace(meta.averages, since=step))
+    return state, dataclasses.replace(meta, averages=meta.averages and restored.meta.averages)
 
 
 def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
@@ -121,6 +128,11 @@ def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
     before, now = stored.config, current.config
     if (kind := kind_of(before)) != (ours := kind_of(now)):
         raise ValueError(f"conditioning: must be {kind} as in the checkpoint to resume, got {ours}")
+    if stored.averages is not None and current.averages is not None:
+        widths = list(stored.averages.widths)
+        is_same = widths == list(current.averages.widths)
+        rule = f"must be {widths} as in the checkpoint to resume"
+        require("train.ema_widths", list(current.averages.widths), is_same, rule)
     notes = auxiliary_notes(before, now)
     old, new = (flat_settings(config) for config in (before, now))
     common = sorted(old.keys() & new.keys())

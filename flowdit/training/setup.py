@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from flowdit import conditioning as kinds
 from flowdit.checkpoint.files import list_steps
-from flowdit.checkpoint.meta import RunMeta, run_meta
+from flowdit.checkpoint.meta import Averages, RunMeta, run_meta
 from flowdit.checkpoint.restore import Found, abstract_state
 from flowdit.checkpoint.writer import check_free_space
 from flowdit.conditioning import Batch, Conditioning
@@ -36,6 +36,7 @@ from flowdit.training.agreement import require_one_data_set, require_shared_fold
 from flowdit.training.diagnosis import Diagnosis, make_diagnose
 from flowdit.training.evaluations import Evaluation, make_evaluations
 from flowdit.training.evaluations.best import find_metric, resumed_best
+from flowdit.training.evaluations.snapshot import snapshots
 from flowdit.training.objective import make_objective
 from flowdit.training.resume import prepare_folder, resume, run_folder
 from flowdit.training.start import Start, drift_figures, initial_model, load_start
@@ -78,6 +79,8 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     stream = make_stream(config, data.train, mesh)
     meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
     meta = dataclasses.replace(meta, hardware=this_machine().kind)
+    if train.average_widths:
+        meta = dataclasses.replace(meta, averages=Averages(widths=tuple(train.average_widths)))
     if data.validation is None and train.validate_every:
         logger.info("no validation records: no validation loss")
     is_first_start = train.init_from and not list_steps(folder)
@@ -101,6 +104,7 @@ def start_run(config: Config, found: Found | None = None) -> Run:
     else:
         state = init_sharded(mesh, parts.build_state, start)
     diagnose = make_diagnose(objective, config.seed, train.gradient_accum, compute, mesh)
+    evaluations += snapshots(folder, train, meta, int(state.step))
     figures = drift_figures(start, state.model, manifest.latent_shape, train)
     return Run(
         folder=folder,
@@ -150,7 +154,8 @@ def make_parts(
 
     def build_state(start: Start | None) -> TrainState:
         model = initial_model(build_model(), start, config.train)
-        return init_state(model, optimizer, auxiliary_parameters(config, manifest))
+        parameters = auxiliary_parameters(config, manifest)
+        return init_state(model, optimizer, parameters, len(config.train.average_widths))
 
     train_step = make_train_step(
         optimizer,
@@ -161,6 +166,7 @@ def make_parts(
         ema_warmup=config.train.ema_warmup,
         compute=compute,
         mesh=mesh,
+        widths=config.train.average_widths,
     )
     template = abstract_state(mesh, lambda: build_state(None))
     check_width(mesh, template.parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -18,13 +18,17 @@ from flowdit.fsdp import over_devices
 from flowdit.models.compute import FLOAT32, Compute
 from flowdit.models.flops import training_flops
 from flowdit.optim import Optimizer
+from flowdit.power_ema import newest_share
 from flowdit.sharding import join_micro_batches, micro_batch
 
 Metrics = dict[str, Any]
 
 
 class TrainState(eqx.Module):
-    """The training state. `model`, `ema` and the parameters of auxiliary losses are float32."""
+    """The training state. `model`, `ema`, `averages` and the parameters of auxiliary losses are float32.
+
+    `averages` are the power-function averages of the model (`power_ema`), one for each width; without post-hoc EMA none.
+    """
 
     step: Int[Array, ""]
     model: Any
@@ -33,6 +37,7 @@ class TrainState(eqx.Module):
     opt_state: optax.OptState
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
+    averages: tuple[Any, ...] = ()
 
     @property
     def parameters(self) -> Parameters:
@@ -43,8 +48,10 @@ class TrainState(eqx.Module):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def init_state(model: Any, optimizer: Optimizer, auxiliary: dict[str, Any] | None = None) -> TrainState:
-    """State at step 0; the EMA starts as a copy (the same buffer could not be donated twice)."""
+def init_state(
+    model: Any, optimizer: Optimizer, auxiliary: dict[str, Any] | None = None, num_averages: int = 0
+) -> TrainState:
+    """State at step 0; EMA and averages start as copies (the same buffer could not be donated twice)."""
     zero, auxiliary = jnp.zeros((), jnp.int32), auxiliary or {}
     return TrainState(
         step=zero,
@@ -54,7 +61,13 @@ def init_state(model: Any, optimizer: Optimizer, auxiliary: dict[str, Any] | Non
         opt_state=optimizer.init(Parameters(model, auxiliary)),
         skipped=jnp.copy(zero),
         skipped_in_row=jnp.copy(zero),
+        averages=copies(model, num_averages),
     )
+
+
+def copies(model: Any, count: int) -> tuple[Any, ...]:
+    """The model `count` times, each in buffers of its own."""
+    return tuple(jax.tree.map(jnp.copy, model) for _ in range(count))
 
 
 def loss_and_grads(
@@ -113,6 +126,16 @@ def ema_decay_at(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Arra
     return jnp.minimum(decay, (1 + count) / (10 + count)) if warmup else jnp.asarray(decay, jnp.float32)
 
 
+def power_averages(state: TrainState, model: Any, widths: Sequence[float]) -> tuple[Any, ...]:
+    """The averages after an update to `model`. Their time counts updates, so that skipped steps leave no trace."""
+    updates = state.step + 1 - state.skipped
+    shares = [newest_share(updates, width) for width in widths]
+    return tuple(
+        jax.tree.map(lambda old, new, share=share: old + share * (new - old), average, model)
+        for average, share in zip(state.averages, shares, strict=True)
+    )
+
+
 def make_train_step(
     optimizer: Optimizer,
     objective: Objective,
@@ -122,11 +145,13 @@ def make_train_step(
     ema_warmup: bool = False,
     compute: Compute = FLOAT32,
     mesh: Mesh | None = None,
+    widths: Sequence[float] = (),
 ) -> TrainStep:
     """Return the jitted step; its state argument is donated. `mesh` is the mesh of state and batch, None for one
-    device.
+    device. `widths` are those of `TrainState.averages`.
 
-    A step whose loss or gradient is not finite does not change weights, optimizer and EMA and counts as skipped.
+    A step whose loss or gradient is not finite does not change weights, optimizer, EMA and averages and counts as
+    skipped.
     """
     losses_and_gradients = functools.partial(
         loss_and_grads, objective, gradient_accum=gradient_accum, compute=compute, mesh=mesh
@@ -142,8 +167,10 @@ def make_train_step(
         parameters = Parameters(*optax.apply_updates(state.parameters, updates))  # type: ignore[misc]
         decay = ema_decay_at(state.step, ema_decay, ema_warmup)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, parameters.model)
-        old, new = (state.parameters, state.ema, state.opt_state), (parameters, ema, opt_state)
-        parameters, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        averages = power_averages(state, parameters.model, widths)
+        old = (state.parameters, state.ema, state.opt_state, state.averages)
+        new = (parameters, ema, opt_state, averages)
+        parameters, ema, opt_state, averages = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
         skipped = state.skipped + (~finite).astype(jnp.int32)
         skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
@@ -164,6 +191,7 @@ def make_train_step(
             opt_state=opt_state,
             skipped=skipped,
             skipped_in_row=skipped_in_row,
+            averages=averages,
         )
         return new_state, metrics
 

@@ -28,6 +28,10 @@ class Evaluation(abc.ABC):
         """Whether it is called after `step`."""
         return self.every > 0 and (is_last or step % self.every == 0)
 
+    def is_overdue(self, step: int) -> bool:
+        """Whether a run that resumes from `step` must call it first, as it ended before that. All processes agree."""
+        return False
+
     def close(self) -> None:  # noqa: B027
         """Called once at the end of the run, also after an error."""
 
