@@ -75,6 +75,17 @@ def test_any_width_is_reconstructed_from_snapshots(trajectory, width, limit):
     np.testing.assert_allclose(made, wanted, atol=limit)
 
 
+@pytest.mark.parametrize(
+    ("count", "low", "high"), [(1, 0.04, 0.12), (4, 0.04, 0.14), (8, 0.04, 0.21), (16, 0.03, 0.25), (64, 0.01, 0.28)]
+)
+def test_the_range_of_widths_is_the_documented_one(count, low, high):
+    """The table in docs/runs.md."""
+    stored = [Average(width, 100_000 * (i + 1) // count) for i in range(count) for width in WIDTHS]
+    widths = [round(0.01 * i, 2) for i in range(1, 29)]
+    possible = [width for width in widths if reconstruct(stored, Average(width, 100_000)).error <= 0.1]
+    assert possible == [width for width in widths if low <= width <= high]
+
+
 def test_the_error_of_the_profile_is_its_distance():
     """Against a numerical integral, from averages that cannot make the width."""
     stored, wanted = [Average(0.05, 80), Average(0.1, 100)], Average(0.25, 100)
