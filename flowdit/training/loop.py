@@ -51,7 +51,6 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
     announce(run, start, settings.num_steps)
     if run.figures:
         tracker.log(start, run.figures)
-
     writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta)
     saved = saying_how_to_resume(writer, settings.num_steps, resume_command)
     metric = find_metric(settings, run.evaluations)
@@ -70,7 +69,6 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
             last = step == settings.num_steps
             stopping = writer.reached_preemption(step) if jax.process_count() > 1 else bool(signalled)
             due = is_due(step, settings.log_every) or step == start + 1 or last or stopping
-
             if due:
                 values = progress.summary(step) | totals(run.conditioning.figures() | bad_records(run.data))
                 tracker.log(step, values)
