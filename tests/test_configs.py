@@ -16,6 +16,8 @@ from flowdit.interop import ConvertConfig
 from flowdit.report import register_schema as register_report
 from flowdit.reporting.config import ReportConfig
 from flowdit.scores.config import EvaluateConfig
+from flowdit.serve import register_schema as register_serve
+from flowdit.serving.config import ServeConfig
 
 FOLDER = Path(flowdit.configs.__file__).parent
 GROUP_OPTIONS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/**/*.yaml"))
@@ -25,6 +27,7 @@ COMMAND_SCHEMAS = {
     "convert": ConvertConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "serve": ServeConfig,
 }
 SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, **COMMAND_SCHEMAS}
 REQUIRED = {
@@ -71,6 +74,7 @@ def composed(name: str, *overrides: str):
     register_schema()
     evaluate.register_schema()
     register_report()
+    register_serve()
     with initialize_config_module("flowdit.configs", version_base="1.3"):
         return compose(name, list(overrides))
 

@@ -30,7 +30,7 @@ from flowdit.inference.recipe import (
 from flowdit.inference.sampler import Drawn, Sampler, check_settings
 from flowdit.serving.config import ServeConfig
 
-NAMES = {"labels": "label", "prompts": "prompt"}
+NAMES: dict[str, str] = {"labels": "label", "prompts": "prompt"}
 """Names of the arguments of `Conditioning.requests` on the page, where a draw has one of each."""
 SOLVER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplerConfig))
 PATH_BATCH = 16
@@ -91,7 +91,7 @@ class Models:
         ]
         return {
             "models": models,
-            "takes": [NAMES.get(name, name) for name in first.trained.conditioning.request_args],
+            "takes": [plain_name(name) for name in first.trained.conditioning.request_args],
             "classes": list(first.trained.manifest.class_names)
             if "labels" in first.trained.conditioning.request_args
             else [],
@@ -106,7 +106,7 @@ class Models:
         None means the default. Raises `FieldError` for a setting that is unknown, invalid or above a limit.
         """
         args = self.samplers[0].trained.conditioning.request_args
-        known = (*(NAMES.get(name, name) for name in args), "seed", "count", *SOLVER_FIELDS)
+        known = (*(plain_name(name) for name in args), "seed", "count", *SOLVER_FIELDS)
         for name in settings:
             if name not in known:
                 raise FieldError(shortened(str(name), 40), f"no such setting, must be one of {', '.join(known)}")
@@ -167,7 +167,7 @@ class Models:
 
     def _requests(self, sampler: Sampler, count: int, given: Mapping[str, Any]) -> Requests:
         args = sampler.trained.conditioning.request_args
-        asked = {name: given[NAMES.get(name, name)] for name in args if NAMES.get(name, name) in given}
+        asked = {name: given[plain_name(name)] for name in args if plain_name(name) in given}
         self._check_texts(asked)
         if args and args[0] not in asked:
             raise FieldError(NAMES[args[0]], "must be given")
@@ -181,7 +181,7 @@ class Models:
 
     def _check_texts(self, request: Mapping[str, Any]) -> None:
         for name, value in request.items():
-            field = NAMES.get(name, name)
+            field = plain_name(name)
             require(field, value, isinstance(value, str | int), "must be one text or number")
             rule = f"must be at most {self.config.max_prompt} characters long"
             require(field, value, len(str(value)) <= self.config.max_prompt, rule)
@@ -211,6 +211,11 @@ def strip(frames: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.concatenate(list(frames), axis=1)).save(file, "JPEG", quality=88)
     return file.getvalue()
+
+
+def plain_name(argument: str) -> str:
+    """The name of an argument of `Conditioning.requests` on the page."""
+    return NAMES.get(argument, argument)
 
 
 def whole(given: Mapping[str, Any], name: str, default: int) -> int:
