@@ -18,6 +18,7 @@ from etils import epath
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from flowdit.checkpoint.averages import find_average
 from flowdit.checkpoint.restore import newest_intact
 from flowdit.checkpoint.sampler_file import write_sampler
 from flowdit.command import Command, join_others, run_command
@@ -28,7 +29,7 @@ from flowdit.interop.hub import find_source
 from flowdit.interop.loading import load
 from flowdit.scores.chart import save_chart
 from flowdit.scores.comparison import Subject, Wanted, compare
-from flowdit.scores.config import EvaluateConfig
+from flowdit.scores.config import EvaluateConfig, Point
 from flowdit.scores.evaluation import Evaluation, result_json
 from flowdit.scores.results import Result, best_point, lines
 from flowdit.sharding import MeshConfig, make_mesh
@@ -62,7 +63,7 @@ def _evaluate(composed: DictConfig) -> None:
     join_others(composed)
     check_settings(config.num_images, config.seed, config.batch_size)
     if config.save_best:
-        checkpoint_folder(config)
+        checkpoint_folder(config, "save_best")
     evaluation = _prepare(config)
     results = list(evaluation.results())
     if jax.process_index() == 0:
@@ -75,6 +76,11 @@ def _prepare(config: EvaluateConfig) -> Evaluation:
     sampler = _load(config, points[0].ema_width)
     for point in points:
         sampler.sampler_config(point.sampler)
+    for width in {point.ema_width for point in points} - {
+        None,
+        points[0].ema_width,
+    }:  # others were loaded or are stored
+        find_average(checkpoint_folder(config, "ema_width"), width)
     trained = sampler.trained
     subject = Subject(trained.manifest, trained.conditioning, sampler.vae, trained.config.data.path)
     wanted = Wanted(config.labels, config.given_prompts(), config.negative_prompt)
@@ -86,10 +92,9 @@ def _prepare(config: EvaluateConfig) -> Evaluation:
 
 def _load(config: EvaluateConfig, ema_width: float | None) -> Sampler:
     mesh = make_mesh(MeshConfig()) if jax.process_count() > 1 else None
-    require("ema_width", ema_width, ema_width is None, "must be null in this version")
-    require("guide", config.guide, config.guide is None, "must be null in this version")
+    hints = {"vae": config.vae, "text_encoder": config.text_encoder, "ema_width": ema_width}
     with about("checkpoint"):
-        return load(config.checkpoint, mesh=mesh, vae=config.vae, text_encoder=config.text_encoder)
+        return load(config.checkpoint, mesh=mesh, guide=config.guide, **hints)
 
 
 def _report(evaluation: Evaluation, results: list[Result]) -> None:
@@ -112,16 +117,23 @@ def _report(evaluation: Evaluation, results: list[Result]) -> None:
         written.append("scores.png")
     logger.info("written: %s in %s", " and ".join(written), out)
     if config.save_best:
-        sampler = evaluation.sampler.sampler_config(config.points()[best].sampler)
-        logger.info("the sampler of the best point: %s", write_sampler(checkpoint_folder(config), sampler))
+        _save_sampler(evaluation, config.points()[best])
 
 
-def checkpoint_folder(config: EvaluateConfig) -> epath.Path:
-    """The folder of the checkpoint `<run>/<step>`. Raises `FieldError` for a model of another format."""
+def _save_sampler(evaluation: Evaluation, point: Point) -> None:
+    folder = checkpoint_folder(evaluation.config, "save_best")
+    file = write_sampler(folder, evaluation.sampler.sampler_config(point.sampler))
+    others = {"ema_width": point.ema_width, "guide": evaluation.config.guide}
+    rest = [f"{name}={value}" for name, value in others.items() if value is not None]
+    logger.info("the sampler of the best point: %s%s", file, f" (it does not hold {', '.join(rest)})" if rest else "")
+
+
+def checkpoint_folder(config: EvaluateConfig, needed_by: str) -> epath.Path:
+    """The folder of the checkpoint `<run>/<step>`, for a setting that needs one. Raises `FieldError` for other models."""
     with about("checkpoint"):
         folder = newest_intact(find_source(config.checkpoint))
-    rule = "must be false for a model that is no checkpoint of flowdit (flowdit.convert makes one)"
-    require("save_best", config.save_best, (folder / "meta").is_dir(), rule)
+    rule = "must not be given for a model that is no checkpoint of flowdit"
+    require(needed_by, getattr(config, needed_by), (folder / "meta").is_dir(), rule)
     return folder
 
 

@@ -29,8 +29,8 @@ class TrainConfig:
         save_every: steps between checkpoints; 0: only the last step, which is always saved.
         keep_last: number of newest checkpoints that are kept.
         keep_every: also keep the checkpoint of every multiple of this number of steps; null: none.
-        keep_best: figure of an evaluation, such as `validation/loss`, by which the best checkpoint is kept besides these, as
-            `<checkpoint_dir>/best`; null: none.
+        keep_best: figure of an evaluation, such as `validation/loss`, or a score of `train.scores`, such as `kid`, by which
+            the best checkpoint is kept besides these, as `<checkpoint_dir>/best`; null: none.
         keep_best_mode: whether lower values of `keep_best` are better, `min`, or higher ones, `max`; `auto`: by the figure.
         log_every: steps between log entries.
         validate_every: steps between validations; 0: never.

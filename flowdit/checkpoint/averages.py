@@ -41,8 +41,17 @@ class Stored(NamedTuple):
 def restore_average(step_folder: epath.Path, template: Any, width: float) -> Any:
     """The weights of a verified checkpoint as an average of `width`, float32, in the structure of `template`.
 
-    Snapshots are verified; damaged ones are left out, with a warning. Raises `FieldError` for a width that is impossible,
-    or further from what is stored than `MAX_ERROR`, and for a checkpoint without averages.
+    Snapshots are verified; damaged ones are left out, with a warning. Raises `FieldError` as `find_average`.
+    """
+    stored, factors = find_average(step_folder, width)
+    return from_named(template, _combined(stored, factors, named_arrays(template)))
+
+
+def find_average(step_folder: epath.Path, width: float) -> tuple[list[Stored], np.ndarray]:
+    """The stored averages of which an average of `width` is made, and the factor of each; no weights are read.
+
+    Raises `FieldError` for a width that is impossible, or further from what is stored than `MAX_ERROR`, and for a
+    checkpoint without averages.
     """
     check_width("ema_width", width)
     own = verified_meta(step_folder).averages
@@ -60,7 +69,7 @@ def restore_average(step_folder: epath.Path, template: Any, width: float) -> Any
         rule = f"must be nearer to {near}, or the run have more snapshots: {what} has a profile that is {error:.0%} off"
         raise FieldError("ema_width", f"{rule} (limit {MAX_ERROR:.0%})")
     logger.info("%s; error of its profile %.2g %%", what, 100 * error)
-    return from_named(template, _combined(stored, factors, named_arrays(template)))
+    return stored, factors
 
 
 def _averages(meta: Averages, item: epath.Path, prefix: str) -> list[Stored]:

@@ -84,9 +84,9 @@ class Sampler:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell the weights of the network from others."""
-        arrays = named_arrays(self.trained.model)
-        return tensors_fingerprint({name: np.asarray(array) for name, array in arrays.items()})
+        """16 hex digits that tell the weights of the network, and those of a guide, from others."""
+        models = [part.model for part in (self.trained, self.guide) if part is not None]
+        return "-".join(weights_fingerprint(model) for model in models)
 
     @functools.cached_property
     def decode(self) -> Decode:
@@ -215,6 +215,11 @@ class Sampler:
     def _told(self, fraction: float) -> None:
         if self._tell is not None:
             self._tell(fraction)
+
+
+def weights_fingerprint(model: Any) -> str:
+    """16 hex digits that tell the weights of a network from others."""
+    return tensors_fingerprint({name: np.asarray(array) for name, array in named_arrays(model).items()})
 
 
 def guidance_inputs(config: SamplerConfig) -> Guidance | None:

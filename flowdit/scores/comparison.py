@@ -15,6 +15,7 @@ from flowdit.conditioning.base import check_request_args
 from flowdit.data.manifest import FILE_NAME, Manifest
 from flowdit.features import load_features
 from flowdit.features.base import Extracted, FeatureNetwork
+from flowdit.features.clip import load_clip
 from flowdit.fields import FieldError, require
 from flowdit.inference.images import make_decoder
 from flowdit.models.vae import AutoencoderKL
@@ -23,7 +24,7 @@ from flowdit.scores.conditions import DATA, Asked, ask_for_classes, ask_for_prom
 from flowdit.scores.extraction import Extraction
 from flowdit.scores.feature_cache import check_statistics, kept_rows, reference_features
 from flowdit.scores.feature_set import FeatureSet
-from flowdit.scores.judge import Judge, Texts, make_judge, possible_metrics
+from flowdit.scores.judge import CLIP, Judge, Texts, make_judge, possible_metrics
 from flowdit.scores.metrics import check_metrics
 from flowdit.scores.prompts import EncodeTexts
 from flowdit.scores.references import Images, Reference, open_reference
@@ -65,14 +66,15 @@ def compare(config: ScoringConfig, subject: Subject, seed: int, wanted: Wanted |
     Raises `ValueError` naming the first invalid setting.
     """
     networks = [load_features(name, config.weights) for name in config.features]
-    encode = None
+    has_text = "prompts" in subject.conditioning.request_args
+    encode = load_clip(config.weights).encode_texts if has_text and CLIP in config.features else None
     reference = find_reference(config, subject)
     asked = ask(subject, reference, config.num_images, seed, wanted or Wanted())
     texts = None if asked.prompts is None else _texts(reference, asked.prompts, encode)
     count = None if reference.images is None else reference.count
     metrics = config.metrics or possible_metrics(networks, config.num_images, count, texts)
     has_logits = any(network.num_classes for network in networks)
-    check_metrics(metrics, config.num_images, count, has_logits=has_logits, has_text=texts is not None)
+    check_metrics(metrics, config.num_images, count, has_logits=has_logits, has_text=has_text)
     _check_texts(metrics, texts)
     known = features_of(reference, networks, cache_folder(config.cache))
     return Comparison(asked, reference, networks, make_judge(metrics, known, config.num_images, seed, texts))

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from PIL import Image
 
 from flowdit.checkpoint.meta import package_version
-from flowdit.checkpoint.names import named_arrays
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.hashing import fingerprint, tensors_fingerprint
+from flowdit.hashing import fingerprint
 from flowdit.inference.sampler import Sampler
 from flowdit.processes import from_first
 from flowdit.scores.comparison import Comparison
@@ -49,14 +47,14 @@ class Evaluation(NamedTuple):
         points = self.config.points()
         for width, some in itertools.groupby(points, lambda point: point.ema_width):  # the slowest to change
             sampler = self.sampler if width == points[0].ema_width else self.load_model(width)
-            trained, weights = sampler.trained, weights_fingerprint(sampler)
+            trained = sampler.trained
             see = extraction.from_latents(sampler.vae, trained.mean, trained.scale, keep_images=keep_images)
             for point in some:
-                yield self._result(point, sampler, see, weights)
+                yield self._result(point, sampler, see)
 
-    def _result(self, point: Point, sampler: Sampler, see: See, weights: str) -> Result:
+    def _result(self, point: Point, sampler: Sampler, see: See) -> Result:
         solver = sampler.sampler_config(point.sampler)
-        images = self._identity_of_images(solver, sampler, weights)
+        images = self._identity_of_images(solver, sampler)
         scores = {"metrics": self.comparison.judge.metrics, "reference": self.comparison.reference.identity}
         file = Path(self.config.out) / "points" / f"{fingerprint(json.dumps([images, scores]))}.json"
         if (stored := from_first(lambda: _read(file))) is not None:
@@ -85,10 +83,10 @@ class Evaluation(NamedTuple):
             files.remove()
         return Result(settings, float(whole.evaluations.mean()), scores)
 
-    def _identity_of_images(self, solver: SamplerConfig, sampler: Sampler, weights: str) -> dict[str, Any]:
+    def _identity_of_images(self, solver: SamplerConfig, sampler: Sampler) -> dict[str, Any]:
         """What the features depend on."""
         return {
-            "weights": weights,
+            "weights": sampler.fingerprint,
             "vae": sampler.vae.fingerprint,
             "sampler": dataclasses.asdict(solver),
             "conditions": self.comparison.asked.identity,
@@ -125,7 +123,7 @@ class Evaluation(NamedTuple):
             "checkpoint": {
                 "name": self.config.checkpoint,
                 "step": sampler.trained.step,
-                "weights": weights_fingerprint(sampler),
+                "weights": sampler.fingerprint,
                 "guide": self.config.guide,
             },
             "images": {
@@ -162,12 +160,6 @@ def point_settings(point: Point, solver: SamplerConfig) -> dict[str, Any]:
         "interval": interval,
         "guidance": solver.guidance,
     }
-
-
-def weights_fingerprint(sampler: Sampler) -> str:
-    """16 hex digits of the weights."""
-    tensors = {name: np.asarray(array) for name, array in named_arrays(sampler.trained.model).items()}
-    return tensors_fingerprint(tensors)
 
 
 def _save_images(folder: Path, part: Part) -> None:

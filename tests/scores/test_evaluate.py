@@ -6,12 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import call, finish, free_address, start
+from runs import call, finish, free_address, start, train_here
 from test_generation import MEANS
 
 import flowdit
 from flowdit import features
 from flowdit.evaluate import main
+from flowdit.features.clip import Clip
 from flowdit.scores import generation
 
 QUICK = ("num_images=12", "steps=2", "solver=euler", "reference_split=all", "batch_size=8")
@@ -130,9 +131,38 @@ def test_prompts_of_a_text_model(whole_text_run, tmp_path):
     assert done.status == 0 and "2 given prompts" in done.out
 
 
+def test_clip_score_beside_that_of_real_images(whole_text_run, tmp_path, monkeypatch):
+    texts = lambda prompts: np.asarray([[len(prompt), 1, 1, 1, 1, 1] for prompt in prompts], np.float32)
+    clip = Clip(MEANS._replace(name="clip", num_classes=0), texts)
+    monkeypatch.setitem(features.LOADERS, "clip", lambda weights: clip.image)
+    monkeypatch.setattr("flowdit.scores.comparison.load_clip", lambda weights: clip)
+    done = evaluate(whole_text_run, tmp_path / "scores", "features=[efficientnet,clip]", "metrics=[fd,clip_score]")
+    assert done.status == 0, done.err
+    assert re.search(r"CLIP score of 12 images, smoke figure: \S+ ± \S+ \(real images: \S+ ± \S+\)", done.out)
+    found = scores_of(tmp_path / "scores")["points"][0]["scores"]
+    assert set(found["clip"]) == {"fd", "clip_score"} and set(found["efficientnet"]) == {"fd"}
+    done = evaluate(whole_text_run, tmp_path / "scores", "metrics=clip_score")
+    assert done.err == "error: metrics: clip_score needs CLIP among the features (features=clip weights.clip=...)\n"
+
+
+def test_a_guide_and_another_width_of_the_average_are_points_of_their_own(whole_run, tiny_data, tmp_path):
+    run = tmp_path / "averaged"
+    assert train_here(tiny_data, run, "train.ema_snapshot_every=2", "train.num_steps=6").status == 0
+    out = tmp_path / "scores"
+    done = evaluate(run, out, "metrics=fd", "ema_width=[null,0.05]", f"guide={whole_run / '2'}", "guidance=2")
+    assert done.status == 0, done.err
+    assert f"guided by {whole_run / '2'}" in done.out
+    points = scores_of(out)["points"]
+    assert [point["settings"]["ema_width"] for point in points] == [None, 0.05]
+    assert len({point["scores"]["efficientnet"]["fd"]["value"] for point in points}) == 2
+    assert scores_of(out)["checkpoint"]["guide"] == str(whole_run / "2")
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
+        (("ema_width=[null,0.1]",), "ema_width: "),
+        (("guide=nowhere",), "guide: must be a file, a folder or "),
         (("metrics=fid",), "metrics: must be one of fd, kid, "),
         (("features=vgg",), "features: must be one of efficientnet"),
         (("num_images=4", "metrics=kid"), "num_images: must be at least 10 for kid, got 4"),

@@ -34,12 +34,20 @@ def scored(run) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_logs_scores_and_a_resumed_one_the_same(tiny_data, tmp_path):
-    settings = (*SETTINGS, "train.scores.metrics=[fd,kid]", f"train.scores.cache={tmp_path / 'cache'}")
+    settings = (
+        *SETTINGS,
+        "train.scores.metrics=[fd,kid]",
+        "train.keep_best=fd",
+        f"train.scores.cache={tmp_path / 'cache'}",
+    )
     whole = train_here(tiny_data, tmp_path / "whole", *settings)
     assert whole.status == 0, whole.err
     assert "scores of 12 images: Frechet distance " in whole.out and "(real images " in whole.out
     found = scored(tmp_path / "whole")
     assert sorted(found) == [2, 4, 6] and found[2] != found[4]
+    best = json.loads((tmp_path / "whole" / "best.json").read_text())
+    lowest = min(found, key=lambda step: found[step][SCORES[0]])
+    assert (best["metric"], best["step"], best["value"]) == (SCORES[0], lowest, found[lowest][SCORES[0]])
     assert train_here(tiny_data, tmp_path / "cut", *settings, "train.num_steps=6", "train.save_every=2").status == 0
     for step in (4, 6):
         for file in sorted((tmp_path / "cut" / str(step)).rglob("*"), reverse=True):

@@ -36,9 +36,9 @@ def find_metric(train: TrainConfig, evaluations: Sequence[Evaluation]) -> Metric
     if name is None:
         return None
     for evaluation in evaluations:
-        if name in evaluation.metrics:
-            auto = train.keep_best_mode == "auto"
-            return Metric(name, evaluation.metrics[name] if auto else train.keep_best_mode, evaluation)
+        for figure, mode in evaluation.metrics.items():
+            if figure == name or figure.startswith(f"scores/{name}_"):  # `fd`: in the first feature network
+                return Metric(figure, mode if train.keep_best_mode == "auto" else train.keep_best_mode, evaluation)
     known = [metric for evaluation in evaluations for metric in evaluation.metrics]
     if not known:
         rule = "must be null where no evaluation reports figures (train.validate_every=0, or no validation records)"
