@@ -76,11 +76,9 @@ def _prepare(config: EvaluateConfig) -> Evaluation:
     sampler = _load(config, points[0].ema_width)
     for point in points:
         sampler.sampler_config(point.sampler)
-    for width in {point.ema_width for point in points} - {
-        None,
-        points[0].ema_width,
-    }:  # others were loaded or are stored
-        find_average(checkpoint_folder(config, "ema_width"), width)
+    for width in {point.ema_width for point in points[1:]}:
+        if width is not None:
+            find_average(checkpoint_folder(config, "ema_width"), width)
     trained = sampler.trained
     subject = Subject(trained.manifest, trained.conditioning, sampler.vae, trained.config.data.path)
     wanted = Wanted(config.labels, config.given_prompts(), config.negative_prompt)
