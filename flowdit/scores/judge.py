@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from flowdit.scores.feature_set import FeatureSet
 from flowdit.scores.floor import Floor, floor
 from flowdit.scores.metrics import METRICS, Score, score
 from flowdit.scores.prompts import Captioned, EncodeTexts, clip_score, prompt_following
+
+logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, Score]]
 """Scores by feature network and metric; those of prompt following have the kind of word in their name."""
@@ -87,7 +90,10 @@ def _text_scores(
         found["clip_score"] = clip_score(images.features, encode(prompts))
     if FOLLOWING in metrics and texts.captions is not None and reference.features is not None:
         real = Captioned(reference.features, texts.captions)
-        for word in prompt_following(Captioned(images.features, prompts), real, encode)[0]:
+        words, missing = prompt_following(Captioned(images.features, prompts), real, encode)
+        for kind, reason in missing.items() if of_real else ():
+            logger.info("%s/%s is left out in the space of %s: %s", FOLLOWING, kind, network, reason)
+        for word in words:
             name, value = f"{FOLLOWING}/{word.kind}", word.ceiling if of_real else word.value
             found[name] = Score(name, value, None if of_real else word.error)
     return found

@@ -33,6 +33,8 @@ MIN_PROMPTS = 10
 MAX_OBJECTS = 20
 """Only the most frequent: the more words there are, the fewer captions have exactly one."""
 FOLDS = 5
+MAX_RANKED = 2_000
+"""Images that are ranked with CLIP's text encoder, which reads every prompt once for each word."""
 SHRINKAGE = 0.3
 """Share of a multiple of the identity in the covariance of the discriminant; there are few images for many features."""
 STOP_WORDS = """
@@ -56,7 +58,7 @@ class WordScore(NamedTuple):
         error: standard error of the share, over images.
         ceiling: the same share of real images, which the discriminant was not fitted to.
         chance: the share that is expected if the same images are paired with the prompts at random.
-        images: generated images whose prompt has exactly one word of the kind.
+        images: generated images that are ranked: those whose prompt has exactly one word of the kind.
         words: that are ranked.
     """
 
@@ -89,8 +91,8 @@ def prompt_following(
 ) -> tuple[list[WordScore], dict[str, str]]:
     """The score of each kind of word, and for each other kind why it has none.
 
-    With `encode_texts`, all features are of CLIP. Real images are ranked in five folds, by the discriminant of the
-    four others.
+    With `encode_texts`, all features are of CLIP, and at most `MAX_RANKED` images of a kind, evenly spread, are ranked.
+    Otherwise real images are ranked in five folds, each by the discriminant of the four others.
     """
     scores: list[WordScore] = []
     missing: dict[str, str] = {}
@@ -103,7 +105,8 @@ def prompt_following(
         elif count < MIN_PROMPTS:
             missing[kind] = f"{count} images have a prompt with exactly one of its words, {MIN_PROMPTS} are needed"
         else:
-            sets = (_with_one_word(generated, asked), _with_one_word(real, known))
+            limit = None if encode_texts is None else MAX_RANKED
+            sets = (_with_one_word(generated, asked, limit), _with_one_word(real, known, limit))
             scores.append(_score(kind, words, *sets, encode_texts))
     return scores, missing
 
@@ -116,8 +119,10 @@ class _Asked(NamedTuple):
     asked: Int[np.ndarray, " n"]
 
 
-def _with_one_word(some: Captioned, asked: Int[np.ndarray, " n"]) -> _Asked:
+def _with_one_word(some: Captioned, asked: Int[np.ndarray, " n"], limit: int | None) -> _Asked:
     rows = np.flatnonzero(asked >= 0)
+    if limit is not None and len(rows) > limit:
+        rows = rows[np.arange(limit) * len(rows) // limit]
     return _Asked(some.features[rows], [some.captions[row] for row in rows.tolist()], asked[rows])
 
 

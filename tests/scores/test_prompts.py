@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from flowdit.scores import prompts
 from flowdit.scores.prompts import Captioned, clip_score, prompt_following, ranked_words
 
 WIDTH = 32
@@ -41,6 +42,20 @@ def test_the_share_of_images_that_show_their_word(encoder):
     assert colour.chance == pytest.approx(1 / 3, abs=0.03)
     assert thing.chance == pytest.approx(1 / 2, abs=0.03)
     assert missing == {"count": "fewer than 2 words of it have 10 captions of the reference with no other one"}
+
+
+def test_with_a_text_encoder_a_part_of_many_images_is_ranked(monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_RANKED", 50)
+    texts = []
+
+    def counted(some):
+        texts.extend(some)
+        return encode_texts(some)
+
+    colour, _ = prompt_following(images(300, seed=1), images(400, seed=0), counted)[0]
+    assert colour.images == 50
+    # Six different captions, for the generated and for the real images, with three colours, then with two objects.
+    assert len(texts) == 2 * 6 * (3 + 2)
 
 
 def test_features_without_the_words_score_chance_and_so_does_the_ceiling():
