@@ -129,7 +129,8 @@ def _content(name: str, images: ImageSet) -> str:
     """A hash of names and bytes of the files, so that a copy of the folder has the same features."""
     if images.listing is None:
         return sha256(images.key)
-    return sha256(f"{file}\0{file_sha256(Path(name) / file)}\n".encode() for file in images.listing.names)
+    entries = (f"{file}\0{file_sha256(Path(name) / file)}\n" for file in images.listing.names)
+    return sha256(entry.encode(errors="surrogateescape") for entry in entries)
 
 
 def _folder_images(images: ImageSet, batch_size: int, size: tuple[int, int], resize: bool) -> Iterator[Images]:

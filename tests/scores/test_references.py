@@ -80,6 +80,11 @@ class TestFolder:
         )
         assert first == copy != other
 
+    def test_a_name_that_is_not_in_utf_8(self, tmp_path, model):
+        folder = save_images(tmp_path / "real", pixels(2))
+        (folder / "cat" / "000.png").rename(folder / "cat" / "\udcff.png")
+        assert all_images(open_reference(str(folder), model, decode)).shape == (2, 64, 64, 3)
+
     def test_another_size_is_refused_or_cropped_as_prepare_does(self, tmp_path, model):
         folder = tmp_path / "real"
         folder.mkdir()
