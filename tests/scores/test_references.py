@@ -130,7 +130,7 @@ class TestRecords:
         assert len(identities) == 3
 
     def test_another_vae_size_or_split(self, tiny_data, model):
-        with pytest.raises(FieldError, match="^reference_split: must be one of train, validation, all, got 'test'"):
+        with pytest.raises(FieldError, match="^reference_split: must be one of validation, train, all, got 'test'"):
             open_reference(str(tiny_data), model, decode, split="test")
         vae = dataclasses.replace(model.vae, fingerprint="0" * 16)
         other = dataclasses.replace(model, vae=vae)
