@@ -22,6 +22,7 @@ BENCHMARKS = (
     "convert",
     "restart",
     "scores",
+    "features",
 )
 LONG = ("long_run", "million", "tpu")
 """Only by name: they take minutes to hours, and gigabytes."""

@@ -6,13 +6,14 @@ longer texts are cut to the 77 tokens of the model, start and end tokens kept.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer
 
@@ -32,6 +33,7 @@ from flowdit.features.transformer import (
 )
 from flowdit.fields import about, content_of
 from flowdit.json_input import STRICT_PART, Count, Positive, parse
+from flowdit.models import pretrained
 from flowdit.models.text_encoder import TOKENIZER_FILE, read_tokenizer
 
 IMAGE_NAMES = {
@@ -81,7 +83,7 @@ class _Tower:
 @dataclass(frozen=True, config=STRICT_PART)
 class _Text(_Tower):
     vocab_size: Count = 49408
-    max_position_embeddings: Count = 77
+    max_position_embeddings: Annotated[int, Field(ge=3)] = 77
 
 
 @dataclass(frozen=True, config=STRICT_PART)
@@ -92,6 +94,15 @@ class _Vision(_Tower):
     image_size: Count = 224
     patch_size: Count = 32
     num_channels: Literal[3] = 3
+
+    def network(self) -> VisionConfig:
+        return VisionConfig(
+            encoder=self.encoder(),
+            patch_size=self.patch_size,
+            height=self.image_size,
+            width=self.image_size,
+            has_pre_norm=True,
+        )
 
 
 @dataclass(frozen=True, config=STRICT_PART)
@@ -112,17 +123,8 @@ class ClipImages(eqx.Module):
     preprocessing: Preprocessing = eqx.field(static=True)
 
     def __init__(self, config: ClipConfig, preprocessing: Preprocessing):
-        vision = config.vision_config
-        self.network = VisionTransformer(
-            VisionConfig(
-                encoder=vision.encoder(),
-                patch_size=vision.patch_size,
-                height=vision.image_size,
-                width=vision.image_size,
-                has_pre_norm=True,
-            )
-        )
-        self.projection = Linear(vision.hidden_size, config.projection_dim, has_bias=False)
+        self.network = VisionTransformer(config.vision_config.network())
+        self.projection = Linear(config.vision_config.hidden_size, config.projection_dim, has_bias=False)
         self.preprocessing = preprocessing
 
     def __call__(self, images: UInt8[Array, "n height width 3"]) -> Extracted:
@@ -221,7 +223,8 @@ def _tokens(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
 
 def _read_tokenizer(folder: Path, config: _Text) -> Tokenizer:
     tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
-    added, largest = tokenizer.num_special_tokens_to_add(False), max(tokenizer.get_vocab().values(), default=0)
+    added = tokenizer.num_special_tokens_to_add(False)
+    largest = max([*tokenizer.get_vocab().values(), *tokenizer.encode("a").ids], default=0)
     if added != 2 or largest >= config.vocab_size:
         rule = f"must add a start and an end token and have ids below {config.vocab_size}"
         raise ValueError(f"{folder / TOKENIZER_FILE}: {rule}, it adds {added} tokens and has ids up to {largest}")
@@ -235,6 +238,9 @@ def _read_config(folder: Path) -> ClipConfig:
         config = parse(ClipConfig, folders.read_config(folder))
         folders.check_encoder(config.vision_config.encoder(), "network.layers.", image_shapes)
         folders.check_encoder(config.text_config.encoder(), "layers.", text_shapes)
+        folders.check_patches(config.vision_config.network())
+        pretrained.check_sizes(config, ("projection_dim",), image_shapes)
+        pretrained.check_sizes(config.text_config, ("vocab_size", "max_position_embeddings"), text_shapes)
     return config
 
 

@@ -6,12 +6,13 @@ that size when the weights are read, as transformers does at each call: by PyTor
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from flowdit.features import folders
@@ -20,7 +21,7 @@ from flowdit.features.config import FeatureWeights
 from flowdit.features.preprocessing import Preprocessing, read_preprocessing
 from flowdit.features.resize import antialiased, interpolated
 from flowdit.features.transformer import EncoderConfig, VisionConfig, VisionTransformer
-from flowdit.fields import about, content_of, require
+from flowdit.fields import about, content_of
 from flowdit.json_input import STRICT_PART, Count, Positive, parse
 
 REGISTERS = "dinov2_with_registers"
@@ -55,10 +56,10 @@ class _Dinov2:
     hidden_size: Count = 768
     num_hidden_layers: Count = 12
     num_attention_heads: Count = 12
-    mlp_ratio: Positive = 4
+    mlp_ratio: Annotated[float, Field(ge=1, le=64)] = 4
     layer_norm_eps: Positive = 1e-6
     patch_size: Count | None = None
-    num_register_tokens: Count = 4
+    num_register_tokens: Annotated[int, Field(ge=1, le=1024)] = 4
     use_swiglu_ffn: bool = False
     hidden_act: Literal["gelu"] = "gelu"
     qkv_bias: Literal[True] = True
@@ -136,8 +137,7 @@ def _read_config(folder: Path, preprocessing: Preprocessing) -> VisionConfig:
     with content_of(folder / folders.CONFIG):
         config = parse(_Dinov2, folders.read_config(folder)).network(*preprocessing.sides)
         folders.check_encoder(config.encoder, "layers.", shapes)
-        rule = f"must be at most {min(preprocessing.sides)}, the side of a preprocessed image"
-        require("patch_size", config.patch_size, config.patch_size <= min(preprocessing.sides), rule)
+        folders.check_patches(config)
     return config
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from flowdit import hashing
 from flowdit.features.config import FeatureWeights
 from flowdit.features.preprocessing import FILE as PREPROCESSING
-from flowdit.features.transformer import EncoderConfig
+from flowdit.features.transformer import EncoderConfig, VisionConfig
 from flowdit.fields import require
 from flowdit.models import pretrained
 
 STEM = "model"
 CONFIG = "config.json"
+MAX_PATCHES = 4096
+"""DINOv2's own largest grid has 1369; its attention grows with the square of the number."""
 Network = TypeVar("Network", bound=eqx.Module)
 
 
@@ -38,6 +40,13 @@ def check_encoder(config: EncoderConfig, prefix: str, shapes: Mapping[str, tuple
         f"must be {found}, as in its tensors",
     )
     pretrained.check_sizes(config, ("hidden_size", "intermediate_size"), shapes)
+
+
+def check_patches(config: VisionConfig) -> None:
+    """Raise `FieldError` unless an image has a number of patches that fits into memory."""
+    count, (height, width) = config.grid[0] * config.grid[1], (config.height, config.width)
+    rule = f"must cut an image of {height}x{width} into 1 to {MAX_PATCHES} patches"
+    require("patch_size", config.patch_size, 1 <= count <= MAX_PATCHES, rule)
 
 
 def read(

@@ -46,7 +46,7 @@ class VisionConfig:
     """Sizes of a vision transformer. `height` and `width` are those of its input, in pixels."""
 
     encoder: EncoderConfig
-    patch_size: Annotated[int, Field(ge=1, le=2048)]
+    patch_size: Count
     height: Count
     width: Count
     num_registers: Annotated[int, Field(ge=0)] = 0

@@ -118,18 +118,37 @@ BAD_CONFIGS = {
     "num_hidden_layers": (10**9, "num_hidden_layers: must be 3, as in its tensors, got 1000000000"),
     "hidden_size": (10**9, "hidden_size: must be at most 128"),
     "num_attention_heads": (5, "hidden_size: must be a multiple of num_attention_heads=5, got 32"),
-    "patch_size": (33, "patch_size: must be at most 32, the side of a preprocessed image, got 33"),
+    "patch_size": (33, "patch_size: must cut an image of 32x32 into 1 to 4096 patches, got 33"),
     "hidden_act": ("relu", "hidden_act: must be 'gelu', got 'relu'"),
     "mlp_ratio": (2, "arrays must be those of the model"),
+    "mlp_ratio ": (1e308, "mlp_ratio: must be less than or equal to 64"),
+}
+BAD_CLIP_CONFIGS = {
+    "text_config.vocab_size": (10**30, "vocab_size: must be at most 62, the largest size of a tensor"),
+    "text_config.max_position_embeddings": (2, "max_position_embeddings: must be greater than or equal to 3, got 2"),
+    "text_config.hidden_act": ("swiglu", "hidden_act: must be 'quick_gelu' or 'gelu', got 'swiglu'"),
+    "vision_config.patch_size": (10**9, "patch_size: must cut an image of 32x32 into 1 to 4096 patches"),
+    "vision_config.image_size": (10**9, "patch_size: must cut an image of 1000000000x1000000000"),
+    "projection_dim": (10**30, "projection_dim: must be at most 40"),
 }
 
 
 @pytest.mark.parametrize("field", BAD_CONFIGS)
 def test_another_configuration_is_one_line(tmp_path, field):
     (value, problem), folder = BAD_CONFIGS[field], write_dinov2(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text()) | {field: value}
+    config = json.loads((folder / "config.json").read_text()) | {field.strip(): value}
     (folder / "config.json").write_text(json.dumps(config))
     check_refused("dinov2", folder, problem)
+
+
+@pytest.mark.parametrize("field", BAD_CLIP_CONFIGS)
+def test_another_configuration_of_clip_is_one_line(tmp_path, field):
+    (value, problem), folder = BAD_CLIP_CONFIGS[field], write_clip(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    *parts, name = field.split(".")
+    (config[parts[0]] if parts else config)[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    check_refused("clip", folder, problem)
 
 
 BAD_PREPROCESSING = {
