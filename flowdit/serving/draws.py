@@ -50,7 +50,7 @@ class Picture(NamedTuple):
         path = f"data:image/jpeg;base64,{base64.b64encode(self.path).decode()}" if self.path else ""
         return {
             "png": f"data:image/png;base64,{base64.b64encode(self.png).decode()}",
-            "path": path,
+            "frames": path,  # not "path", which Gradio's client takes for a file to fetch
             "caption": self.recipe.caption,
             "recipe": self.recipe.dump(),
         }

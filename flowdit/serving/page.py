@@ -61,12 +61,15 @@ def build_page(models: Models, events: Events, title: str) -> gr.Blocks:
         shown = controls.shown()
         options = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
         new_seed.click(None, None, controls.seed, js=SEED_JS, api_visibility="private")
-        inputs, outputs = list(shown.values()), [status, result]
+        names, inputs = list(shown), list(shown.values())
         triggers = [draw.click, *(part.submit for part in (controls.prompt, controls.negative_prompt) if part)]
-        drawing = gr.on(triggers, events.drawing(list(shown)), inputs, outputs, trigger_mode="once", **options)
+        # Names of their own, as those of the API are taken in order.
+        options["api_name"] = "page_draw"
+        drawing = gr.on(triggers, events.drawing(names), inputs, [status, result], trigger_mode="once", **options)
         outputs = [status, result, *inputs]
-        uploaded = dropped.upload(events.dropping(list(shown)), dropped, [*outputs, dropped], **options)
-        again = history.redraw(events.redrawing(list(shown)), None, outputs, **options)
+        options["api_name"] = "page_redraw"
+        uploaded = dropped.upload(events.dropping(names), dropped, [*outputs, dropped], **options)
+        again = history.redraw(events.redrawing(names), None, outputs, **options)
         stop.click(events.idle, None, status, cancels=[drawing, uploaded, again], api_visibility="private", queue=False)
         add_api(events)
     return page

@@ -43,9 +43,9 @@ function card(picture, frames) {
   image.src = picture.png;
   image.alt = picture.caption || "image";
   view.append(image);
-  if (picture.path) {
+  if (picture.frames) {
     const strip = make("div", "fd-strip");
-    strip.style.backgroundImage = `url("${picture.path}")`;
+    strip.style.backgroundImage = `url("${picture.frames}")`;
     strip.style.backgroundSize = `${100 * frames}% 100%`;
     view.append(strip);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flowdit.command import wants_traceback
 from flowdit.fields import FieldError
 from flowdit.serving.config import ServeConfig
 from flowdit.serving.draws import Models
@@ -27,6 +29,8 @@ def serving(models: Models, config: ServeConfig) -> Iterator[str]:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="flowdit-serve-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # files that are dropped in, until they are read
+        if not wants_traceback():
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of requests that are no call of ours
         try:
             from flowdit.serving.events import Events
             from flowdit.serving.page import build_page

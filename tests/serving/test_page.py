@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from runs import REPOSITORY, start, wait_for_line
 
-import flowdit
 from flowdit.inference.recipe import read_recipe
 
 pytestmark = pytest.mark.browser
@@ -174,11 +173,6 @@ def test_another_setting_is_another_image_and_the_same_is_the_same(page):
     page.set("#fd-seed input", "5")
     page.set("#fd-guidance input[type=number]", str(read_recipe(first[0]).sampler["guidance"]))
     assert page.draw() == first
-    config = read_recipe(first[0]).sampler
-    sampler = flowdit.load(str(REPOSITORY / "pretrained" / "openmoji"))
-    (images,) = sampler.draw(**read_recipe(first[0]).request, num_images=2, seed=5, **config)
-    # The tests have four devices, the page has one.
-    assert np.abs(images[0].astype(int) - pixels(first[0]).astype(int)).max() <= 1
 
 
 def test_a_bad_input_is_a_line_on_the_page(page):
@@ -246,7 +240,7 @@ def test_the_api_without_a_client(server):
 
 def test_twenty_requests_at_once(server, client):
     def one(seed: int) -> str:
-        settings = {"label": "sun" if seed % 2 else "heart", "steps": 2, "solver": "euler", "seed": seed, "count": 2}
+        settings = {"label": "sound" if seed % 2 else "heart", "steps": 2, "solver": "euler", "seed": seed, "count": 2}
         drawn = client.predict(**settings, guidance=1 + seed / 10, api_name="/draw")
         return drawn["models"][0]["pictures"][0]["png"]
 
