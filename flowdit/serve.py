@@ -58,7 +58,8 @@ def load_models(config: ServeConfig) -> Models:
     for field in ("checkpoint", "compare"):
         if (name := getattr(config, field)) is not None:
             with about(field), called({"checkpoint": field}):
-                samplers.append(load(name, vae=config.vae, text_encoder=config.text_encoder))
+                guide = config.guide if field == "checkpoint" else None
+                samplers.append(load(name, guide=guide, vae=config.vae, text_encoder=config.text_encoder))
     models = Models(samplers, config)
     if len(samplers) > 1:
         check_pair(*samplers)

@@ -49,10 +49,9 @@ class Origin:
 
     Attributes:
         step: training steps of the model.
-        weights: fingerprint of its weights.
+        weights: fingerprint of its weights, and of those of a guide.
         vae: fingerprint of the VAE.
         text_encoder: fingerprint of the text encoder, else its name; empty: none.
-        guide: fingerprint of the weights of the guide; empty: none.
         versions: of flowdit and the packages in `PACKAGES`.
         device: kind and number of the devices.
     """
@@ -61,7 +60,6 @@ class Origin:
     weights: Digits
     vae: Digits
     text_encoder: Text
-    guide: Digits
     versions: Annotated[dict[Digits, Digits], Field(max_length=32)]
     device: Text
 
@@ -119,7 +117,6 @@ def origin_of(sampler: Sampler) -> Origin:
         weights=sampler.fingerprint,
         vae=sampler.vae.fingerprint,
         text_encoder="" if text is None else text.fingerprint or text.name,
-        guide="",
         versions=versions(),
         device=f"{sampler.mesh.size} x {device_kind(sampler.mesh.devices.flat[0])}",
     )
@@ -247,7 +244,7 @@ def differences(recipe: Recipe, sampler: Sampler, batch: int) -> list[str]:
     found = []
     if then.weights != now.weights:
         found.append(f"weights {then.weights} of step {then.step}, here {now.weights} of step {now.step}")
-    pairs = {name: (getattr(then, name), getattr(now, name)) for name in ("vae", "text_encoder", "guide", "device")}
+    pairs = {name: (getattr(then, name), getattr(now, name)) for name in ("vae", "text_encoder", "device")}
     pairs |= {name: (then.versions.get(name), version) for name, version in now.versions.items()}
     pairs["a batch of"] = (recipe.batch, batch)
     return [*found, *(f"{name} {a or 'none'}, here {b or 'none'}" for name, (a, b) in pairs.items() if a != b)]

@@ -18,6 +18,7 @@ class ServeConfig:
     Attributes:
         checkpoint: a checkpoint, a run folder (its newest intact checkpoint), or another `source` of `flowdit.convert`.
         compare: a second one, drawn beside the first with the same noise; of the same kind and latents.
+        guide: a weaker model that guides the first in place of the null condition (autoguidance); null: none.
         vae: folder or hub id of the VAE of the latents; null: the one used by `prepare`.
         text_encoder: folder or hub id of the text encoder; null: the one of the training run.
         host: address to listen on; 127.0.0.1: this machine only, 0.0.0.0: everyone who reaches the machine.
@@ -35,6 +36,7 @@ class ServeConfig:
 
     checkpoint: str = "???"
     compare: str | None = None
+    guide: str | None = None
     vae: str | None = None
     text_encoder: str | None = None
     host: str = "127.0.0.1"

@@ -83,6 +83,9 @@ def test_what_differs_from_a_recipe_is_said(models, drawn, whole_run):
     assert [line.split(",")[0] for line in found] == ["device 8 x TPU v9", "jax 0.1", f"a batch of {recipe.batch}"]
     (weights,) = differences(recipe, flowdit.load(str(whole_run / "4")), recipe.batch)
     assert weights.startswith(f"weights {recipe.origin.weights} of step 6, here ") and weights.endswith(" of step 4")
+    guided = Sampler(sampler.trained, guide=flowdit.load(str(whole_run / "4")).trained)
+    (weights,) = differences(recipe, guided, recipe.batch)
+    assert weights.endswith(f", here {sampler.fingerprint}-{flowdit.load(str(whole_run / '4')).fingerprint} of step 6")
     large = dataclasses.replace(recipe, batch=2**20)  # beyond the limit it is drawn in a smaller batch
     assert "a batch of 1048576, here 4" in models.redraw(large).notes[0]
 
