@@ -19,6 +19,10 @@ SEED_JS = "() => Math.floor(Math.random() * 4294967296)"
 """A new seed is chosen in the browser."""
 
 
+SCROLL_JS = "() => innerWidth < 800 && document.getElementById('fd-status').scrollIntoView({behavior: 'smooth'})"
+"""On a phone the line and the pictures are below the controls."""
+
+
 class Controls(NamedTuple):
     """The settings of a draw by the names of the API; None for those that the model does not take."""
 
@@ -63,6 +67,7 @@ def build_page(models: Models, events: Events, title: str) -> gr.Blocks:
         new_seed.click(None, None, controls.seed, js=SEED_JS, api_visibility="private")
         names, inputs = list(shown), list(shown.values())
         triggers = [draw.click, *(part.submit for part in (controls.prompt, controls.negative_prompt) if part)]
+        draw.click(None, None, None, js=SCROLL_JS, api_visibility="private")
         # Names of their own, as those of the API are taken in order.
         options["api_name"] = "page_draw"
         drawing = gr.on(triggers, events.drawing(names), inputs, [status, result], trigger_mode="once", **options)

@@ -78,7 +78,7 @@ function show() {
     const section = make("section", "fd-group");
     if (value.groups.length > 1) section.append(make("h2", "", group.model));
     const grid = make("div", "fd-grid");
-    grid.dataset.count = Math.min(group.pictures.length, 5);
+    grid.dataset.count = Math.min(group.pictures.length, 4);
     grid.append(...group.pictures.map((picture) => card(picture, value.frames)));
     section.append(grid);
     groups.append(section);
