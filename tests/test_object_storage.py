@@ -1,6 +1,7 @@
 """Runs, data and caches in an object store, with moto's S3 server; s3fs and TensorStore are the real clients."""
 
 import importlib.util
+import io
 import json
 import shutil
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 from object_store import ObjectStore
+from PIL import Image
 from runs import (
     FAST,
     REPOSITORY,
@@ -28,7 +30,7 @@ from runs import (
     wait_for_line,
 )
 
-from flowdit import prepare, sample, storage, stores
+from flowdit import prepare, report, sample, storage, stores
 from flowdit.checkpoint.files import verify_files
 from flowdit.data import mirror
 from flowdit.data.manifest import Manifest
@@ -219,6 +221,23 @@ def test_what_is_written_locally_is_refused_in_a_store(tmp_path):
     assert error_line(call(prepare.main, "out=s3://bucket/data")).startswith("error: out: must be a local folder")
     refused = error_line(call(sample.main, "checkpoint=checkpoints", "out=s3://bucket/samples"))
     assert refused.startswith("error: out: must be a local folder")
+
+
+def test_a_report_is_made_of_a_run_in_a_store(store, whole_run, tmp_path):
+    store.upload(whole_run, "runs/mine")
+    for step in steps_of(whole_run):
+        store.files.pipe(f"bucket/runs/mine/{step}/{storage.COMMITTED}", b"")
+    image = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(image, "PNG")
+    store.files.pipe("bucket/runs/mine/samples/00000003.png", image.getvalue())
+    store.files.pipe("bucket/runs/mine/evaluation/scores.json", b"[]")
+    finished = call(report.main, "run=s3://bucket/runs/mine", f"out={tmp_path / 'report.html'}")
+    assert (finished.status, finished.err) == (0, "")
+    assert "s3://bucket/runs/mine/evaluation/scores.json: must be the scores of flowdit.evaluate" in finished.out
+    page = (tmp_path / "report.html").read_text()
+    assert "samples of mine at step 3" in page and "model.hidden_dim" in page and "CPU cores" in page
+    missing = error_line(call(report.main, "run=s3://bucket/runs"))
+    assert "run: must be a run folder with metrics.jsonl: s3://bucket/runs: it holds the run folders" in missing
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowdit.features import FEATURES
-from flowdit.reporting.metrics import thinned
+from flowdit.reporting.metrics import number, thinned
 from flowdit.reporting.reading import RunRecord
-from flowdit.reporting.results import Point, Results, direction, metric_title, number
+from flowdit.reporting.results import Point, Results, direction, metric_title
 from flowdit.scores.results import shown_setting
 
 PROFILES = 6
@@ -90,7 +90,7 @@ def curve_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         if name in drawn or BY_TIME.fullmatch(name):
             continue
         if name == "train/skipped_steps":
-            if any((curve := run.metrics.curve(name)) is not None and np.nanmax(curve.values) > 0 for run in runs):
+            if any((curve := run.metrics.curve(name)) is not None and (curve.values > 0).any() for run in runs):
                 charts.append(_chart("curves", "Skipped steps", runs, name))
         elif name.startswith("scores/"):
             charts.append(_chart("scores", _score_title(name.removeprefix("scores/")), runs, name))

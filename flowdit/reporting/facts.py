@@ -29,8 +29,8 @@ def facts(run: RunRecord) -> list[Fact]:
             lowest = int(np.nanargmin(curve.values))
             detail = f"lowest {curve.values[lowest]:.4f} at step {int(curve.steps[lowest]):,}"
             found.append(Fact(title, f"{curve.last:.4f}", detail if name.startswith("validation") else ""))
-    if (speed := metrics.curve("train/images_per_second")) is not None:
-        found.append(Fact("Images per second", f"{_mean_rate(speed):,.4g}", "mean, without pauses"))
+    if (speed := metrics.curve("train/images_per_second")) is not None and (rate := _mean_rate(speed)):
+        found.append(Fact("Images per second", f"{rate:,.4g}", "mean, without pauses"))
     if (mfu := metrics.curve("train/mfu")) is not None and np.isfinite(mfu.values).any():
         found.append(Fact("MFU", f"{np.nanmedian(mfu.values):.1%}", "median"))
     if hours := sum(session.hours for session in metrics.sessions):
@@ -63,13 +63,11 @@ def _sessions(sessions: list[Session]) -> str:
 
 
 def _mean_rate(curve: Curve) -> float:
-    """The mean of a rate over all steps: steps by time."""
-    is_known = np.isfinite(curve.values) & (curve.values > 0)
-    rates, steps = curve.values[is_known], curve.steps[is_known]
-    if not len(rates):
-        return 0.0
-    lengths = np.diff(steps, prepend=0).astype(np.float64)
-    return float(lengths.sum() / (lengths / rates).sum())
+    """The mean of a rate over all steps, which is steps by time; 0 if it is not known."""
+    is_known = curve.values > 0
+    lengths = np.diff(curve.steps[is_known], prepend=0).astype(np.float64)
+    time = (lengths / curve.values[is_known]).sum()
+    return float(lengths.sum() / time) if time else 0.0
 
 
 def duration(hours: float) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -18,6 +18,7 @@ LARGEST_FILE = 2**28
 """Bytes that are read at most; more is left out."""
 MOST_FIGURES = 500
 LONGEST_NAME = 120
+LARGEST = 1e100
 FIRST = "train/first_step_seconds"
 """Only the first entry of a process has it."""
 
@@ -100,16 +101,16 @@ class _Reader:
         self.hours_before = 0.0
 
     def add(self, entry: dict[str, Any]) -> None:
-        step, time = entry["step"], _finite(entry.get("time"))
+        step, time = entry["step"], number(entry.get("time"))
         if "train/loss" in entry:
-            self._trained(step, time, _finite(entry.get(FIRST)))
+            self._trained(step, time, number(entry.get(FIRST)))
         for name, value in entry.items():
             if name in ("step", "time", FIRST) or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if name not in self.figures and len(self.figures) < MOST_FIGURES and len(name) <= LONGEST_NAME:
                 self.figures[name] = _Points()
             if name in self.figures:
-                self.figures[name].add(step, _number(value))
+                self.figures[name].add(step, math.nan if (known := number(value)) is None else known)
 
     def _trained(self, step: int, time: float | None, first: float | None) -> None:
         last = self.sessions[-1].last_step if self.sessions else -1
@@ -129,7 +130,7 @@ def read_metrics(file: epath.Path) -> Metrics:
     reader, unreadable = _Reader(), 0
     try:
         with file.open("rb") as stream:
-            for line in _lines(stream):  # type: ignore[arg-type]
+            for line in _lines(stream):
                 entry = _entry(line)
                 if entry is None:
                     unreadable += 1
@@ -141,8 +142,8 @@ def read_metrics(file: epath.Path) -> Metrics:
     return Metrics(curves, reader.sessions, reader.clock.curve(), unreadable)
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines up to `LARGEST_FILE`; of a line that is too long its pieces, which are no JSON objects."""
+def _lines(stream: Any) -> Iterator[bytes]:
+    """The lines of a binary file up to `LARGEST_FILE`; of one that is too long its pieces, which are no JSON objects."""
     left = LARGEST_FILE
     while left > 0 and (line := stream.readline(LONGEST_LINE)):
         left -= len(line)
@@ -161,18 +162,11 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if is_step else None
 
 
-def _number(value: int | float) -> float:
-    try:
-        value = float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.nan
-    return value if math.isfinite(value) else math.nan
-
-
-def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(_number(value)):
+def number(value: Any) -> float | None:
+    """A finite number as a float, else None. So that no sum or ratio overflows, its size is 0 or in [1e-100, 1e100]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
         return None
-    return float(value)
+    return float(value) if abs(value) * LARGEST >= 1 else 0.0
 
 
 def thinned(curve: Curve, most: int = 1_000) -> Curve:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from etils import epath
 
 from flowdit.fields import FieldError, about, shortened
 from flowdit.json_input import InputError
+from flowdit.reporting.metrics import number
 from flowdit.reporting.reading import RunRecord, read_small_json
 from flowdit.scores.metrics import METRICS, Score
 from flowdit.scores.results import title
@@ -75,10 +75,10 @@ class Results(NamedTuple):
 def read_results(runs: Sequence[RunRecord], given: Sequence[str]) -> list[Results]:
     """The results in the run folders, then the given ones. Raises `FieldError` for a given one that cannot be read."""
     found: dict[str, Results] = {}
-    for number, run in enumerate(runs):
+    for index, run in enumerate(runs):
         for file in run.results:
             try:
-                found[str(file)] = _read(file, number, runs)
+                found[str(file)] = _read(file, index, runs)
             except InputError as problem:
                 logger.warning("%s", problem)
     for name in given:
@@ -126,7 +126,7 @@ def _run_of(checkpoint: dict[str, Any], runs: Sequence[RunRecord]) -> int | None
     if not isinstance(name, str):
         return None
     path = f"{_absolute(name)}/"
-    matching = (number for number, run in enumerate(runs) if path.startswith(f"{_absolute(str(run.folder))}/"))
+    matching = (index for index, run in enumerate(runs) if path.startswith(f"{_absolute(str(run.folder))}/"))
     return next(matching, None)
 
 
@@ -157,16 +157,6 @@ def _values(entry: Any) -> dict[str, Score]:
         if value is not None:
             found[_text(name)] = Score(_text(name), value, number(_dict(score).get("error")))
     return found
-
-
-def number(value: Any) -> float | None:
-    """A finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
 
 
 def _setting(value: Any) -> Any:

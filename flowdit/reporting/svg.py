@@ -90,7 +90,7 @@ def ticks(low: Number, high: Number, count: int = 5) -> list[float]:
         return []
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.7)
-    return [round(i * step, 12) + 0.0 for i in range(math.ceil(low / step), math.floor(high / step) + 1)][:20]
+    return [float(f"{i * step:.12g}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)][:20]
 
 
 def amount(value: Number) -> str:

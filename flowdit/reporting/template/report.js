@@ -442,7 +442,4 @@
   for (const samples of document.querySelectorAll(".samples")) addSlider(samples);
   redraw();
   for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", redraw);
-  window.addEventListener("beforeprint", () => {
-    for (const details of document.querySelectorAll("details")) details.open = true;
-  });
 })();
