@@ -17,6 +17,7 @@ from runs import call, error_line, metrics
 from flowdit.image_grid import save_grid
 from flowdit.report import main
 from flowdit.reporting import grids
+from flowdit.reporting import metrics as report_metrics
 from flowdit.reporting.html import json_for_script, tag
 from flowdit.reporting.metrics import Curve, read_metrics, thinned
 from flowdit.reporting.reading import short_names
@@ -229,6 +230,16 @@ def test_steps_that_were_done_again_replace_those_before(tmp_path):
     assert dict(zip(found.clock.steps.tolist(), found.clock.values * 3600, strict=True)) == pytest.approx(
         {1: 10, 10: 110, 11: 260, 20: 360}
     )
+
+
+def test_a_line_without_an_end_takes_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_metrics, "LONGEST_LINE", 100)
+    long = '{"step": 2, "train/loss": 2, "name": "' + "x" * 1000
+    folder = write_lines(tmp_path / "run", entry(1, 1.0), long + '"}', entry(3, 3.0), long)
+    found = read_metrics(epath.Path(folder / "metrics.jsonl"))
+    assert found.curves["train/loss"].steps.tolist() == [1, 3] and found.unreadable == 2
+    monkeypatch.setattr(report_metrics, "LARGEST_FILE", 150)
+    assert read_metrics(epath.Path(folder / "metrics.jsonl")).curves["train/loss"].steps.tolist() == [1]
 
 
 def test_long_curves_keep_their_peaks():

@@ -143,12 +143,16 @@ def read_metrics(file: epath.Path) -> Metrics:
 
 
 def _lines(stream: Any) -> Iterator[bytes]:
-    """The lines of a binary file up to `LARGEST_FILE`; of one that is too long its pieces, which are no JSON objects."""
-    left = LARGEST_FILE
-    while left > 0 and (line := stream.readline(LONGEST_LINE)):
-        left -= len(line)
-        if line.strip():
-            yield line
+    """The lines of a binary file up to `LARGEST_FILE`; one that is too long is cut, so that it is no JSON object."""
+    left, rest = LARGEST_FILE, b""
+    # Not by `readline`: files of object stores take no limit there.
+    while left > 0 and (block := stream.read(min(left, LONGEST_LINE))):
+        left -= len(block)
+        *lines, rest = (rest + block).split(b"\n")
+        yield from filter(bytes.strip, lines)
+        rest = rest if len(rest) <= LONGEST_LINE else rest[:1]
+    if rest.strip():
+        yield rest
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
