@@ -7,6 +7,7 @@ from flowdit.cli import start
 if __name__ == "__main__":
     start("evaluate")
 
+import dataclasses
 import functools
 import json
 import logging
@@ -24,15 +25,17 @@ from flowdit.checkpoint.sampler_file import write_sampler
 from flowdit.command import Command, join_others, run_command
 from flowdit.config import resolve
 from flowdit.fields import about, require
-from flowdit.inference.sampler import Sampler, check_settings
+from flowdit.inference.sampler import Sampler
 from flowdit.interop.hub import find_source
 from flowdit.interop.loading import load
 from flowdit.scores.chart import save_chart
 from flowdit.scores.comparison import Subject, Wanted, compare
 from flowdit.scores.config import EvaluateConfig, Point
 from flowdit.scores.evaluation import Evaluation, result_json
+from flowdit.scores.judge import find_figure
 from flowdit.scores.results import Result, best_point, lines
 from flowdit.sharding import MeshConfig, make_mesh
+from flowdit.storage import write_whole
 from flowdit.sweep import job
 
 # By its name, as this module is `__main__` when it is run.
@@ -61,13 +64,27 @@ def _evaluate(composed: DictConfig) -> None:
     config: EvaluateConfig = resolve(composed, EvaluateConfig)
     config.check()
     join_others(composed)
-    check_settings(config.num_images, config.seed, config.batch_size)
-    if config.save_best:
-        checkpoint_folder(config, "save_best")
-    evaluation = _prepare(config)
+    evaluation = _prepare(_located(config))
     results = list(evaluation.results())
     if jax.process_index() == 0:
         _report(evaluation, results)
+
+
+def _located(config: EvaluateConfig) -> EvaluateConfig:
+    """The settings with the place of the checkpoint, found once: a run may save another one meanwhile.
+
+    Raises `FieldError` for settings that need a checkpoint of flowdit if the model is another. All processes must call it.
+    """
+    with about("checkpoint"):
+        folder = newest_intact(find_source(config.checkpoint))
+    widths = [point.ema_width for point in config.points() if point.ema_width is not None]
+    if not (folder / "meta").is_dir():
+        rule = "must not be given for a model that is no checkpoint of flowdit"
+        require("save_best", config.save_best, not config.save_best, rule)
+        require("ema_width", config.ema_width, not widths, rule)
+    for width in dict.fromkeys(widths):
+        find_average(folder, width)
+    return dataclasses.replace(config, checkpoint=str(folder))
 
 
 def _prepare(config: EvaluateConfig) -> Evaluation:
@@ -76,15 +93,10 @@ def _prepare(config: EvaluateConfig) -> Evaluation:
     sampler = _load(config, points[0].ema_width)
     for point in points:
         sampler.sampler_config(point.sampler)
-    for width in {point.ema_width for point in points[1:]}:
-        if width is not None:
-            find_average(checkpoint_folder(config, "ema_width"), width)
     trained = sampler.trained
     subject = Subject(trained.manifest, trained.conditioning, sampler.vae, trained.config.data.path)
     wanted = Wanted(config.labels, config.given_prompts(), config.negative_prompt)
-    comparison = compare(config, subject, config.seed, wanted)
-    metrics = comparison.judge.metrics
-    require("best", config.best, config.best is None or config.best in metrics, f"must be one of {', '.join(metrics)}")
+    comparison = compare(config, subject, config.seed, wanted, config.best)
     return Evaluation(config, functools.partial(_load, config), sampler, comparison)
 
 
@@ -98,7 +110,8 @@ def _load(config: EvaluateConfig, ema_width: float | None) -> Sampler:
 def _report(evaluation: Evaluation, results: list[Result]) -> None:
     """Print tables and write `scores.json` and the chart; write the best sampler into the checkpoint if wanted."""
     config, judge = evaluation.config, evaluation.comparison.judge
-    metric, features = config.best or judge.metrics[0], config.features[0]
+    first = next(name for names in judge.figures.values() for name in names)
+    features, metric = find_figure(judge.figures, config.best or first)
     best = best_point(results, metric, features)
     for line in evaluation.description():
         logger.info(line)
@@ -109,7 +122,7 @@ def _report(evaluation: Evaluation, results: list[Result]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = evaluation.as_json() | {"points": [result_json(result) for result in results]}
     content["best"] = {"metric": metric, "features": features, "point": best}
-    (out / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(epath.Path(out / "scores.json"), json.dumps(content, indent=1) + "\n")
     written = ["scores.json"]
     if len(results) > 1 and save_chart(out / "scores.png", results, metric, judge.floors, best):
         written.append("scores.png")
@@ -119,20 +132,10 @@ def _report(evaluation: Evaluation, results: list[Result]) -> None:
 
 
 def _save_sampler(evaluation: Evaluation, point: Point) -> None:
-    folder = checkpoint_folder(evaluation.config, "save_best")
-    file = write_sampler(folder, evaluation.sampler.sampler_config(point.sampler))
+    file = write_sampler(evaluation.config.checkpoint, evaluation.sampler.sampler_config(point.sampler))
     others = {"ema_width": point.ema_width, "guide": evaluation.config.guide}
     rest = [f"{name}={value}" for name, value in others.items() if value is not None]
     logger.info("the sampler of the best point: %s%s", file, f" (it does not hold {', '.join(rest)})" if rest else "")
-
-
-def checkpoint_folder(config: EvaluateConfig, needed_by: str) -> epath.Path:
-    """The folder of the checkpoint `<run>/<step>`, for a setting that needs one. Raises `FieldError` for other models."""
-    with about("checkpoint"):
-        folder = newest_intact(find_source(config.checkpoint))
-    rule = "must not be given for a model that is no checkpoint of flowdit"
-    require(needed_by, getattr(config, needed_by), (folder / "meta").is_dir(), rule)
-    return folder
 
 
 def register_schema() -> None:

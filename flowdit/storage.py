@@ -108,6 +108,16 @@ def rename(folder: epath.Path, target: epath.Path) -> None:
     files.rm(inside, recursive=True)
 
 
+def write_whole(file: epath.Path, text: str) -> None:
+    """Write a text file, whole or not at all, replacing an earlier one. Raises `OSError`."""
+    if is_remote(file):  # an object appears when it is whole
+        file.write_text(text)
+        return
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
 @contextlib.contextmanager
 def written_locally(folder: epath.Path) -> Iterator[Path]:
     """A local folder to write to: `folder` itself, or a temporary one that is copied to the store at the end."""

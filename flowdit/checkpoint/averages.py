@@ -48,7 +48,9 @@ def restore_average(step_folder: epath.Path, template: Any, width: float) -> Any
 
 
 def find_average(step_folder: epath.Path, width: float) -> tuple[list[Stored], np.ndarray]:
-    """The stored averages of which an average of `width` is made, and the factor of each; no weights are read.
+    """The stored averages of which an average of `width` is made, and the factor of each.
+
+    Snapshots are verified, but not loaded.
 
     Raises `FieldError` for a width that is impossible, or further from what is stored than `MAX_ERROR`, and for a
     checkpoint without averages.

@@ -124,8 +124,8 @@ def restore_newest(
     """Restore the newest intact checkpoint, `found` or else searched; damaged newer ones are renamed `<step>.damaged`.
 
     `template` holds `ShapeDtypeStruct`s with shardings. `check_meta` raises `ValueError` for a checkpoint of another run.
-    `fresh` makes the arrays of auxiliary losses and averages that are not in the checkpoint, by name. Raises `CheckpointError` if no
-    step can be read, or it is of another format.
+    `fresh` makes the arrays of auxiliary losses and averages that are not in the checkpoint, by name. Raises
+    `CheckpointError` if no step can be read, or it is of another format.
     """
     folder = epath.Path(folder)
     found = found or find_newest(folder)
@@ -170,7 +170,8 @@ def restore_weights(
     """Restore the EMA or, with `weights` "model", the raw weights as float32 in the structure of `template` (arrays or
     shapes).
 
-    They are on the first device of the process, or on `mesh` by the sharding rules. The files must be verified before, by `read_meta`.
+    They are on the first device of the process, or on `mesh` by the sharding rules. The files must be verified before,
+    by `read_meta`.
     """
     step_folder = epath.Path(step_folder)
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from flowdit.checkpoint.files import CheckpointError
 from flowdit.checkpoint.meta import Best
 from flowdit.json_input import InputError, parse_file
 from flowdit.processes import from_first
-from flowdit.storage import has_been_committed, is_remote
+from flowdit.storage import has_been_committed, write_whole
 
 BEST_FILE = "best.json"
 BEST_NAME = "best"
@@ -43,13 +42,7 @@ class Retention(ocp.checkpoint_managers.PreservationPolicy):
 
 def write_best(folder: epath.Path, best: Best) -> None:
     """Write `best.json`, whole or not at all."""
-    content = json.dumps(dataclasses.asdict(best), indent=1) + "\n"
-    if is_remote(folder):
-        (folder / BEST_FILE).write_text(content)
-        return
-    partial = folder / f"{BEST_FILE}.partial"
-    partial.write_text(content)
-    os.replace(partial, folder / BEST_FILE)
+    write_whole(folder / BEST_FILE, json.dumps(dataclasses.asdict(best), indent=1) + "\n")
 
 
 def read_best(folder: epath.Path) -> Best | None:

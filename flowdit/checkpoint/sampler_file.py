@@ -15,7 +15,7 @@ from flowdit.checkpoint.meta import RunMeta
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.fields import content_of, require
 from flowdit.json_input import parse_file
-from flowdit.storage import is_remote
+from flowdit.storage import write_whole
 
 SAMPLER_FILE = "sampler.json"
 
@@ -27,13 +27,7 @@ class _Fields(RootModel[dict[str, int | float | str | None]]):
 def write_sampler(step_folder: epath.PathLike, config: SamplerConfig) -> epath.Path:
     """Write `config` into a checkpoint, replacing an earlier one. Returns the file. Raises `OSError`."""
     file = epath.Path(step_folder) / SAMPLER_FILE
-    content = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-    if is_remote(file):  # an object appears when it is whole
-        file.write_text(content)
-    else:
-        unfinished = file.with_name(f"{SAMPLER_FILE}.unfinished")
-        unfinished.write_text(content)
-        unfinished.replace(file)
+    write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     return file
 
 

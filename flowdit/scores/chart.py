@@ -43,7 +43,8 @@ def save_chart(
     path: Path, results: Sequence[Result], metric: str, floors: Mapping[str, Floor], best: int | None
 ) -> bool:
     """Save the chart of `metric`, with a row of panels for each feature space. Returns whether there is one to draw."""
-    rows = {features: _panels(results, features, metric, best) for features in floors}
+    spaces = [features for features in floors if metric in results[0].scores[features]]
+    rows = {features: _panels(results, features, metric, best) for features in spaces}
     if not any(rows.values()):
         return False
     legend = LINE * max(len(panel.lines) for panels in rows.values() for panel in panels)

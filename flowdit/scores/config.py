@@ -47,10 +47,12 @@ class EvaluateConfig(ScoringConfig):
         rtol: as `train.sampler.rtol`.
         ema_width: width of a power-function average made from the run's snapshots, one or a list; null: the plain EMA.
         guide: a weaker model that guides instead of the null condition, as `checkpoint`; null: none.
-        best: the score by which the best point is marked; null: the first of `metrics`, in the first of `features`.
+        best: the score by which the best point is marked, in the first of `features` that has it; null: the first of
+            `metrics`.
         save_best: write the sampler of the best point into the checkpoint, as the default for sampling.
-        save_images: also write the images as PNG files.
-        keep_features: keep the features of the images, so that other scores of the same images take seconds.
+        save_images: also write the images as PNG files, to a folder that `scores.json` names for each point.
+        keep_features: keep the features of the images, so that with this setting other scores of the same images take
+            seconds.
         out: folder for `scores.json`, charts, and what is needed to go on after a kill.
         vae: folder or hub id of the VAE of the latents; null: the one used by `prepare`.
         text_encoder: folder or hub id of the text encoder; null: the one of the training run.
@@ -105,10 +107,11 @@ class EvaluateConfig(ScoringConfig):
         require_local("out", self.out)
         super().check()
         require("seed", self.seed, 0 <= self.seed < 2**32, "must be in [0, 2**32)")
-        for name in [*(self.metrics or []), *([self.best] if self.best else [])]:
-            require_choice("best" if name == self.best else "metrics", name, METRICS)
-        if self.best is not None and self.metrics is not None:
-            require("best", self.best, self.best in self.metrics, f"must be one of metrics, {', '.join(self.metrics)}")
+        for name in self.metrics or []:
+            require_choice("metrics", name, METRICS)
+        if self.guide is not None and self.negative_prompt:
+            rule = "must not be given with a guide, which replaces it"
+            raise FieldError("negative_prompt", f"{rule}, got {shown(self.negative_prompt)}")
         self._check_swept()
         if self.prompts_file is not None and self.prompts != "data":
             raise FieldError("prompts_file", f"must not be given together with prompts, got {shown(self.prompts)}")

@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from PIL import Image
 
 from flowdit.checkpoint.meta import package_version
@@ -25,6 +25,7 @@ from flowdit.scores.extraction import Extraction
 from flowdit.scores.generation import Part, PartFiles, See, feature_sets, generate
 from flowdit.scores.judge import Scores
 from flowdit.scores.results import Result, as_json, from_json
+from flowdit.storage import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -55,33 +56,36 @@ class Evaluation(NamedTuple):
     def _result(self, point: Point, sampler: Sampler, see: See) -> Result:
         solver = sampler.sampler_config(point.sampler)
         images = self._identity_of_images(solver, sampler)
-        scores = {"metrics": self.comparison.judge.metrics, "reference": self.comparison.reference.identity}
+        scores = {"figures": self.comparison.judge.figures, "reference": self.comparison.reference.identity}
         file = Path(self.config.out) / "points" / f"{fingerprint(json.dumps([images, scores]))}.json"
         if (stored := from_first(lambda: _read(file))) is not None:
             return _parsed(stored)
-        result = self._draw_and_score(point, sampler, see, solver, fingerprint(json.dumps(images)))
-        if jax.process_index() == 0:
-            _write(file, dataclasses.asdict(solver) | {"ema_width": point.ema_width}, result)
+        identity = fingerprint(json.dumps(images))
+        files = self._draw(sampler, see, solver, identity)
+        if jax.process_index() != 0:
+            return Result(point_settings(point, solver), 0.0, {}, None)
+        whole = files.read()
+        folder = f"images/{identity}" if self.config.save_images else None
+        scores = self.comparison.judge.scores(feature_sets(whole))
+        result = Result(point_settings(point, solver), float(whole.evaluations.mean()), scores, folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = result_json(result) | {"sampler": dataclasses.asdict(solver)}
+        write_whole(epath.Path(file), json.dumps(content, indent=1) + "\n")
+        if not self.config.keep_features:
+            files.remove()
         return result
 
-    def _draw_and_score(self, point: Point, sampler: Sampler, see: See, solver: SamplerConfig, identity: str) -> Result:
-        config, requests = self.config, self.comparison.asked.requests
+    def _draw(self, sampler: Sampler, see: See, solver: SamplerConfig, identity: str) -> PartFiles:
+        """Draw the images of a point and store their features."""
+        config, out = self.config, Path(self.config.out)
+        requests = self.comparison.asked.requests
         size = sampler.batch_shape(len(requests), config.batch_size)
-        out = Path(config.out)
-        files = PartFiles(
-            out / "features" / identity, [network.name for network in self.comparison.networks], len(requests), size
-        )
+        names = [network.name for network in self.comparison.networks]
+        files = PartFiles(out / "features" / identity, names, len(requests), size)
         for part in generate(sampler.drawing(solver, config.seed), see, requests, files, size):
             if part.images is not None and jax.process_index() == 0:
                 _save_images(out / "images" / identity, part)
-        settings = point_settings(point, solver)
-        if jax.process_index() != 0:
-            return Result(settings, 0.0, {})
-        whole = files.read()
-        scores = self.comparison.judge.scores(feature_sets(whole))
-        if not config.keep_features:
-            files.remove()
-        return Result(settings, float(whole.evaluations.mean()), scores)
+        return files
 
     def _identity_of_images(self, solver: SamplerConfig, sampler: Sampler) -> dict[str, Any]:
         """What the features depend on."""
@@ -94,6 +98,9 @@ class Evaluation(NamedTuple):
             "num_images": self.config.num_images,
             "batch_size": sampler.batch_shape(self.config.num_images, self.config.batch_size),
             "features": [network.identity for network in self.comparison.networks],
+            "text_encoder": repr(sampler.trained.conditioning.describe()),
+            "kept": [self.config.save_images, self.config.keep_features],  # those of other points may be gone
+            "compute": [str(sampler.compute.dtype), device_kind(sampler), *self.versions().values()],
         }
 
     def description(self) -> list[str]:
@@ -106,10 +113,13 @@ class Evaluation(NamedTuple):
             f"reference: {self.comparison.reference.description}",
         ]
 
+    def versions(self) -> dict[str, str]:
+        """The packages that the images depend on."""
+        return {name: package_version(name) for name in ("flowdit", "jax", "jaxlib", "equinox", "diffrax")}
+
     def as_json(self) -> dict[str, Any]:
         """All that the scores depend on, without the points."""
         sampler, mesh = self.sampler, self.sampler.mesh
-        packages = ("flowdit", "jax", "jaxlib", "equinox", "diffrax")
         floors = {
             name: {
                 "identity": network.identity,
@@ -125,6 +135,7 @@ class Evaluation(NamedTuple):
                 "step": sampler.trained.step,
                 "weights": sampler.fingerprint,
                 "guide": self.config.guide,
+                "guide_step": None if sampler.guide is None else sampler.guide.step,
             },
             "images": {
                 "count": self.config.num_images,
@@ -141,11 +152,11 @@ class Evaluation(NamedTuple):
             "features": floors,
             "compute": {
                 "dtype": str(sampler.compute.dtype),
-                "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+                "devices": f"{mesh.devices.size} x {device_kind(sampler)}",
                 "processes": jax.process_count(),
                 "batch_size": sampler.batch_shape(self.config.num_images, self.config.batch_size),
             },
-            "versions": {name: package_version(name) for name in packages},
+            "versions": self.versions(),
             "settings": dataclasses.asdict(self.config),
         }
 
@@ -167,6 +178,11 @@ def _save_images(folder: Path, part: Part) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in zip(part.numbers, part.images, strict=True):
         Image.fromarray(image).save(folder / f"{number:06d}.png")
+
+
+def device_kind(sampler: Sampler) -> str:
+    """The kind of the devices that images are drawn on."""
+    return sampler.mesh.devices.flat[0].device_kind
 
 
 def image_size(sampler: Sampler) -> tuple[int, int]:
@@ -192,17 +208,12 @@ def _read(file: Path) -> Any:
 def _parsed(stored: Mapping[str, Any]) -> Result:
     scores: Scores = {features: from_json(found) for features, found in stored["scores"].items()}
     settings = dict(stored["settings"])
-    return Result(settings | {"interval": tuple(settings["interval"])}, float(stored["evaluations"]), scores)
-
-
-def _write(file: Path, sampler: Mapping[str, Any], result: Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result_json(result) | {"sampler": sampler}, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    settings |= {"interval": tuple(settings["interval"])}
+    return Result(settings, float(stored["evaluations"]), scores, stored.get("images"))
 
 
 def result_json(result: Result) -> dict[str, Any]:
     """A point as JSON data."""
     scores = {features: as_json(found) for features, found in result.scores.items()}
-    return {"settings": result.settings, "evaluations": result.evaluations, "scores": scores}
+    images = {} if result.images is None else {"images": result.images}
+    return {"settings": result.settings, "evaluations": result.evaluations, "scores": scores} | images

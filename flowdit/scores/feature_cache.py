@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_KEPT = 50_000
 """Images whose features are kept, evenly spread over the reference; the moments are those of all images."""
+MERGED = 2_048
+"""Images whose moments are added at once."""
 STATISTICS_OF = "inception"
 """The network whose statistics `.npz` files hold."""
 
@@ -80,13 +82,18 @@ def _compute(reference: Reference, extract: Extract, batch_size: int) -> Feature
     features: list[np.ndarray] = []
     logits: list[np.ndarray] = []
     moments: Moments | None = None
+    waiting: list[np.ndarray] = []
     first = 0
     with progress_bar("features of the reference", "images", count, count) as progress:
         for images in reference.images(batch_size):
             padded = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)))  # one compilation
             extracted = extract(padded)
             batch = np.asarray(extracted.features, np.float32)[: len(images)]
-            moments = moments_of(batch) if moments is None else merge(moments, moments_of(batch))
+            waiting.append(batch)
+            if sum(map(len, waiting)) >= MERGED or first + len(batch) == count:  # a merge costs as much as many batches
+                found = moments_of(np.concatenate(waiting))
+                moments = found if moments is None else merge(moments, found)
+                waiting = []
             rows = kept[(kept >= first) & (kept < first + len(images))] - first
             features.append(batch[rows])
             if extracted.logits is not None:

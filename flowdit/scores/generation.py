@@ -112,8 +112,8 @@ class PartFiles:
         if jax.process_index() == 0:
             for start in range(0, self._count, self._size):
                 self._file(start).unlink(missing_ok=True)
-            self._folder.rmdir()
-            with contextlib.suppress(OSError):  # there are other points
+            with contextlib.suppress(OSError):  # files of others, other points
+                self._folder.rmdir()
                 self._folder.parent.rmdir()
 
     def _file(self, start: int) -> Path:

@@ -63,6 +63,16 @@ METRICS = {
 }
 
 
+def metric_of(figure: str) -> Metric:
+    """The metric of a figure; `prompt_following/colour` is that of one kind of word."""
+    return METRICS[figure.partition("/")[0]]
+
+
+def direction(figure: str) -> str:
+    """ "max" if higher values of a figure are better, else "min"."""
+    return "max" if metric_of(figure).higher_is_better else "min"
+
+
 def check_metrics(
     names: Sequence[str],
     num_images: int,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +56,6 @@ class WordScore(NamedTuple):
         kind: one of `KINDS`.
         value: share of the `images` whose own word is ranked first.
         error: standard error of the share, over images.
-        ceiling: the same share of real images, which the discriminant was not fitted to.
         chance: the share that is expected if the same images are paired with the prompts at random.
         images: generated images that are ranked: those whose prompt has exactly one word of the kind.
         words: that are ranked.
@@ -65,7 +64,6 @@ class WordScore(NamedTuple):
     kind: str
     value: float
     error: float
-    ceiling: float
     chance: float
     images: int
     words: tuple[str, ...]
@@ -86,29 +84,55 @@ def clip_score(images: Features, texts: Features) -> Score:
     return Score("clip_score", float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
 
-def prompt_following(
-    generated: Captioned, real: Captioned, encode_texts: EncodeTexts | None = None
-) -> tuple[list[WordScore], dict[str, str]]:
-    """The score of each kind of word, and for each other kind why it has none.
+def possible_kinds(
+    prompts: Sequence[str], captions: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """The kinds of word that the images of `prompts` can be scored by, with their words, and why there are no others.
 
-    With `encode_texts`, all features are of CLIP, and at most `MAX_RANKED` images of a kind, evenly spread, are ranked.
-    Otherwise real images are ranked in five folds, each by the discriminant of the four others.
+    `captions` are those of the real images.
     """
-    scores: list[WordScore] = []
+    kinds: dict[str, tuple[str, ...]] = {}
     missing: dict[str, str] = {}
     for kind in KINDS:
-        words = ranked_words(real.captions, kind)
-        asked, known = (_words_asked(some.captions, words) for some in (generated, real))
-        count = int((asked >= 0).sum())
+        words = ranked_words(captions, kind)
+        count = int((_words_asked(prompts, words) >= 0).sum())
         if len(words) < 2:
             missing[kind] = f"fewer than 2 words of it have {MIN_PER_WORD} captions of the reference with no other one"
         elif count < MIN_PROMPTS:
             missing[kind] = f"{count} images have a prompt with exactly one of its words, {MIN_PROMPTS} are needed"
         else:
-            limit = None if encode_texts is None else MAX_RANKED
-            sets = (_with_one_word(generated, asked, limit), _with_one_word(real, known, limit))
-            scores.append(_score(kind, words, *sets, encode_texts))
-    return scores, missing
+            kinds[kind] = words
+    return kinds, missing
+
+
+def prompt_following(generated: Captioned, real: Captioned, encode_texts: EncodeTexts | None = None) -> list[WordScore]:
+    """The score of each of `possible_kinds`.
+
+    With `encode_texts`, all features are of CLIP, and at most `MAX_RANKED` images of a kind, evenly spread, are ranked.
+    """
+    scores: list[WordScore] = []
+    for kind, words in possible_kinds(generated.captions, real.captions)[0].items():
+        some = _with_one_word(generated, words, encode_texts)
+        if encode_texts is None:
+            known = _with_one_word(real, words, None)
+            first = _discriminant(known.features, known.asked, len(words))(some.features)
+        else:
+            first = _nearest_text(some, words, encode_texts)
+        scores.append(_score(kind, words, some, first))
+    return scores
+
+
+def following_of_real(
+    real: Captioned, kinds: Mapping[str, tuple[str, ...]], encode_texts: EncodeTexts | None = None
+) -> list[WordScore]:
+    """The same of real images, the ceiling. They are ranked in five folds, each by the discriminant of the others."""
+    scores: list[WordScore] = []
+    for kind, words in kinds.items():
+        some = _with_one_word(real, words, encode_texts)
+        is_fitted = encode_texts is None
+        first = _cross_validated(some, len(words)) if is_fitted else _nearest_text(some, words, encode_texts)
+        scores.append(_score(kind, words, some, first))
+    return scores
 
 
 class _Asked(NamedTuple):
@@ -119,29 +143,22 @@ class _Asked(NamedTuple):
     asked: Int[np.ndarray, " n"]
 
 
-def _with_one_word(some: Captioned, asked: Int[np.ndarray, " n"], limit: int | None) -> _Asked:
+def _with_one_word(some: Captioned, words: Sequence[str], encode_texts: EncodeTexts | None) -> _Asked:
+    asked = _words_asked(some.captions, words)
     rows = np.flatnonzero(asked >= 0)
-    if limit is not None and len(rows) > limit:
-        rows = rows[np.arange(limit) * len(rows) // limit]
+    if encode_texts is not None and len(rows) > MAX_RANKED:
+        rows = rows[np.arange(MAX_RANKED) * len(rows) // MAX_RANKED]
     return _Asked(some.features[rows], [some.captions[row] for row in rows.tolist()], asked[rows])
 
 
-def _score(
-    kind: str, words: tuple[str, ...], generated: _Asked, real: _Asked, encode_texts: EncodeTexts | None
-) -> WordScore:
-    if encode_texts is None:
-        first = _discriminant(real.features, real.asked, len(words))(generated.features)
-        first_real = _cross_validated(real, len(words))
-    else:
-        first, first_real = (_nearest_text(some, words, encode_texts) for some in (generated, real))
-    count = len(generated.asked)
-    value = float((first == generated.asked).mean())
-    shares = (np.bincount(numbers, minlength=len(words)) / count for numbers in (first, generated.asked))
+def _score(kind: str, words: tuple[str, ...], some: _Asked, first: Int[np.ndarray, " n"]) -> WordScore:
+    count = len(some.asked)
+    value = float((first == some.asked).mean())
+    shares = (np.bincount(numbers, minlength=len(words)) / count for numbers in (first, some.asked))
     return WordScore(
         kind=kind,
         value=value,
         error=float(np.sqrt(value * (1 - value) / count)),
-        ceiling=float((first_real == real.asked).mean()),
         chance=float(np.multiply(*shares).sum()),
         images=count,
         words=words,

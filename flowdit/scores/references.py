@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from flowdit.storage import connect
 Images = UInt8[np.ndarray, "n height width 3"]
 Decode = Callable[[Float32[np.ndarray, "n c h w"]], Images]
 RECORDS_AT_ONCE = 256
+MAX_PIXELS = 2048**2
+"""Of an image in a `.npz` file, as a batch of them is in memory."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Reference:
         images: (batch size) -> batches of them in a fixed order, of at most this size; None: there are only statistics.
         statistics: moments of Inception features; None: they have to be computed from the images.
         labels: reads the class of every image; None: there are no classes.
+        class_names: the names of those classes, by number.
         captions: reads the caption of every image, the short one unless it is empty; None: there are no captions.
     """
 
@@ -49,6 +53,7 @@ class Reference:
     images: Callable[[int], Iterator[Images]] | None = None
     statistics: Moments | None = None
     labels: Callable[[], Int32[np.ndarray, " n"]] | None = None
+    class_names: tuple[str, ...] = ()
     captions: Callable[[], list[str]] | None = None
 
 
@@ -90,6 +95,8 @@ def _open_archive(path: Path, size: tuple[int, int], resize: bool) -> Reference:
     if archive.shape is None:
         return Reference(f"statistics in {path}", identity, 0, statistics=archive.statistics)
     count, *found = archive.shape
+    pixels = found[0] * found[1]
+    require("arr_0", tuple(found[:2]), pixels <= MAX_PIXELS, f"must be images of at most {MAX_PIXELS} pixels")
     _check_size(tuple(found[:2]), size, resize, str(path))
     return Reference(
         description=f"{count} images in {path}" + ("" if archive.statistics is None else ", with statistics"),
@@ -121,6 +128,7 @@ def _open_images(name: str, size: tuple[int, int], resize: bool) -> Reference:
         count=count,
         images=lambda batch_size: _folder_images(images, batch_size, size, resize),
         labels=None if labels is None else lambda: labels.astype(np.int32),
+        class_names=images.class_names,
         captions=None if (texts := images.captions) is None else lambda: [short or long for short, long in texts],
     )
 
@@ -176,6 +184,7 @@ def _open_records(name: str, model: Manifest, decode: Decode, split: str) -> Ref
     def labels() -> Int32[np.ndarray, " n"]:
         return np.concatenate([batch["label"] for batch in _batches(sources)])
 
+    @functools.cache
     def captions() -> list[str]:
         pairs = [zip(batch["short_caption"], batch["long_caption"], strict=True) for batch in _batches(sources)]
         return [short or long for batch in pairs for short, long in batch]
@@ -186,6 +195,7 @@ def _open_records(name: str, model: Manifest, decode: Decode, split: str) -> Ref
         count=count,
         images=lambda batch_size: (decode(batch["latent"]) for batch in _batches(sources, batch_size)),
         labels=labels if labelled else None,
+        class_names=manifest.class_names,
         captions=captions if captioned else None,
     )
 

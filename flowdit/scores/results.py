@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flowdit.scores.floor import Floor
 from flowdit.scores.judge import Scores
-from flowdit.scores.metrics import METRICS, Score
+from flowdit.scores.metrics import Score, metric_of
 
 COLUMNS = {"ema_width": "EMA", "solver": "solver", "steps": "steps", "interval": "interval", "guidance": "guidance"}
 """The settings that a sweep varies, and the heads of their columns."""
@@ -18,18 +18,20 @@ SMOKE = 1_000
 class Result(NamedTuple):
     """One point of a sweep: its settings by the names in `COLUMNS`, and its scores.
 
-    `evaluations` is the mean number of evaluations of the velocity field for an image.
+    `evaluations` is the mean number of evaluations of the velocity field for an image, and `images` the folder of the
+    images within `out`, if they were saved.
     """
 
     settings: dict[str, Any]
     evaluations: float
     scores: Scores
+    images: str | None = None
 
 
 def best_point(results: Sequence[Result], metric: str, features: str) -> int:
     """The index of the point with the best value of a metric; the first of equal ones."""
     values = [result.scores[features][metric].value for result in results]
-    return values.index(max(values) if METRICS[metric.partition("/")[0]].higher_is_better else min(values))
+    return values.index(max(values) if metric_of(metric).higher_is_better else min(values))
 
 
 def varied(results: Sequence[Result]) -> list[str]:
@@ -73,8 +75,8 @@ def describe_floor(features: str, floor: Floor) -> str:
 
 def title(metric: str) -> str:
     """The name of a metric for people; `prompt_following/colour` is one of the words of a kind."""
-    name, _, kind = metric.partition("/")
-    return f"{METRICS[name].title}, {kind}s" if kind else METRICS[name].title
+    kind = metric.partition("/")[2]
+    return f"{metric_of(metric).title}, {kind}s" if kind else metric_of(metric).title
 
 
 def shown_setting(value: Any) -> str:

@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 from runs import call, finish, free_address, start, train_here
-from test_generation import MEANS
+from test_generation import MEANS, WithoutLogits
 
 import flowdit
 from flowdit import features
 from flowdit.evaluate import main
 from flowdit.features.clip import Clip
-from flowdit.scores import generation
+from flowdit.scores import generation, prompts
 
 QUICK = ("num_images=12", "steps=2", "solver=euler", "reference_split=all", "batch_size=8")
 
@@ -145,6 +145,30 @@ def test_clip_score_beside_that_of_real_images(whole_text_run, tmp_path, monkeyp
     assert done.err == "error: metrics: clip_score needs CLIP among the features (features=clip weights.clip=...)\n"
 
 
+def test_the_best_may_be_by_a_score_that_only_the_second_space_has(whole_run, tmp_path, monkeypatch):
+    without = MEANS._replace(name="dinov2", num_classes=0, model=WithoutLogits())
+    monkeypatch.setitem(features.LOADERS, "dinov2", lambda weights: without)
+    settings = ("features=[dinov2,efficientnet]", "metrics=[fd,inception_score]", "best=inception_score")
+    done = evaluate(whole_run, tmp_path / "scores", *settings, "guidance=[1,4]", "num_images=100")
+    assert done.status == 0, done.err
+    content = scores_of(tmp_path / "scores")
+    assert (content["best"]["features"], content["best"]["metric"]) == ("efficientnet", "inception_score")
+    assert set(content["points"][0]["scores"]["dinov2"]) == {"fd"} and (tmp_path / "scores" / "scores.png").is_file()
+
+
+def test_prompt_following_by_kind_of_word(whole_text_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "MIN_PER_WORD", 2)
+    monkeypatch.setattr(prompts, "MIN_PROMPTS", 2)
+    done = evaluate(whole_text_run, tmp_path / "scores", "metrics=[prompt_following]", "best=prompt_following")
+    assert done.status == 0, done.err
+    assert "prompt_following/colour is left out: fewer than 2 words of it have 2 captions" in done.out
+    assert re.search(r"prompt_following/object in efficientnet: \d words, chance 0\.\d+", done.out)
+    assert set(scores_of(tmp_path / "scores")["points"][0]["scores"]["efficientnet"]) == {"prompt_following/object"}
+    monkeypatch.setattr(prompts, "MIN_PER_WORD", 100)
+    done = evaluate(whole_text_run, tmp_path / "scores", "metrics=[prompt_following]")
+    assert "error: metrics: prompt_following needs a reference of images with captions" in done.err
+
+
 def test_a_guide_and_another_width_of_the_average_are_points_of_their_own(whole_run, tiny_data, tmp_path):
     run = tmp_path / "averaged"
     assert train_here(tiny_data, run, "train.ema_snapshot_every=2", "train.num_steps=6").status == 0
@@ -176,7 +200,9 @@ def test_a_guide_and_another_width_of_the_average_are_points_of_their_own(whole_
         (("steps=[2,2]",), "steps: must be different values, got [2, 2]"),
         (("labels=[moon]",), "labels: must be in [0, 4) or a class name (cat, dog, heart, sun), got 'moon'"),
         (("prompts=[red apple]",), "prompts: not supported by this model, which takes labels"),
-        (("best=kid", "metrics=fd"), "best: must be one of metrics, fd, got 'kid'"),
+        (("best=kid", "metrics=fd"), "best: must be one of fd, got 'kid'"),
+        (("metrics=[]",), "metrics: must be one or more of fd, kid, "),
+        (("guide=x", "negative_prompt=blue"), "negative_prompt: must not be given with a guide, which replaces it"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_image(whole_run, tmp_path, settings, error, monkeypatch):

@@ -31,6 +31,13 @@ class Means(eqx.Module):
         return Extracted(features, features[:, :2])
 
 
+class WithoutLogits(Means):
+    """The same without a classifier."""
+
+    def __call__(self, images) -> Extracted:
+        return super().__call__(images)._replace(logits=None)
+
+
 MEANS = FeatureNetwork("means", Means(), 6, "means, float32", 2)
 
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from flowdit.scores import prompts
-from flowdit.scores.prompts import Captioned, clip_score, prompt_following, ranked_words
+from flowdit.scores.prompts import (
+    Captioned,
+    clip_score,
+    following_of_real,
+    possible_kinds,
+    prompt_following,
+    ranked_words,
+)
 
 WIDTH = 32
 COLOURS = ("red", "green", "blue")
@@ -31,14 +38,15 @@ def encode_texts(texts):
 
 @pytest.mark.parametrize("encoder", [None, encode_texts])
 def test_the_share_of_images_that_show_their_word(encoder):
-    scores, missing = prompt_following(images(300, seed=1, follows=0.7), images(400, seed=0), encoder)
-    colour, thing = scores
+    generated, real = images(300, seed=1, follows=0.7), images(400, seed=0)
+    kinds, missing = possible_kinds(generated.captions, real.captions)
+    colour, thing = prompt_following(generated, real, encoder)
     assert (colour.kind, sorted(colour.words), colour.images) == ("colour", sorted(COLOURS), 300)
     assert (thing.kind, sorted(thing.words)) == ("object", sorted(THINGS))
     assert colour.value == pytest.approx(0.7, abs=0.1)
     assert colour.error == pytest.approx(np.sqrt(colour.value * (1 - colour.value) / 300))
     assert thing.value > 0.95
-    assert min(colour.ceiling, thing.ceiling) > 0.95
+    assert min(score.value for score in following_of_real(real, kinds, encoder)) > 0.95
     assert colour.chance == pytest.approx(1 / 3, abs=0.03)
     assert thing.chance == pytest.approx(1 / 2, abs=0.03)
     assert missing == {"count": "fewer than 2 words of it have 10 captions of the reference with no other one"}
@@ -52,26 +60,26 @@ def test_with_a_text_encoder_a_part_of_many_images_is_ranked(monkeypatch):
         texts.extend(some)
         return encode_texts(some)
 
-    colour, _ = prompt_following(images(300, seed=1), images(400, seed=0), counted)[0]
+    colour, _ = prompt_following(images(300, seed=1), images(400, seed=0), counted)
     assert colour.images == 50
-    # Six different captions, for the generated and for the real images, with three colours, then with two objects.
-    assert len(texts) == 2 * 6 * (3 + 2)
+    assert len(texts) == 6 * (3 + 2)  # six different captions with three colours, then with two objects
 
 
 def test_features_without_the_words_score_chance_and_so_does_the_ceiling():
     """Real images are ranked by a discriminant that has not seen them; with fewer images than features it would be right."""
     real, generated = images(90, seed=0), images(400, seed=1)
     noise = np.random.default_rng(2).normal(size=(490, 256)).astype(np.float32)
-    scores, _ = prompt_following(generated._replace(features=noise[90:]), real._replace(features=noise[:90]))
-    for score in scores:
+    real = real._replace(features=noise[:90])
+    for score in prompt_following(generated._replace(features=noise[90:]), real):
         assert abs(score.value - score.chance) < 4 * score.error
-        assert score.ceiling < 0.75
+    kinds, _ = possible_kinds(generated.captions, real.captions)
+    assert max(score.value for score in following_of_real(real, kinds)) < 0.75
 
 
 def test_too_few_prompts_are_left_out_with_the_reason():
     few = images(9, seed=1)
-    scores, missing = prompt_following(few, images(100, seed=0))
-    assert scores == []
+    kinds, missing = possible_kinds(few.captions, images(100, seed=0).captions)
+    assert kinds == {}
     assert missing["colour"] == "9 images have a prompt with exactly one of its words, 10 are needed"
 
 

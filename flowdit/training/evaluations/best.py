@@ -37,7 +37,10 @@ def find_metric(train: TrainConfig, evaluations: Sequence[Evaluation]) -> Metric
         return None
     for evaluation in evaluations:
         for figure, mode in evaluation.metrics.items():
-            if figure == name or figure.startswith(f"scores/{name}_"):  # `fd`: in the first feature network
+            if name in (
+                figure,
+                figure.rpartition("_")[0].removeprefix("scores/"),
+            ):  # `fd`: in the first feature network
                 return Metric(figure, mode if train.keep_best_mode == "auto" else train.keep_best_mode, evaluation)
     known = [metric for evaluation in evaluations for metric in evaluation.metrics]
     if not known:
@@ -88,7 +91,7 @@ def count(metric: Metric, step: int, figures: Mapping[str, float], writer: Check
 
     All processes must call it. A value that is not finite is never the best; it is logged.
     """
-    if metric.name not in figures:
+    if metric.name not in figures:  # of another evaluation
         return
     value = float(from_first(lambda: figures[metric.name]))
     if not math.isfinite(value):

@@ -19,7 +19,7 @@ from flowdit.processes import from_first
 from flowdit.scores.comparison import Subject, compare
 from flowdit.scores.extraction import Extraction
 from flowdit.scores.generation import draw_features, feature_sets, joined
-from flowdit.scores.metrics import METRICS
+from flowdit.scores.metrics import direction
 from flowdit.scores.results import as_json, from_json, shown_score, title
 from flowdit.sharding import batch_shards
 from flowdit.training.evaluations.base import Evaluation, Report
@@ -45,9 +45,8 @@ class Scores(Evaluation):
             vae = load_matching_vae(manifest.vae.name, manifest)
             subject = Subject(manifest, conditioning, vae, config.data.path)
             self._comparison = compare(settings, subject, config.seed)
-        judge = self._comparison.judge
-        better = {name: "max" if METRICS[name].higher_is_better else "min" for name in judge.metrics}
-        self.metrics = {_figure(name, features): better[name] for features in judge.floors for name in better}
+        spaces = self._comparison.judge.figures.items()
+        self.metrics = {_figure(name, space): direction(name) for space, names in spaces for name in names}
         self._size = batch_shape(self._count, settings.batch_size, batch_shards(mesh))
         self._draw = make_draw(manifest.latent_shape, config.train.sampler, "velocity", compute, mesh)
         extraction = Extraction(self._comparison.networks, mesh)
