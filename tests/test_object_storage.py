@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 from object_store import ObjectStore
@@ -35,6 +36,8 @@ from flowdit.checkpoint.files import verify_files
 from flowdit.data import mirror
 from flowdit.data.manifest import Manifest
 from flowdit.data.text_features import write_cache
+from flowdit.interop.conversion import read_source
+from flowdit.interop.metadata import ForeignConfig
 from flowdit.line_files import UploadedLines
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
 
@@ -64,6 +67,34 @@ def fresh_clients(store, monkeypatch) -> Iterator[None]:
     yield
     for cached in (stores.file_system, storage._ask):
         cached.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_and_snapshots_in_a_store_equal_local_ones(store, tiny_data, tmp_path):
+    tasks = (
+        "train.validate_every=1",
+        "train.keep_best=validation/loss",
+        "train.keep_last=1",
+        "train.ema_snapshot_every=2",
+    )
+    settings = (*tasks, "train.save_every=0", "optim.warmup_steps=0")
+    assert train_here(tiny_data, tmp_path / "run", *settings).status == 0
+    folder = "s3://bucket/run"
+    for more in (("train.num_steps=4",), ("train.is_restore=true", "train.num_steps=6")):
+        done = train_here(tiny_data, folder, *settings, *more)
+        assert (done.status, done.err) == (0, "")
+    run = store.download("run", tmp_path / "copy")
+    assert steps_of(run / "ema") == steps_of(tmp_path / "run" / "ema") == [2, 4, 6]
+    best, other = (json.loads((one / "best.json").read_text()) for one in (run, tmp_path / "run"))
+    assert best == other and best["step"] in steps_of(run)
+    assert_same_checkpoint(run / "6", tmp_path / "run" / "6")
+    for width in (0.05, 0.08):
+        stored, local = (
+            read_source(str(one), hints=ForeignConfig(ema_width=width)) for one in (folder, tmp_path / "run")
+        )
+        for name, array in local.arrays.items():
+            np.testing.assert_array_equal(stored.arrays[name], array, err_msg=name)
+    assert read_source(f"{folder}/best").meta.step == best["step"]
 
 
 def interrupted(store: ObjectStore, after: str, seconds: float, *, is_gone: bool) -> threading.Thread:

@@ -1,5 +1,6 @@
 """Post-hoc EMA in a run: the averages of the state, snapshots, resume, and weights of any width afterwards."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,14 @@ import numpy as np
 import pytest
 from damage import flip_bit
 from runs import (
+    FAST,
+    REPOSITORY,
     assert_same_checkpoint,
     call,
     error_line,
+    finish,
+    free_address,
+    start,
     steps_of,
     stored_arrays,
     stored_item,
@@ -145,3 +151,41 @@ def test_switching_it_on_and_off(whole_run, tiny_data, tmp_path):
     assert (done.status, done.err) == (0, "")
     assert not [name for name in stored_arrays(run / "9") if "averages" in name]
     assert "averages" not in stored_json(run / "9", "meta")
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(tiny_data, tmp_path):
+    """Snapshots and the best checkpoint, with weights that are split over the devices of both; also after a resume."""
+    script, one, two = str(REPOSITORY / "train_stage1.py"), tmp_path / "one", tmp_path / "two"
+    tasks = (
+        "train.validate_every=1",
+        "train.keep_best=validation/loss",
+        "train.keep_last=1",
+        "train.ema_snapshot_every=2",
+    )
+    settings = (
+        "experiment=tiny",
+        *FAST,
+        *tasks,
+        "train.save_every=0",
+        f"data.path={tiny_data}",
+        "optim.warmup_steps=0",
+    )
+    done = finish(start(script, *settings, f"train.checkpoint_dir={one}"))
+    assert done.status == 0, done.err
+    for more in (("train.num_steps=4",), ("train.num_steps=6", "train.is_restore=true")):
+        mesh = (f"mesh.coordinator={free_address()}", "mesh.num_processes=2", "mesh.fsdp=4")
+        command = (script, *settings, f"train.checkpoint_dir={two}", *more, *mesh)
+        pair = [start(*command, f"mesh.process_id={i}", devices=2) for i in (0, 1)]
+        finished = [finish(process) for process in pair]
+        assert [(process.status, process.err) for process in finished] == [(0, "")] * 2
+    best, other = (json.loads((run / "best.json").read_text()) for run in (one, two))
+    assert best["step"] == other["step"] and best["value"] == pytest.approx(other["value"], rel=1e-4)
+    assert best["step"] in steps_of(two) and 6 in steps_of(two)
+    assert steps_of(one / "ema") == steps_of(two / "ema") == [2, 4, 6]
+    for step in (2, 4, 6):
+        ours, theirs = (read_snapshot(run / "ema" / str(step)) for run in (one, two))
+        assert ours.keys() == theirs.keys()
+        for name, array in ours.items():
+            np.testing.assert_allclose(theirs[name], array, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(of_width(two, 0.08), of_width(one, 0.08), atol=1e-3)
