@@ -103,6 +103,7 @@ def test_a_stopped_run_has_the_best_of_an_uninterrupted_one(score, tiny_data, tm
     assert best_of(run) == (5, 3.0) and steps_of(run) == [5, 10]
 
 
+@pytest.mark.slow
 def test_a_resume_continues_from_what_is_written(score, tiny_data, tmp_path):
     run = tmp_path / "run"
     assert train_here(tiny_data, run, *BEST, "train.num_steps=7", "train.keep_last=3").status == 0
@@ -126,6 +127,7 @@ def test_a_resume_continues_from_what_is_written(score, tiny_data, tmp_path):
     assert best_of(run) == (8, 6.0)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_of_a_real_run(tiny_data, tmp_path):
     run = tmp_path / "run"
     settings = ("train.keep_best=validation/loss", "train.validate_every=1", "train.save_every=0", "train.keep_last=1")

@@ -63,7 +63,7 @@ def test_averages_and_snapshots_are_those_of_the_weights(averaged_run):
         np.testing.assert_allclose(state[f"state.averages.{i}.{WEIGHT}"], directly(averaged_run, width, 8), atol=1e-6)
 
 
-@pytest.mark.parametrize("width", [0.05, 0.08, 0.2])
+@pytest.mark.parametrize("width", [0.08, *(pytest.param(width, marks=pytest.mark.slow) for width in (0.05, 0.2))])
 def test_any_width_equals_the_average_of_the_weights_of_all_steps(averaged_run, width):
     made, wanted = of_width(averaged_run, width), directly(averaged_run, width, 8)
     moved = np.abs(wanted - directly(averaged_run, 0.05, 1)).max()
@@ -72,6 +72,7 @@ def test_any_width_equals_the_average_of_the_weights_of_all_steps(averaged_run, 
         np.testing.assert_allclose(made, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_commands_and_load_take_a_width(averaged_run, tmp_path):
     assert flowdit.load(str(averaged_run), ema_width=0.1).trained.step == 8
     settings = (f"checkpoint={averaged_run / '6'}", "ema_width=0.08", "steps=1", "num_images=1", "labels=[0]")
@@ -84,6 +85,7 @@ def test_commands_and_load_take_a_width(averaged_run, tmp_path):
     np.testing.assert_array_equal(read_source(str(target)).arrays[WEIGHT], of_width(averaged_run, 0.2))
 
 
+@pytest.mark.slow
 def test_a_damaged_snapshot_is_left_out(averaged_run, tmp_path, messages):
     run = shutil.copytree(averaged_run, tmp_path / "run")
     flip_bit(run / "ema" / "3" / "meta" / "metadata")
