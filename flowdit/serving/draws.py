@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +121,8 @@ class Models:
         def run(progress: Progress) -> list[list[Picture]]:
             parts = []
             for i, (sampler, requests) in enumerate(zip(self.samplers, asked, strict=True)):
-                (drawn,) = sampler.batches(requests, config, seed, watch=self._watch(progress, i))
+                with enough_steps(config):
+                    (drawn,) = sampler.batches(requests, config, seed, watch=self._watch(progress, i))
                 recipes = [make_recipe(sampler, requests, config, seed, n, drawn.size) for n in drawn.numbers]
                 parts.append(pictures(sampler, drawn, recipes))
             return parts
@@ -143,7 +145,8 @@ class Models:
         found = differences(recipe, sampler, batch)
 
         def run(progress: Progress) -> list[list[Picture]]:
-            drawn = redraw(sampler, recipe, batch, self._watch(progress, 0, 1))
+            with enough_steps(config):
+                drawn = redraw(sampler, recipe, batch, self._watch(progress, 0, 1))
             again = make_recipe(sampler, requests, config, recipe.seed, 0, batch)
             return [pictures(sampler, drawn, [dataclasses.replace(again, number=recipe.number)])]
 
@@ -189,6 +192,18 @@ class Models:
     def _watch(self, progress: Progress, part: int, parts: int | None = None) -> Watch:
         parts = parts or len(self.samplers)
         return Watch(self.config.frames, lambda fraction: progress((part + fraction) / parts))
+
+
+@contextlib.contextmanager
+def enough_steps(config: SamplerConfig) -> Iterator[None]:
+    """Raise `FieldError` if adaptive steps need more than are allowed, which shows only while they are made."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        if config.rtol is None:
+            raise
+        rule = f"{config.steps} are too few for rtol={config.rtol:g}, or the solve has failed"
+        raise FieldError("steps", rule) from None
 
 
 def pictures(sampler: Sampler, drawn: Drawn, recipes: list[Recipe]) -> list[Picture]:

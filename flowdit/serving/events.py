@@ -70,6 +70,8 @@ class Events:
                 self._turns.leave(job)
         except (ValueError, OSError) as problem:
             raise gr.Error(one_line(problem), print_exception=False) from None
+        except Exception as problem:  # of the device
+            raise gr.Error(f"this draw failed: {one_line(problem)}", print_exception=False) from None
         return {"notes": work.notes, "models": self._as_json(parts)}
 
     def draw_result(self, settings: dict[str, Any], visitor: str) -> Any:

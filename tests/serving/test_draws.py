@@ -159,6 +159,13 @@ def test_a_recipe_is_checked_like_any_settings(models, drawn, changes, line):
     assert line in str(problem.value) and "\n" not in str(problem.value)
 
 
+@pytest.mark.slow
+def test_too_few_adaptive_steps_are_a_line(models):
+    settings = {"label": "dog", "solver": "heun", "rtol": 1e-7, "steps": 2}
+    with pytest.raises(FieldError, match="^steps: 2 are too few for rtol=1e-07, or the solve has failed$"):
+        models.draw(settings).run(lambda fraction: None)
+
+
 def test_two_models_draw_from_the_same_noise(models, whole_run):
     first, second = models.samplers[0], flowdit.load(str(whole_run / "4"))
     check_pair(first, second)
