@@ -166,6 +166,9 @@ class Models:
         require(
             "steps", config.steps, config.steps <= self.config.max_steps, f"must be at most {self.config.max_steps}"
         )
+        # Too few adaptive steps raise an error within the solve, which on several devices ends the process.
+        is_one = self.samplers[0].mesh.size == 1
+        require("rtol", config.rtol, config.rtol is None or is_one, "must be null on several devices")
         return config
 
     def _requests(self, sampler: Sampler, count: int, given: Mapping[str, Any]) -> Requests:

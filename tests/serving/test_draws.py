@@ -104,6 +104,7 @@ def test_what_differs_from_a_recipe_is_said(models, drawn, whole_run):
         ({"label": "dog", "guidance": "high"}, "guidance: must be a finite number, got 'high'"),
         ({"label": "dog", "guidance_low": 0.9, "guidance_high": 0.1}, "guidance_low/guidance_high: must satisfy"),
         ({"label": "dog", "solver": "magic"}, "solver: must be one of euler, heun, midpoint, dopri5, tsit5"),
+        ({"label": "dog", "solver": "heun", "rtol": 0.1}, "rtol: must be null on several devices"),
         ({"label": "d" * 51}, "label: must be at most 50 characters long"),
         ({"label": ["dog"] * 9}, "label: must be one text or number"),
         ({"label": "dog", "prompt": "a dog"}, "prompt: no such setting, must be one of label, seed, count"),
@@ -157,13 +158,6 @@ def test_a_recipe_is_checked_like_any_settings(models, drawn, changes, line):
     with pytest.raises(ValueError) as problem:
         models.redraw(read_recipe(json.dumps(json.loads(drawn[0].recipe.dump()) | changes).encode()))
     assert line in str(problem.value) and "\n" not in str(problem.value)
-
-
-@pytest.mark.slow
-def test_too_few_adaptive_steps_are_a_line(models):
-    settings = {"label": "dog", "solver": "heun", "rtol": 1e-7, "steps": 2}
-    with pytest.raises(FieldError, match="^steps: 2 are too few for rtol=1e-07, or the solve has failed$"):
-        models.draw(settings).run(lambda fraction: None)
 
 
 def test_two_models_draw_from_the_same_noise(models, whole_run):
