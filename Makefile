@@ -48,8 +48,8 @@ demo: setup ## train a small model and draw samples, in minutes on two CPU cores
 	@echo "3/3 sampling and scoring"
 	@$(BIN)/python -m flowdit.sample checkpoint=$(DEMO)/$(DEMO_STEPS) out=samples/demo overwrite=true num_images=4 \
 		labels=[country-flag,face-smiling,face-concerned,face-neutral-skeptical,heart,cat-face,geometric,country-flag]
-	@$(BIN)/python -m flowdit.evaluate checkpoint=$(DEMO)/$(DEMO_STEPS) num_images=64 metrics=kid out=scores/demo
 	@echo "the image: samples/demo/grid.png"
+	@$(BIN)/python -m flowdit.evaluate checkpoint=$(DEMO)/$(DEMO_STEPS) num_images=64 metrics=kid out=$(DEMO)/scores
 
 # The demo's stage 1 runs first if its last checkpoint is missing.
 demo-text: setup ## train a text model from the demo's class model and draw samples, in 10 more minutes

@@ -108,16 +108,11 @@ def _load(config: EvaluateConfig, ema_width: float | None) -> Sampler:
 
 
 def _report(evaluation: Evaluation, results: list[Result]) -> None:
-    """Print tables and write `scores.json` and the chart; write the best sampler into the checkpoint if wanted."""
+    """Write `scores.json` and the chart, and the best sampler into the checkpoint if wanted; print the scores last."""
     config, judge = evaluation.config, evaluation.comparison.judge
     first = next(name for names in judge.figures.values() for name in names)
     features, metric = find_figure(judge.figures, config.best or first)
     best = best_point(results, metric, features)
-    for line in evaluation.description():
-        logger.info(line)
-    for name, floor in judge.floors.items():
-        for line in lines(results, name, floor, config.num_images, best):
-            logger.info(line)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     content = evaluation.as_json() | {"points": [result_json(result) for result in results]}
@@ -129,6 +124,11 @@ def _report(evaluation: Evaluation, results: list[Result]) -> None:
     logger.info("written: %s in %s", " and ".join(written), out)
     if config.save_best:
         _save_sampler(evaluation, config.points()[best])
+    for line in evaluation.description():
+        logger.info(line)
+    for name, floor in judge.floors.items():
+        for line in lines(results, name, floor, config.num_images, best):
+            logger.info(line)
 
 
 def _save_sampler(evaluation: Evaluation, point: Point) -> None:
