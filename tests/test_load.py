@@ -96,6 +96,11 @@ def test_adaptive_steps_do_not_depend_on_other_images(sampler):
     np.testing.assert_array_equal(together[0], with_others[0])
 
 
+def test_too_few_adaptive_steps_are_one_line_on_several_devices(sampler):
+    with pytest.raises(ValueError, match=r"^steps: must be more for rtol=1e-06, got 2$"):
+        latents(sampler, [0], solver="heun", rtol=1e-6)
+
+
 def test_batch_shapes_are_few_and_multiples_of_the_devices():
     assert [batch_shape(count, 64, 1) for count in (1, 3, 33, 64, 50_000)] == [1, 4, 64, 64, 64]
     assert [batch_shape(count, 6, 4) for count in (1, 5, 100)] == [4, 8, 8]

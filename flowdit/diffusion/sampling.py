@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
 from flowdit.diffusion.watch import UNWATCHED, Meter, Watch
-from flowdit.fields import require, require_choice
+from flowdit.fields import FieldError, require, require_choice
 
 PREDICTIONS = ("velocity", "noise")
 
@@ -103,6 +104,17 @@ class Guide(NamedTuple):
     prediction: str = "velocity"
 
 
+UNSOLVED = -1
+"""The evaluations of an image that needs more adaptive steps than are allowed."""
+
+
+def check_solved(evaluations: Int[np.ndarray, " batch"], config: SamplerConfig) -> None:
+    """Raise `FieldError` if the solve of an image has not reached data."""
+    if (evaluations == UNSOLVED).any():
+        rtol = "" if config.rtol is None else f" for rtol={config.rtol:g}"
+        raise FieldError("steps", f"must be more{rtol}, got {config.steps}")
+
+
 class Samples(NamedTuple):
     """Normalised latents, the number of evaluations of the velocity field for each, and the path if it was asked for."""
 
@@ -129,9 +141,9 @@ def sample(
     is affine in the noise. Raises `ValueError` for another prediction.
 
     A guided evaluation runs a batch twice as large, or the guide as well, and counts once. With neither `null` nor `guide`
-    there is no guidance. Adaptive steps are chosen per image, so that images do not depend on the rest of the batch; more
-    than `config.steps` raise an error. A `watch` sees the solve without changing its result. `guidance` takes the place
-    of that of `config`, so that a compiled function serves many weights.
+    there is no guidance. Adaptive steps are chosen per image, so that images do not depend on the rest of the batch; one
+    that needs more than `config.steps` has `UNSOLVED` evaluations (`check_solved`). A `watch` sees the solve without
+    changing its result. `guidance` takes the place of that of `config`, so that a compiled function serves many weights.
     """
     guidance = guidance or Guidance(config.guidance, config.guidance_low, config.guidance_high)
     predictions = [prediction] if guide is None else [prediction, guide.prediction]
@@ -173,9 +185,11 @@ def _solve(
         stepsize_controller=_controller(config, start_time),
         max_steps=config.steps,
         progress_meter=diffrax.NoProgressMeter() if watch.progress is None else Meter(watch.progress),
+        throw=False,  # an error within a program on several devices of a CPU ends the process
     )
     assert solution.ys is not None
     evaluations = solver.evaluations_per_step * solution.stats["num_steps"] + solver.evaluations_at_start
+    evaluations = jnp.where(solution.result == diffrax.RESULTS.successful, evaluations, UNSOLVED)
     (result,), *path = solution.ys
     evaluations = jnp.broadcast_to(evaluations, start.shape[:1])
     return Samples(result, evaluations, jnp.swapaxes(path[0], 0, 1) if path else None)

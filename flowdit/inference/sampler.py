@@ -15,7 +15,16 @@ from PIL import Image
 from flowdit.checkpoint.names import named_arrays
 from flowdit.conditioning import KINDS, Requests
 from flowdit.conditioning.base import check_request_args
-from flowdit.diffusion.sampling import Guidance, Guide, SamplerConfig, Samples, check_count, image_noise, sample
+from flowdit.diffusion.sampling import (
+    Guidance,
+    Guide,
+    SamplerConfig,
+    Samples,
+    check_count,
+    check_solved,
+    image_noise,
+    sample,
+)
 from flowdit.diffusion.watch import UNWATCHED, Watch
 from flowdit.fields import FieldError, require
 from flowdit.hashing import tensors_fingerprint
@@ -174,6 +183,7 @@ class Sampler:
             parts = {
                 name: np.asarray(part)[: len(rows)] for name, part in samples._asdict().items() if part is not None
             }
+            check_solved(parts["evaluations"], config)
             yield Drawn(images=self.decode(parts["latents"], size), numbers=rows, size=size, **parts)
 
     def batch_shape(self, count: int, batch_size: int) -> int:

@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from flowdit.checkpoint.meta import package_version
-from flowdit.diffusion.sampling import SamplerConfig
+from flowdit.diffusion.sampling import SamplerConfig, check_solved
 from flowdit.hashing import fingerprint
 from flowdit.inference.sampler import Sampler
 from flowdit.processes import from_first
@@ -83,6 +83,7 @@ class Evaluation(NamedTuple):
         names = [network.name for network in self.comparison.networks]
         files = PartFiles(out / "features" / identity, names, len(requests), size)
         for part in generate(sampler.drawing(solver, config.seed), see, requests, files, size):
+            check_solved(part.evaluations, solver)
             if part.images is not None and jax.process_index() == 0:
                 _save_images(out / "images" / identity, part)
         return files

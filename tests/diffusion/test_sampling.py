@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowdit.diffusion.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, check_count, image_noise, sample
+from flowdit.diffusion.sampling import (
+    ADAPTIVE_SOLVERS,
+    SOLVERS,
+    UNSOLVED,
+    SamplerConfig,
+    check_count,
+    check_solved,
+    image_noise,
+    sample,
+)
 
 LABELS = jnp.array([1, 2])
 NULL = jnp.zeros_like(LABELS)
@@ -59,9 +68,13 @@ def test_adaptive_steps_meet_their_tolerance_with_fewer_evaluations_when_it_is_l
     assert tight < 2e-3 and tight < loose < 0.2 and few < many
 
 
-def test_adaptive_solve_that_runs_out_of_steps_raises():
-    with pytest.raises(Exception, match="maximum number of solver steps"):
-        solve("heun", 3, rtol=1e-6)
+def test_adaptive_solve_that_runs_out_of_steps_is_marked_and_refused():
+    config = SamplerConfig(solver="heun", steps=3, rtol=1e-6)
+    noise = image_noise(0, jnp.arange(2), (1, 4, 4))
+    evaluations = np.asarray(sample(gaussian_velocity, noise, LABELS, NULL, config).evaluations)
+    assert (evaluations == UNSOLVED).all()
+    with pytest.raises(ValueError, match=r"^steps: must be more for rtol=1e-06, got 3$"):
+        check_solved(evaluations, config)
 
 
 def test_time_shift_moves_the_grid_and_not_the_end():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import jax
 import numpy as np
 from etils import epath
@@ -11,6 +13,7 @@ from flowdit.conditioning import Requests
 from flowdit.config import TrainConfig
 from flowdit.data.manifest import Manifest
 from flowdit.diffusion.objective import FlowMatching
+from flowdit.diffusion.sampling import UNSOLVED
 from flowdit.image_grid import save_grid
 from flowdit.inference.images import load_matching_vae, make_decoder
 from flowdit.inference.sampler import batch_shape, make_draw
@@ -18,6 +21,8 @@ from flowdit.models.compute import Compute
 from flowdit.sharding import batch_shards, make_local_mesh
 from flowdit.training.evaluations.base import Evaluation, Report
 from flowdit.training.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Preview(Evaluation):
@@ -49,9 +54,12 @@ class Preview(Evaluation):
 
     def __call__(self, step: int, state: TrainState) -> Report:
         numbers = np.asarray(self._numbers, np.int32)
-        latents = self._draw(state.ema, np.uint32(self._seed), numbers, *self._conditions).latents
+        samples = self._draw(state.ema, np.uint32(self._seed), numbers, *self._conditions)
         if jax.process_index() != 0:
             return Report()
+        latents = samples.latents
+        if (np.asarray(samples.evaluations) == UNSOLVED).any():
+            logger.warning("samples: train.sampler.steps is too small for train.sampler.rtol")
         path, count = self._folder / f"{step:08d}.png", len(self._captions)
         save_grid(path, self._decode(np.asarray(latents)[:count], count), self._captions, columns=8)
         return Report(images={"samples": path}, line=f"samples: {path}")
