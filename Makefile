@@ -81,6 +81,8 @@ test-slow: $(VENV)/ready-test ## the slow tests: full-size models in every forma
 
 # Needs chromium and chromedriver: on Debian, apt-get install chromium chromium-driver.
 test-browser: $(VENV)/ready-browser ## the tests of the page in headless Chromium
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ echo "chromium and chromedriver are needed: on Debian, apt-get install chromium chromium-driver"; exit 1; }
 	@$(BIN)/python -m pytest -m browser
 
 check: $(VENV)/ready-test ## format, lint, types and code structure

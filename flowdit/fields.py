@@ -7,6 +7,8 @@ of the sampler becomes `sampler.steps` in the training settings and `train.sampl
 from __future__ import annotations
 
 import contextlib
+import math
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,14 @@ def require(field: str, value: Any, is_valid: bool, rule: str) -> None:
     """Raise `FieldError` with `rule` and `value` unless the value is valid."""
     if not is_valid:
         raise FieldError(field, f"{rule}, got {shown(value)}")
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is a number, no truth value, that a float can hold: not NaN, infinite or beyond 1e308."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def require_choice(field: str, value: Any, choices: Iterable[str]) -> None:

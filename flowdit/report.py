@@ -68,7 +68,14 @@ def check_replaceable(out: Path) -> None:
     """Raise `FieldError` if there is a file that is not a report."""
     if out.is_dir():
         raise FieldError("out", f"must be a file, {out} is a folder")
-    if out.exists() and f'name="generator" content="{GENERATOR}'.encode() not in out.read_bytes()[:2000]:
+    if not out.exists():
+        return
+    try:
+        with out.open("rb") as file:
+            start = file.read(2000)
+    except OSError as problem:
+        raise FieldError("out", f"{out} cannot be read: {reason(problem)}") from None
+    if f'name="generator" content="{GENERATOR}'.encode() not in start:
         raise FieldError("out", f"{out} exists and is not a report: give another name")
 
 

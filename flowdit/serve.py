@@ -20,7 +20,7 @@ from flowdit.fields import about, called
 from flowdit.interop.loading import load
 from flowdit.serving.config import ServeConfig
 from flowdit.serving.draws import Models, check_pair
-from flowdit.serving.server import serving
+from flowdit.serving.server import check_installed, serving
 from flowdit.sweep import job
 
 # By its name, as this module is `__main__` when it is run.
@@ -45,6 +45,7 @@ COMMAND = Command(
 def _serve(composed: DictConfig) -> None:
     config: ServeConfig = resolve(composed, ServeConfig)
     config.check()
+    check_installed()
     with serving(load_models(config), config) as address:
         if config.host not in ("127.0.0.1", "localhost", "::1"):
             logger.warning("everyone who reaches %s can draw with this model; there is no password", address)

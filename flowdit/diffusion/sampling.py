@@ -6,7 +6,6 @@ A network that predicts noise is converted to a velocity field and solved from D
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float, Int, Integer
 from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
 from flowdit.diffusion.watch import UNWATCHED, Meter, Watch
-from flowdit.fields import FieldError, require, require_choice
+from flowdit.fields import FieldError, is_finite_number, require, require_choice
 
 PREDICTIONS = ("velocity", "noise")
 
@@ -70,8 +69,8 @@ class SamplerConfig:
         check_count("steps", self.steps)
         for name in ("guidance", "guidance_low", "guidance_high", "time_shift", "rtol"):
             value = getattr(self, name)
-            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-            require(name, value, is_number or (name == "rtol" and value is None), "must be a number")
+            is_number = is_finite_number(value) or (value is None and name == "rtol")
+            require(name, value, is_number, "must be a finite number")
         interval = [self.guidance_low, self.guidance_high]
         is_interval = 0 <= interval[0] <= interval[1] <= 1
         require("guidance_low/guidance_high", interval, is_interval, "must satisfy 0 <= low <= high <= 1")

@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import io
 import json
-import math
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from pydantic.dataclasses import dataclass
 from flowdit.conditioning import Requests
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.diffusion.watch import UNWATCHED, Watch
-from flowdit.fields import FieldError, about, require, shortened, under
+from flowdit.fields import FieldError, about, is_finite_number, require, shortened, under
 from flowdit.inference.sampler import Drawn, Sampler
 from flowdit.json_input import STRICT, Count, InputError, parse
 
@@ -206,8 +205,7 @@ def check_solver_fields(fields: Mapping[str, Any]) -> None:
         if name == "solver":
             require(name, value, isinstance(value, str), "must be a text")
         elif value is not None or name != "rtol":
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            require(name, value, is_number, "must be a finite number")
+            require(name, value, is_finite_number(value), "must be a finite number")
 
 
 def redraw(sampler: Sampler, recipe: Recipe, batch: int | None = None, watch: Watch = UNWATCHED) -> Drawn:

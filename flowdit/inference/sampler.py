@@ -36,7 +36,7 @@ from flowdit.sharding import batch_sharding, batch_shards, make_local_mesh, repl
 
 DrawLatents = Callable[..., Samples]
 MOST_COMPILED = 24
-"""Compiled functions that a sampler keeps, of different solvers, steps and shapes; the oldest goes first."""
+"""Compiled functions that a sampler keeps, by `_draw_latents`; the least recently used goes first."""
 
 
 class Drawn(NamedTuple):
@@ -206,10 +206,10 @@ class Sampler:
         """The compiled function of these settings; it serves all weights of guidance and every `watch.progress`."""
         steps = (config.solver, config.steps, config.time_shift, config.rtol)
         key = (*steps, config.guidance == 1, watch.frames, watch.progress is None)
-        if key not in self._compiled:
+        if (draw := self._compiled.pop(key, None)) is None:
             predictions = [part.prediction for part in (self.trained, self.guide) if part is not None]
             watch = watch if watch.progress is None else watch._replace(progress=self._told)
-            self._compiled[key] = compile_draw(
+            draw = compile_draw(
                 latent_shape=self.trained.manifest.latent_shape,
                 config=config,
                 prediction=predictions[0],
@@ -218,9 +218,10 @@ class Sampler:
                 watch=watch,
                 guide_prediction=predictions[-1],
             )
-            while len(self._compiled) > MOST_COMPILED:
-                del self._compiled[next(iter(self._compiled))]
-        return self._compiled[key]
+        self._compiled[key] = draw  # at the end, as the last used
+        while len(self._compiled) > MOST_COMPILED:
+            del self._compiled[next(iter(self._compiled))]
+        return draw
 
     def _told(self, fraction: float) -> None:
         if self._tell is not None:

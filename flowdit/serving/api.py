@@ -30,8 +30,22 @@ def add_api(events: Events) -> None:
         rtol: float | None = None,
     ) -> dict[str, Any]:
         """Draw images. A class model takes a label, a text model a prompt; null means the default of the page."""
-        settings = {name: value for name, value in locals().items() if name not in ("request", "events")}
-        return await events.draw_result({n: v for n, v in settings.items() if v is not None}, visitor_of(request))
+        settings = {
+            "label": label,
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "seed": seed,
+            "count": count,
+            "solver": solver,
+            "steps": steps,
+            "guidance": guidance,
+            "guidance_low": guidance_low,
+            "guidance_high": guidance_high,
+            "time_shift": time_shift,
+            "rtol": rtol,
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        return await events.draw_result(given, visitor_of(request))
 
     async def redraw(request: gr.Request, recipe: str) -> dict[str, Any]:
         """Draw the image of a recipe, a JSON text, again."""

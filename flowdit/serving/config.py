@@ -28,7 +28,7 @@ class ServeConfig:
         max_images: most images of a draw; at most 64.
         max_steps: most steps of the solver.
         max_prompt: most characters of a prompt, and of a negative prompt.
-        max_upload: most megabytes of a request and of a recipe that is dropped in.
+        max_upload: most megabytes of a request.
         max_waiting: most draws that wait for their turn; one more is refused.
         max_waiting_each: most draws of one visitor (address) that wait or run.
         frames: pictures of the path from noise to image; 0: none, else at least 2.

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import dataclasses
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from PIL import Image
 from flowdit.conditioning import Requests
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.diffusion.watch import Watch
-from flowdit.fields import FieldError, require, shortened, under
+from flowdit.fields import FieldError, is_finite_number, require, shortened, under
 from flowdit.inference.recipe import (
     Recipe,
     check_solver_fields,
@@ -139,7 +138,7 @@ class Models:
         self._check_texts(recipe.request)
         requests = request_of(sampler, recipe)
         with under("recipe.sampler."):
-            config = self._limited(solver(recipe))
+            config = self._limited(solver(recipe), sampler)
         most = sampler.batch_shape(self.config.max_images, self.config.max_images)
         batch = sampler.batch_shape(min(recipe.batch, most), most)
         found = differences(recipe, sampler, batch)
@@ -151,7 +150,7 @@ class Models:
             return [pictures(sampler, drawn, [dataclasses.replace(again, number=recipe.number)])]
 
         if not found:
-            return Work(run, ["Same model, versions and device as in the recipe: this is the image, bit for bit."])
+            return Work(run, ["Same model, versions and device as in the recipe."])
         return Work(run, [f"The image may differ from that of the recipe: {'; '.join(found)}."])
 
     def solver(self, fields: Mapping[str, Any]) -> SamplerConfig:
@@ -160,15 +159,19 @@ class Models:
         given = {name: value if name == "solver" else float(value) for name, value in fields.items()}
         if "steps" in given:
             given["steps"] = whole(fields, "steps", 1)
-        return self._limited(self.samplers[0].sampler_config(given))
+        return self._limited(self.samplers[0].sampler_config(given), self.samplers[0])
 
-    def _limited(self, config: SamplerConfig) -> SamplerConfig:
-        require(
-            "steps", config.steps, config.steps <= self.config.max_steps, f"must be at most {self.config.max_steps}"
-        )
+    def _limited(self, config: SamplerConfig, sampler: Sampler) -> SamplerConfig:
+        most, own = self.config.max_steps, sampler.sampler_config({})
+        require("steps", config.steps, config.steps <= most, f"must be at most {most}")
         # Too few adaptive steps raise an error within the solve, which on several devices ends the process.
-        is_one = self.samplers[0].mesh.size == 1
+        is_one = sampler.mesh.size == 1
         require("rtol", config.rtol, config.rtol is None or is_one, "must be null on several devices")
+        # Each value is compiled, and these have no end of values.
+        rule = f"must be that of the model, {own.time_shift}"
+        require("time_shift", config.time_shift, config.time_shift == own.time_shift, rule)
+        rule = "must be null" if own.rtol is None else f"must be null or that of the model, {own.rtol}"
+        require("rtol", config.rtol, config.rtol in (None, own.rtol), rule)
         return config
 
     def _requests(self, sampler: Sampler, count: int, given: Mapping[str, Any]) -> Requests:
@@ -239,8 +242,7 @@ def plain_name(argument: str) -> str:
 def whole(given: Mapping[str, Any], name: str, default: int) -> int:
     """A whole number, which a browser may send as a float. Raises `FieldError` for anything else."""
     value = given.get(name, default)
-    is_whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    require(name, value, is_whole and value == int(value), "must be a whole number")
+    require(name, value, is_finite_number(value) and value == int(value), "must be a whole number")
     return int(value)
 
 

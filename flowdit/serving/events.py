@@ -12,9 +12,11 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from flowdit.command import one_line
+from flowdit.fields import FieldError
 from flowdit.inference.recipe import MOST_BYTES, Recipe, read_recipe
 from flowdit.serving.draws import NAMES, Models, Picture, Work
 from flowdit.serving.turns import Turns
+from flowdit.storage import reason
 
 POLL_SECONDS = 0.1
 
@@ -30,6 +32,9 @@ class Events:
     def idle(self) -> str:
         return status("idle", "Choose what to draw.")
 
+    def stopped(self) -> str:
+        return status("idle", "Stopped waiting; a draw that has begun runs to its end.")
+
     def drawing(self, names: list[str]) -> Callable[..., Any]:
         """The function of the button Draw, for inputs with these names."""
 
@@ -43,9 +48,8 @@ class Events:
     def dropping(self, names: list[str]) -> Callable[..., Any]:
         """The function of a file that is dropped in. Its outputs are status, result, the controls, and the empty drop."""
 
-        async def drop(request: gr.Request, path: str) -> AsyncIterator[tuple[Any, ...]]:
-            content = _taken(Path(path))
-            async for parts in self._redrawn(content, names, request):
+        async def drop(request: gr.Request, path: str | None) -> AsyncIterator[tuple[Any, ...]]:
+            async for parts in self._redrawn(lambda: _dropped(path), names, request):
                 yield *parts, None
 
         return drop
@@ -54,7 +58,8 @@ class Events:
         """The function of an entry of the history, which sends its recipe."""
 
         async def redraw(event: gr.EventData, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
-            async for parts in self._redrawn(str(event.recipe)[: MOST_BYTES + 1].encode(), names, request):
+            read = lambda: str(event.recipe)[: MOST_BYTES + 1].encode()
+            async for parts in self._redrawn(read, names, request):
                 yield parts
 
         return redraw
@@ -68,10 +73,8 @@ class Events:
                 parts = await asyncio.wrap_future(job.future)
             finally:
                 self._turns.leave(job)
-        except (ValueError, OSError) as problem:
-            raise gr.Error(one_line(problem), print_exception=False) from None
-        except Exception as problem:  # of the device
-            raise gr.Error(f"this draw failed: {one_line(problem)}", print_exception=False) from None
+        except Exception as problem:
+            raise gr.Error(failure(problem), print_exception=False) from None
         return {"notes": work.notes, "models": self._as_json(parts)}
 
     def draw_result(self, settings: dict[str, Any], visitor: str) -> Any:
@@ -84,12 +87,14 @@ class Events:
         """Of the loaded models, for the API."""
         return self._models.describe(self._names)
 
-    async def _redrawn(self, content: bytes, names: list[str], request: Any) -> AsyncIterator[tuple[Any, ...]]:
+    async def _redrawn(
+        self, read: Callable[[], bytes], names: list[str], request: Any
+    ) -> AsyncIterator[tuple[Any, ...]]:
         """Status, result and controls. The controls take the settings of the recipe once it is accepted."""
         recipes: list[Recipe] = []
 
         def prepare() -> Work:
-            recipe = read_recipe(content)
+            recipe = read_recipe(read())
             work = self._models.redraw(recipe)
             recipes.append(recipe)
             return work
@@ -105,19 +110,16 @@ class Events:
         try:
             work = prepare()
             job = self._turns.submit(visitor_of(request), work.run)
-        except (ValueError, OSError) as problem:
-            yield status("error", one_line(problem)), gr.skip()
+        except Exception as problem:
+            yield status("error", failure(problem)), gr.skip()
             return
         try:
             while not job.future.done():
                 yield self._progress(job, began), gr.skip()
                 await asyncio.wait([asyncio.wrap_future(job.future)], timeout=POLL_SECONDS)
             parts = job.future.result()
-        except (ValueError, OSError) as problem:
-            yield status("error", one_line(problem)), gr.skip()
-            return
-        except Exception as problem:  # of the device; the page must say that the draw has ended
-            yield status("error", f"this draw failed: {one_line(problem)}"), gr.skip()
+        except Exception as problem:  # the page must say that the draw has ended
+            yield status("error", failure(problem)), gr.skip()
             return
         finally:
             self._turns.leave(job)
@@ -142,6 +144,12 @@ class Events:
         return [{"model": name, "pictures": part} for name, part in zip(names, shown, strict=True)]
 
 
+def failure(problem: Exception) -> str:
+    """One line for the visitor: of a wrong request, or that the draw failed on the device."""
+    line = one_line(problem)
+    return line if isinstance(problem, ValueError | OSError) else f"this draw failed: {line}"
+
+
 def status(kind: str, line: str, fraction: float | None = None) -> str:
     """The line above the pictures, with a bar while something runs. Escapes the text."""
     bar = "" if fraction is None else f"<div class='fd-bar'><div style='width:{100 * fraction:.0f}%'></div></div>"
@@ -162,9 +170,9 @@ def controls_of(recipe: Recipe, names: list[str]) -> list[Any]:
     return [values.get(name, gr.skip()) for name in names]
 
 
-def _taken(path: Path) -> bytes:
-    """The content of an uploaded file, which is removed."""
+def _dropped(path: str | None) -> bytes:
+    """The content of an uploaded file. It is not removed, as other visitors may have dropped the same one."""
     try:
-        return path.read_bytes()
-    finally:
-        path.unlink(missing_ok=True)
+        return Path(path or "").read_bytes()
+    except OSError as problem:
+        raise FieldError("recipe", f"the file cannot be read, drop it again: {reason(problem)}") from None

@@ -43,7 +43,7 @@ class Controls(NamedTuple):
 
 def build_page(models: Models, events: Events, title: str) -> gr.Blocks:
     """The page with its endpoints. `events` does the work."""
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 120), fill_width=True) as page:
         gr.HTML(heading(models, title), elem_id="fd-heading")
         with gr.Row(elem_id="fd-main"):
             with gr.Column(scale=0, min_width=320, elem_id="fd-controls"):
@@ -75,7 +75,9 @@ def build_page(models: Models, events: Events, title: str) -> gr.Blocks:
         options["api_name"] = "page_redraw"
         uploaded = dropped.upload(events.dropping(names), dropped, [*outputs, dropped], **options)
         again = history.redraw(events.redrawing(names), None, outputs, **options)
-        stop.click(events.idle, None, status, cancels=[drawing, uploaded, again], api_visibility="private", queue=False)
+        stop.click(
+            events.stopped, None, status, cancels=[drawing, uploaded, again], api_visibility="private", queue=False
+        )
         add_api(events)
     return page
 

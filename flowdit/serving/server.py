@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
@@ -11,34 +12,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowdit.command import wants_traceback
 from flowdit.fields import FieldError
 from flowdit.serving.config import ServeConfig
 from flowdit.serving.draws import Models
 from flowdit.serving.turns import Turns
 
 MEGABYTE = 2**20
+MOST_UPLOADED = 256 * MEGABYTE
+"""Size of the files that are dropped in and not yet deleted, by Gradio after two minutes."""
+SMALLEST_FILE = 2**16
+"""A smaller file counts like one of this size, which limits their number."""
+
+
+def check_installed() -> None:
+    """Raise `ValueError` unless gradio is installed. Imports nothing."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("gradio: needed for the page, install it with: pip install -e '.[cpu,serve]'")
 
 
 @contextmanager
 def serving(models: Models, config: ServeConfig) -> Iterator[str]:
     """Serve the page while the block runs; the value is its address.
 
-    Nothing is sent to or fetched from other machines. Raises `ValueError` if gradio is missing or the port is taken.
+    Nothing is sent to or fetched from other machines. Needs gradio (`check_installed`). Raises `ValueError` if the port is taken.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="flowdit-serve-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # files that are dropped in, until they are read
-        if not wants_traceback():
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of requests that are no call of ours
-        try:
-            from flowdit.serving.events import Events
-            from flowdit.serving.page import build_page
-            from flowdit.serving.theme import asset, theme
-        except ModuleNotFoundError as problem:
-            if (problem.name or "").partition(".")[0] != "gradio":
-                raise
-            raise ValueError("gradio: needed for the page, install it with: pip install 'flowdit[serve]'") from None
+        logging.getLogger("uvicorn.error").addFilter(is_event)
+        from flowdit.serving.events import Events
+        from flowdit.serving.page import build_page
+        from flowdit.serving.theme import asset, theme
+
         names = [model_name(name) for name in (config.checkpoint, config.compare) if name is not None]
         turns = Turns(config.max_waiting, config.max_waiting_each)
         events = Events(models, turns, names)
@@ -54,14 +59,14 @@ def serving(models: Models, config: ServeConfig) -> Iterator[str]:
             prevent_thread_lock=True,
             inbrowser=False,
             footer_links=["api"],
-            max_file_size=config.max_upload * MEGABYTE,
+            max_file_size=file_limit(models, config),
             enable_monitoring=False,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
             theme=theme(),
             css=asset("page.css"),
-            app_kwargs={"middleware": [body_limit(config.max_upload * MEGABYTE)]},
+            app_kwargs={"middleware": [body_limit(config.max_upload * MEGABYTE, Path(folder))]},
         )
         try:
             yield f"http://{config.host if ':' not in config.host else f'[{config.host}]'}:{port}{config.root_path}"
@@ -87,25 +92,39 @@ def free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def body_limit(most: int) -> Any:
-    """Middleware that refuses a request with a body of more than `most` bytes, before it is read to memory."""
+def is_event(record: logging.LogRecord) -> bool:
+    """Whether a line of the server is for its owner: not that somebody has sent something else than HTTP."""
+    return record.getMessage() != "Invalid HTTP request received."
+
+
+def file_limit(models: Models, config: ServeConfig) -> int:
+    """Most bytes of a file that is dropped in: those of a PNG of the largest model with its recipe, at most a request."""
+    size = max(sampler.trained.manifest.image_size for sampler in models.samplers)
+    return min(MEGABYTE + 4 * size**2, config.max_upload * MEGABYTE)
+
+
+def body_limit(most: int, folder: Path) -> Any:
+    """Middleware that refuses a request before it is read, if its body is too large or the uploads fill the `folder`."""
     from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
 
-    return Middleware(BodyLimit, most=most)
+    return Middleware(BodyLimit, most=most, folder=folder)
 
 
 class BodyLimit:
-    """An ASGI application that passes on requests with bodies of at most `most` bytes."""
+    """An ASGI application that passes on requests with bodies of at most `most` bytes.
 
-    def __init__(self, app: Any, most: int):
+    No file is taken while there are `MOST_UPLOADED` bytes of them in the `folder`.
+    """
+
+    def __init__(self, app: Any, most: int, folder: Path):
         self._app = app
         self._most = most
+        self._folder = folder
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        length = dict(scope.get("headers", [])).get(b"content-length", b"0")
-        if scope["type"] == "http" and (not length.isdigit() or int(length) > self._most):
+        if scope["type"] == "http" and (refusal := self._refusal(scope)):
             await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": f"at most {self._most} bytes\n".encode()})
+            await send({"type": "http.response.body", "body": f"{refusal}\n".encode()})
             return
         received = 0
 
@@ -116,3 +135,22 @@ class BodyLimit:
             return {"type": "http.disconnect"} if received > self._most else message
 
         await self._app(scope, limited, send)
+
+    def _refusal(self, scope: Any) -> str | None:
+        length = dict(scope.get("headers", [])).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._most:
+            return f"at most {self._most} bytes"
+        is_upload = scope["path"].rstrip("/").endswith("/upload")
+        return "too many files were dropped in, try again in three minutes" if is_upload and self._is_full() else None
+
+    def _is_full(self) -> bool:
+        sizes = (size_of(file) for file in self._folder.rglob("*"))
+        return sum(max(size, SMALLEST_FILE) for size in sizes) >= MOST_UPLOADED
+
+
+def size_of(file: Path) -> int:
+    """Size in bytes; 0 for a folder, and for a file that has just been deleted."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except FileNotFoundError:
+        return 0

@@ -63,7 +63,8 @@ class Turns:
         job.future.cancel()
 
     def _run(self, job: Job, work: Callable[[Callable[[float], None]], Any]) -> Any:
-        job.is_running = True
+        with self._lock:
+            job.is_running = True
         return work(lambda fraction: setattr(job, "progress", fraction))
 
     def _remove(self, job: Job) -> None:

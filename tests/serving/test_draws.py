@@ -1,5 +1,6 @@
 """Draws of the page without its page: settings and limits, turns, recipes, the same pixels as `Sampler.draw`."""
 
+import asyncio
 import dataclasses
 import io
 import json
@@ -16,11 +17,13 @@ from runs import call
 import flowdit
 from flowdit import sample
 from flowdit.conditioning.none import Unconditional
+from flowdit.diffusion.watch import UNWATCHED
 from flowdit.fields import FieldError
 from flowdit.inference.recipe import MOST_BYTES, SIGNATURE, differences, read_recipe, redraw
 from flowdit.inference.sampler import Sampler
 from flowdit.serving.config import ServeConfig
 from flowdit.serving.draws import Models, check_pair
+from flowdit.serving.server import MOST_UPLOADED, BodyLimit
 from flowdit.serving.turns import Turns
 
 QUICK = {"solver": "euler", "steps": 2}
@@ -61,7 +64,7 @@ def test_a_recipe_in_a_png_gives_the_image_again(models, drawn, whole_run):
     assert (recipe.caption, recipe.number, recipe.seed, recipe.request) == ("dog", 2, 7, {"labels": 1})
     work = models.redraw(recipe)
     ((again,),) = work.run(lambda fraction: None)
-    assert again.png == drawn[2].png and "bit for bit" in work.notes[0]
+    assert again.png == drawn[2].png and work.notes == ["Same model, versions and device as in the recipe."]
     other = flowdit.load(str(whole_run / "6"))  # as in another process
     np.testing.assert_array_equal(redraw(other, recipe).images[0], pixels(drawn[2].png))
 
@@ -101,6 +104,10 @@ def test_what_differs_from_a_recipe_is_said(models, drawn, whole_run):
         ({"label": "dog", "steps": 21}, "steps: must be at most 20, got 21"),
         ({"label": "dog", "steps": True}, "steps: must be a finite number, got True"),
         ({"label": "dog", "guidance": float("nan")}, "guidance: must be a finite number, got nan"),
+        ({"label": "dog", "steps": 10**400}, "steps: must be a finite number, got 1000"),
+        ({"label": "dog", "guidance": 10**400}, "guidance: must be a finite number, got 1000"),
+        ({"label": "dog", "seed": 10**400}, "seed: must be a whole number, got 1000"),
+        ({"label": "dog", "time_shift": 2.5}, "time_shift: must be that of the model, 1.0, got 2.5"),
         ({"label": "dog", "guidance": "high"}, "guidance: must be a finite number, got 'high'"),
         ({"label": "dog", "guidance_low": 0.9, "guidance_high": 0.1}, "guidance_low/guidance_high: must satisfy"),
         ({"label": "dog", "solver": "magic"}, "solver: must be one of euler, heun, midpoint, dopri5, tsit5"),
@@ -150,6 +157,8 @@ def test_a_dropped_file_is_untrusted(content, line):
         ({"request": {"labels": 4}}, "must be in [0, 4) or a class name"),
         ({"sampler": {"steps": 10**9}}, "recipe.sampler.steps: must be at most 20"),
         ({"sampler": {"method": "euler"}}, "recipe.sampler.method: no such setting, must be one of solver, steps"),
+        ({"sampler": {"guidance": 10**400}}, "recipe.sampler.guidance: must be a finite number, got 1000"),
+        ({"sampler": {"time_shift": 2.5}}, "recipe.sampler.time_shift: must be that of the model, 1.0, got 2.5"),
         ({"sampler": {"guidance": None}}, "recipe.sampler.guidance: must be a finite number, got None"),
         ({"more": 1}, "more: is not a known field"),
     ],
@@ -170,6 +179,16 @@ def test_two_models_draw_from_the_same_noise(models, whole_run):
     assert again.png == theirs[0].png  # with the model that its recipe names
     with pytest.raises(FieldError, match="^compare: must take labels, as the model of checkpoint, takes no cond"):
         check_pair(first, Sampler(first.trained._replace(conditioning=Unconditional())))
+
+
+def test_the_compiled_functions_that_are_used_are_kept(models, monkeypatch):
+    sampler = Sampler(models.samplers[0].trained)
+    monkeypatch.setattr("flowdit.inference.sampler.MOST_COMPILED", 2)
+    drawing = lambda steps: sampler._draw_latents(sampler.sampler_config({"steps": steps}), UNWATCHED)
+    first, second = drawing(1), drawing(2)
+    assert drawing(1) is first
+    drawing(3)
+    assert drawing(1) is first and drawing(2) is not second
 
 
 def test_turns_are_taken_in_order_and_refused_beyond_the_limits():
@@ -201,3 +220,25 @@ def test_turns_are_taken_in_order_and_refused_beyond_the_limits():
 def test_bad_settings_of_the_page(field, value):
     with pytest.raises(FieldError, match=f"^{field}: must "):
         ServeConfig(checkpoint="x", **{field: value}).check()
+
+
+def test_no_file_is_taken_while_the_uploads_fill_their_folder(tmp_path):
+    sent, passed = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    def ask(path: str) -> None:
+        scope = {"type": "http", "path": path, "headers": [(b"content-length", b"10")]}
+        asyncio.run(BodyLimit(app, 100, tmp_path)(scope, None, send))
+
+    ask("/gradio_api/upload")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(MOST_UPLOADED)
+    ask("/gradio_api/upload")
+    ask("/gradio_api/queue/join")
+    assert passed == ["/gradio_api/upload", "/gradio_api/queue/join"]
+    assert sent[0]["status"] == 413 and sent[1]["body"].startswith(b"too many files were dropped in")
