@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -120,8 +119,7 @@ class Models:
         def run(progress: Progress) -> list[list[Picture]]:
             parts = []
             for i, (sampler, requests) in enumerate(zip(self.samplers, asked, strict=True)):
-                with enough_steps(config):
-                    (drawn,) = sampler.batches(requests, config, seed, watch=self._watch(progress, i))
+                (drawn,) = sampler.batches(requests, config, seed, watch=self._watch(progress, i))
                 recipes = [make_recipe(sampler, requests, config, seed, n, drawn.size) for n in drawn.numbers]
                 parts.append(pictures(sampler, drawn, recipes))
             return parts
@@ -144,8 +142,7 @@ class Models:
         found = differences(recipe, sampler, batch)
 
         def run(progress: Progress) -> list[list[Picture]]:
-            with enough_steps(config):
-                drawn = redraw(sampler, recipe, batch, self._watch(progress, 0, 1))
+            drawn = redraw(sampler, recipe, batch, self._watch(progress, 0, 1))
             again = make_recipe(sampler, requests, config, recipe.seed, 0, batch)
             return [pictures(sampler, drawn, [dataclasses.replace(again, number=recipe.number)])]
 
@@ -164,9 +161,6 @@ class Models:
     def _limited(self, config: SamplerConfig, sampler: Sampler) -> SamplerConfig:
         most, own = self.config.max_steps, sampler.sampler_config({})
         require("steps", config.steps, config.steps <= most, f"must be at most {most}")
-        # Too few adaptive steps raise an error within the solve, which on several devices ends the process.
-        is_one = sampler.mesh.size == 1
-        require("rtol", config.rtol, config.rtol is None or is_one, "must be null on several devices")
         # Each value is compiled, and these have no end of values.
         rule = f"must be that of the model, {own.time_shift}"
         require("time_shift", config.time_shift, config.time_shift == own.time_shift, rule)
@@ -198,18 +192,6 @@ class Models:
     def _watch(self, progress: Progress, part: int, parts: int | None = None) -> Watch:
         parts = parts or len(self.samplers)
         return Watch(self.config.frames, lambda fraction: progress((part + fraction) / parts))
-
-
-@contextlib.contextmanager
-def enough_steps(config: SamplerConfig) -> Iterator[None]:
-    """Raise `FieldError` if adaptive steps need more than are allowed, which shows only while they are made."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError:
-        if config.rtol is None:
-            raise
-        rule = f"{config.steps} are too few for rtol={config.rtol:g}, or the solve has failed"
-        raise FieldError("steps", rule) from None
 
 
 def pictures(sampler: Sampler, drawn: Drawn, recipes: list[Recipe]) -> list[Picture]:

@@ -69,6 +69,6 @@ def test_an_error_in_the_solver_is_one_line(models):
     events = Events(Models([sampler], models.config), Turns(4, 4), ["model"])
     with pytest.raises(gradio.Error) as problem:
         asyncio.run(events.draw_result({"label": "heart"}, "ann"))
-    assert problem.value.message.startswith("steps: 1 are too few for rtol=1e-06")
+    assert problem.value.message.startswith("steps: must be more for rtol=1e-06, got 1")
     line = asyncio.run(last_line(events.drawing(["label"])(None, "heart")))
-    assert "fd-error" in line and "steps: 1 are too few for rtol=1e-06" in line
+    assert "fd-error" in line and "steps: must be more for rtol=1e-06, got 1" in line
