@@ -10,7 +10,7 @@ from typing import NamedTuple
 from flowdit.canvas import GRID, INK, MUTED, Canvas, Number
 from flowdit.scores.floor import Floor
 from flowdit.scores.metrics import Score
-from flowdit.scores.results import Result, shown_setting, title, varied
+from flowdit.scores.results import Result, shown_score, shown_setting, title, varied
 
 PANEL_WIDTH = 380
 PANEL_HEIGHT = 210
@@ -18,10 +18,24 @@ LEFT = 64
 TOP = 52
 GAP = 76
 LINE = 17
-TICKS = 5
+TICKS = 6
+"""At most so many lines across a panel."""
 LINES = 12
 """Lines of the legend; the points of a larger sweep are drawn without one."""
-COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#8250df", "#cf222e", "#0a7ea4", "#9a6700", "#57606a")
+COLOURS = (
+    "#0969da",
+    "#bf8700",
+    "#1a7f37",
+    "#8250df",
+    "#cf222e",
+    "#0a7ea4",
+    "#9a6700",
+    "#57606a",
+    "#bf3989",
+    "#116329",
+    "#54aeff",
+    "#e16f24",
+)
 
 
 class Point(NamedTuple):
@@ -94,18 +108,24 @@ def _panel(
 
 def _draw(canvas: Canvas, panel: Panel, left: Number, top: Number, real: Score | None) -> None:
     points = [point for line in panel.lines.values() for point in line]
-    low_y, high_y = _range([point.score.value for point in points] + ([real.value] if real else []))
+    ends = [point.score.value + sign * (point.score.error or 0) for point in points for sign in (-1, 1)]
+    low_y, high_y = _range(ends)
+    is_near = real is not None and low_y - (high_y - low_y) <= real.value <= high_y + (high_y - low_y)
+    if real is not None and is_near:
+        low_y, high_y = _range([*ends, real.value])
     low_x, high_x = _range([point.x for point in points])
     at_x = lambda x: left + (x - low_x) / (high_x - low_x) * PANEL_WIDTH
     at_y = lambda y: top + PANEL_HEIGHT - (y - low_y) / (high_y - low_y) * PANEL_HEIGHT
-    for i in range(TICKS):
-        y = low_y + (high_y - low_y) * i / (TICKS - 1)
+    for y in ticks(low_y, high_y):
         canvas.box(left, at_y(y), left + PANEL_WIDTH, at_y(y) + 1, GRID)
-        canvas.text(left - 8, at_y(y), f"{y:.3g}", MUTED, anchor="rm", size=11)
+        canvas.text(left - 8, at_y(y), f"{y:.6g}", MUTED, anchor="rm", size=11)
     for x in sorted({point.x for point in points}):
         canvas.text(at_x(x), top + PANEL_HEIGHT + 8, f"{x:g}", MUTED, anchor="mt", size=11)
     canvas.text(left + PANEL_WIDTH, top + PANEL_HEIGHT + 24, panel.axis, MUTED, anchor="rt", size=11)
-    if real is not None:
+    if real is not None and not is_near:
+        text = f"real images: {shown_score(real)}"
+        canvas.text(left + PANEL_WIDTH, top - 4, text, MUTED, anchor="rb", size=11)
+    elif real is not None:
         for x in range(round(left), round(left + PANEL_WIDTH), 8):
             canvas.line([(x, at_y(real.value)), (x + 4, at_y(real.value))], MUTED, 1)
         canvas.text(left + PANEL_WIDTH, at_y(real.value) - 3, "real images", MUTED, anchor="rb", size=11)
@@ -124,7 +144,7 @@ def _draw_point(canvas: Canvas, x: Number, at_y: Callable[[float], float], point
         canvas.line([(x, at_y(value - error)), (x, at_y(value + error))], colour, 1)
     if point.is_best:
         canvas.dot(x, at_y(value), 8, "white", INK)
-        canvas.text(x, at_y(value) - 11, "best", INK, anchor="mb", size=12)
+        canvas.text(x, at_y(value) + 11, "best", INK, anchor="mt", size=12)
     canvas.dot(x, at_y(value), 3.5, colour)
 
 
@@ -141,3 +161,14 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     known = [value for value in values if math.isfinite(value)] or [0.0]
     space = (max(known) - min(known)) * 0.08 or max(abs(known[0]) * 0.1, 0.5)
     return min(known) - space, max(known) + space
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a range, at most `TICKS`."""
+    for exponent in range(math.floor(math.log10(high - low)) - 1, math.ceil(math.log10(high - low)) + 1):
+        for factor in (1, 2, 5):
+            step = factor * 10.0**exponent
+            if high / step - low / step <= TICKS - 1:
+                first = math.ceil(low / step)
+                return [i * step for i in range(first, math.floor(high / step) + 1)]
+    return [low, high]
