@@ -272,6 +272,7 @@ def test_help_has_the_settings_of_the_command(name):
         "evaluate": ("checkpoint", "reference", "metrics", "weights.inception", "guidance"),
         "serve": ("checkpoint", "compare", "port", "max_waiting_each"),
         "plan": ("topology", "stage", "train.batch_size", "mesh.fsdp", "shape.latent"),
+        "report": ("run", "compare", "scores", "out"),
         "convert": ("source", "target", "to"),
     }
     assert set(own[name]) <= set(keys)

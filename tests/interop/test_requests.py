@@ -8,7 +8,7 @@ from flowdit.config import SampleConfig
 from flowdit.inference.sampler import Drawn, Sampler
 from flowdit.interop import ConvertConfig, conversion, convert, load, read_source
 from flowdit.interop.metadata import ForeignConfig
-from flowdit.sample import read_prompts
+from flowdit.sample import chosen_prompts
 
 FIELDS = [
     ("prediction", "epsilon", "prediction: must be one of velocity, noise, got 'epsilon'"),
@@ -84,7 +84,7 @@ def test_one_prompt_is_one_prompt(sources, monkeypatch):
     monkeypatch.setattr(type(sampler.trained.conditioning), "_warn_of_truncation", lambda *_: None)  # loads an encoder
     assert asked(monkeypatch, sampler, prompts="red apple") == ["red apple"]
     assert asked(monkeypatch, sampler, prompts=2024, num_images=2) == ["2024", "2024"]
-    assert read_prompts(SampleConfig(checkpoint="here", prompts="red apple")) == ["red apple"]
+    assert chosen_prompts(SampleConfig(checkpoint="here", prompts="red apple")) == ["red apple"]
     assert SampleConfig(prompts=[2024]).prompts == SampleConfig(prompts=2024).prompts == ["2024"]
 
 
