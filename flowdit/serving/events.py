@@ -135,7 +135,7 @@ class Events:
         if job.progress == 0:
             return status("drawing", f"Starting; new steps or counts are compiled once · {seconds:.0f} s", 0.02)
         if job.progress >= 0.999:
-            return status("drawing", f"Decoding · {seconds:.0f} s", 1)
+            return status("drawing", f"Decoding · {seconds:.0f} s", 1.0)
         return status("drawing", f"Drawing, {100 * job.progress:.0f} % · {seconds:.0f} s", job.progress)
 
     def _as_json(self, parts: list[list[Picture]]) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ class Turns:
     def _run(self, job: Job, work: Callable[[Callable[[float], None]], Any]) -> Any:
         with self._lock:
             job.is_running = True
-        return work(lambda fraction: setattr(job, "progress", fraction))
+        return work(lambda fraction: setattr(job, "progress", float(fraction)))
 
     def _remove(self, job: Job) -> None:
         with self._lock:
