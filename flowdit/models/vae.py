@@ -27,7 +27,8 @@ from flowdit.json_input import STRICT, STRICT_PART, Count, Listed, Positive, par
 from flowdit.models import pretrained
 from flowdit.models.vae_blocks import DownBlock, MidBlock, UpBlock, chain, conv, norm
 
-EMBEDDED = {"openmoji": Path(__file__).parents[1] / "assets" / "vae"}
+ASSETS = Path(__file__).parents[1] / "assets"
+EMBEDDED = {"openmoji": ASSETS / "vae", "emoji": ASSETS / "emoji_vae"}
 WEIGHTS_STEM = "diffusion_pytorch_model"
 # Stable Diffusion 1.x was saved before diffusers renamed its attention projections.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

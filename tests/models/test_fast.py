@@ -67,7 +67,18 @@ def relative_error(got, expected) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize(("stage", "options"), itertools.product([1, 2], OPTIONS))
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        *itertools.product([1], OPTIONS),
+        (2, "default"),
+        (2, "RMS norm and SwiGLU"),
+        *(
+            pytest.param(2, name, marks=pytest.mark.slow)
+            for name in ("no Q/K norm", "rotary", "rotary, no Q/K norm", "value residual")
+        ),
+    ],
+)
 def test_values_and_gradients_are_those_of_the_plain_layers(stage, options):
     model, inputs = network(stage, OPTIONS[options])
     plain, ours = (run(Compute(is_fast=is_fast), model, inputs) for is_fast in (False, True))
@@ -76,7 +87,18 @@ def test_values_and_gradients_are_those_of_the_plain_layers(stage, options):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("stage", "options"), [*itertools.product([1], OPTIONS), (2, "default")])
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        (2, "default"),
+        (1, "rotary, no Q/K norm"),
+        (1, "RMS norm and SwiGLU"),
+        *(
+            pytest.param(1, name, marks=pytest.mark.slow)
+            for name in ("default", "no Q/K norm", "rotary", "value residual")
+        ),
+    ],
+)
 def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_plain_layers(stage, options):
     model, inputs = network(stage, OPTIONS[options])
     exact = run(Compute(), model, inputs)
@@ -180,7 +202,10 @@ def kept(stage: int, remat: str, is_fast: bool) -> tuple[int, Any]:
     return memory.temp_size_in_bytes, compiled(model, *inputs)
 
 
-@pytest.mark.parametrize(("stage", "is_fast"), itertools.product([1, 2], [False, True]))
+@pytest.mark.parametrize(
+    ("stage", "is_fast"),
+    [(2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (1, True), (2, False)))],
+)
 def test_named_policies_change_memory_not_gradients(stage, is_fast):
     everything, expected = kept(stage, "none", is_fast)
     sizes = {}
@@ -191,8 +216,13 @@ def test_named_policies_change_memory_not_gradients(stage, is_fast):
     assert everything > sizes["names"] > sizes["lean"] > sizes["full"]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("remat", ["none", "names"])
+@pytest.mark.parametrize(
+    ("stage", "remat"),
+    [
+        (2, "names"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "none"), (1, "names"), (2, "none"))),
+    ],
+)
 def test_blocks_that_are_not_scanned_give_the_same(stage, remat):
     options = {"remat": remat, "value_residual": True}
     (model, inputs), (other, _) = (network(stage, options | {"scan_blocks": scan}) for scan in (True, False))

@@ -81,6 +81,7 @@ def random_image(height, width):
     return jax.random.uniform(jax.random.key(0), (3, height, width), minval=-1, maxval=1)
 
 
+@pytest.mark.slow
 def test_full_sd3_configuration_matches_diffusers(tmp_path):
     reference = build_reference(**SD3)
     reference.save_pretrained(tmp_path)
@@ -95,9 +96,10 @@ def test_quant_convolutions_match_diffusers(small_folder):
     assert_parity(load_vae(small_folder), reference, random_image(32, 48))
 
 
-def test_embedded_network_matches_diffusers():
-    reference = diffusers.AutoencoderKL.from_pretrained(EMBEDDED["openmoji"]).float().eval()
-    assert_parity(load_vae("openmoji"), reference, random_image(64, 64))
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_network_matches_diffusers(name):
+    reference = diffusers.AutoencoderKL.from_pretrained(EMBEDDED[name]).float().eval()
+    assert_parity(load_vae(name), reference, random_image(64, 64))
 
 
 def test_log_variance_is_clamped_as_in_diffusers(small_folder):
@@ -249,7 +251,7 @@ def test_index_cannot_lead_out_of_its_folder(small_folder, name):
 def test_unreachable_name_says_what_is_accepted(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", raise_no_network)
     message = load_error("no-such-owner/no-such-vae")
-    assert message.startswith("vae: must be 'openmoji', an existing folder or a reachable Hugging Face hub id")
+    assert message.startswith("vae: must be 'openmoji', 'emoji', an existing folder or a reachable Hugging Face hub id")
     assert "'no-such-owner/no-such-vae'" in message
     assert "no network" in message
 
