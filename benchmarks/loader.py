@@ -19,8 +19,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from benchmarks.timing import interleave, table
-from flowdit.data.loader import Source, TrainStream
+from flowdit.data.loader import Source
+from flowdit.data.record_files import LocalFiles
 from flowdit.data.schema import LabelField, record_schema
+from flowdit.data.stream import TrainStream
 
 BATCH_SIZE = 128
 # Float32 latents of the embedded data (4 KB) and of SD3's VAE at 256 px (64 KB), and their number.
@@ -36,7 +38,7 @@ def write_records(path: Path, latent_shape: tuple[int, int, int], count: int, pr
         record: Mapping[str, Any] = {"latent": latent, "label": i % 10}
         writer.write(pickle.dumps(record, protocol))
     writer.close()
-    return Source([path], [count], record_schema(latent_shape, {"label": LabelField(10)}))
+    return Source(LocalFiles([path]), [count], record_schema(latent_shape, {"label": LabelField(10)}))
 
 
 def read_stream(source: Source, num_threads: int) -> None:

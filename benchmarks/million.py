@@ -9,9 +9,10 @@ from pathlib import Path
 from benchmarks.long_run import usage
 from benchmarks.noise_data import CLASS_NAMES, LATENT_SHAPE, write_noise_data
 from benchmarks.timing import table
-from flowdit.data.loader import TrainStream, open_source
+from flowdit.data.loader import open_source
 from flowdit.data.manifest import Manifest, verify
 from flowdit.data.schema import LabelField, record_schema
+from flowdit.data.stream import TrainStream
 
 
 def measure() -> str:

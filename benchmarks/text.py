@@ -19,10 +19,11 @@ from benchmarks.timing import interleave, table
 from flowdit.conditioning.base import Batch
 from flowdit.conditioning.text import Text, Training
 from flowdit.data.captions import TextReader, TokenizedCaptions
-from flowdit.data.loader import DataConfig, TrainStream, open_source
+from flowdit.data.loader import DataConfig, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.prepare import PrepareConfig, prepare
 from flowdit.data.schema import CAPTION_FIELDS, record_schema
+from flowdit.data.stream import TrainStream
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 from flowdit.diffusion.objective import FlowMatching
@@ -91,7 +92,7 @@ def measure() -> str:
         caching = time.perf_counter() - start
         cached = open_cache(folder / "text_features", manifest, "train", encoder, 0.5)
         online = TokenizedCaptions(encoder.tokenize, 0.5)
-        encode = Text(training=Training(encoder, DataConfig(), manifest, make_mesh(MeshConfig()), BATCH_SIZE)).encode
+        encode = Text(training=Training(encoder, DataConfig(), make_mesh(MeshConfig()), BATCH_SIZE)).encode
         contenders = {
             "features from the cache": training(folder, manifest, encoder.width, cached, lambda batch: batch),
             "encoder in the loop": training(folder, manifest, encoder.width, online, encode),

@@ -63,7 +63,7 @@ class Worker:
 
     def _answer(self, timeout: float) -> Any:
         try:
-            if not self._connection.poll(max(0, timeout)):
+            if timeout <= 0 or not self._connection.poll(timeout):
                 raise WorkerFailed("the time is used up")
             problem, answer = self._connection.recv()
         except (EOFError, OSError):

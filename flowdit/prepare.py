@@ -1,6 +1,6 @@
 """`python -m flowdit.prepare [source=... out=...]`: from images to ArrayRecord shards of latents and `dataset.json`.
 
-With `text_encoder=...` also a cache of the captions' features.
+With `text_encoder=...` also a cache of the captions' features, with `features=...` one of feature maps of the images.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ if __name__ == "__main__":
     watch_for_signals("prepare")
 
 import hydra
+import jax
 from omegaconf import DictConfig
 
 from flowdit.command import Command, run_command
@@ -38,7 +39,10 @@ COMMAND = Command(
 @hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
 @job
 def _prepare(composed: DictConfig) -> None:
-    prepare(resolve(composed, PrepareConfig))
+    config = resolve(composed, PrepareConfig)
+    if config.engine == "ray":
+        jax.config.update("jax_platforms", "cpu")  # other devices are for the workers, which may be on this machine
+    prepare(config)
 
 
 def main() -> None:

@@ -81,6 +81,12 @@ def files_in(folder: epath.Path) -> dict[str, Path | epath.Path]:
     return {name: folder / name for name in names if name and not name.endswith("/")}
 
 
+def file_sizes(folder: epath.Path) -> dict[str, int]:
+    """The sizes in bytes of the objects in a folder of an object store, by relative name. Raises `OSError`."""
+    files, inside = _file_system(folder)
+    return {name.removeprefix(f"{inside}/"): info["size"] for name, info in files.find(inside, detail=True).items()}
+
+
 def has_been_committed(folder: epath.Path) -> bool:
     """Whether a checkpoint is finished. On a disk it gets its name by a renaming at the end, in a store its last object."""
     return (folder / COMMITTED).exists() if is_remote(folder) else folder.is_dir()

@@ -1,4 +1,4 @@
-"""File systems of object stores for fsspec: those of s3fs and gcsfs, which wait for a store that does not answer.
+"""File systems for fsspec: those of s3fs, gcsfs and of the web, which wait for a store that does not answer.
 
 Their requests go through one method, but for the bodies of downloads. Here all are repeated while the store is busy or
 away, and their errors are `OSError`s. s3fs itself gives up after seconds, with errors of other libraries.
@@ -7,12 +7,14 @@ away, and their errors are `OSError`s. s3fs itself gives up after seconds, with 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import importlib
 import importlib.util
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import fsspec
@@ -23,11 +25,21 @@ from flowdit.errors import first_line
 
 EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 """By scheme: the package that reads it, and the extra of flowdit that installs it."""
+WEB = {"https": ("aiohttp", "http"), "http": ("aiohttp", "http")}
+"""The same for addresses whose files can be read, but not written or listed."""
 PATIENCE = 120.0
 """Seconds for which a request is repeated during a run."""
 START_PATIENCE = 5.0
 """The same for the first request: the store is probably misspelled or not set up."""
-_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class NoParts(OSError):
+    """A web server that sends whole files only."""
+
+
+_LASTING = (NoParts, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Patient:
@@ -58,15 +70,16 @@ class Patient:
         status = _status(problem)
         if status is not None:
             return status == 429 or status >= 500
-        return isinstance(problem, self.transient) and not isinstance(problem, _LASTING)
+        is_local = isinstance(problem, OSError) and problem.errno in _OF_THE_DISK
+        return isinstance(problem, self.transient) and not isinstance(problem, _LASTING) and not is_local
 
 
 def _status(problem: BaseException) -> int | None:
-    """The HTTP status of an answer: of botocore's errors, which s3fs translates, and of gcsfs's."""
+    """The HTTP status of an answer: of botocore's errors, which s3fs translates, of aiohttp's and of gcsfs's."""
     response = getattr(problem.__cause__, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    code = str(getattr(problem, "code", None))
+    code = str(getattr(problem, "status", None) or getattr(problem, "code", None))
     return int(code) if code.isdigit() else None
 
 
@@ -79,13 +92,15 @@ def _as_os_error(problem: Exception) -> OSError:
 
 @functools.cache
 def file_system(scheme: str) -> Any:
-    """The file system of "s3" or "gs"; from then on `epath` uses it as well.
+    """The file system of a scheme of `EXTRAS`, which `epath` uses as well from then on, or of `WEB`.
 
     Raises `ValueError` naming the extra to install.
     """
-    package, extra = EXTRAS[scheme]
+    package, extra = (EXTRAS | WEB)[scheme]
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"needs the package {package}: pip install 'flowdit[{extra}]'")
+    if scheme in WEB:
+        return _web()()
     os.environ["EPATH_USE_TF"] = "false"  # an installed TensorFlow would be used instead, which knows no endpoint
     kind = _s3() if scheme == "s3" else _gcs()
     for name in {"s3": ("s3", "s3a"), "gs": ("gs", "gcs")}[scheme]:
@@ -127,14 +142,60 @@ def _gcs() -> type:
     return GCS
 
 
+def _web() -> type:
+    aiohttp = importlib.import_module("aiohttp")
+
+    class Web(Patient, importlib.import_module("fsspec.implementations.http").HTTPFileSystem):
+        transient = (OSError, asyncio.TimeoutError, aiohttp.ClientError)
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            # aiohttp's own limit is for the whole file.
+            kwargs["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)}
+            super().__init__(*args, **kwargs)
+
+        async def _info(self, *args: Any, **kwargs: Any) -> Any:
+            return await self._repeated(self._own_info, *args, **kwargs)
+
+        async def _own_info(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super()._info(*args, **kwargs)
+            except FileNotFoundError as problem:  # also of a server that is busy or away
+                if problem.__cause__ is None or _status(problem.__cause__) in (404, 410):
+                    raise
+                raise problem.__cause__ from None
+
+        async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> Any:
+            return await self._repeated(self._part, url, start or 0, end)
+
+        async def _part(self, url: str, start: int, end: int | None) -> bytes:
+            if start == end:
+                return b""
+            headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}", "Accept-Encoding": "identity"}
+            session = await self.set_session()
+            async with session.get(self.encode_url(url), headers=headers) as answer:
+                self._raise_not_found_for_status(answer, url)
+                if answer.status != 206 and end is not None:
+                    raise NoParts(f"{url}: the server sends whole files only")
+                return await answer.read()
+
+    return Web
+
+
+@contextlib.contextmanager
+def at_the_start(files: Any) -> Iterator[None]:
+    """Less patience for requests within: the address is probably misspelled, or the store not set up."""
+    files.patience = START_PATIENCE
+    try:
+        yield
+    finally:
+        files.patience = PATIENCE
+
+
 def first_request(scheme: str, bucket: str, folder: str) -> None:
     """List one object of a folder, with less patience. Raises `OSError` if that cannot be done."""
     files = file_system(scheme)
-    files.patience = START_PATIENCE
-    try:
+    with at_the_start(files):
         if scheme == "s3":
             files.call_s3("list_objects_v2", Bucket=bucket, Prefix=folder, MaxKeys=1)
         else:
             files.call("GET", "b/{}/o", bucket, prefix=folder, maxResults=1)
-    finally:
-        files.patience = PATIENCE

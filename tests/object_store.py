@@ -1,4 +1,4 @@
-"""An S3 server for tests: moto's, in a thread of the test process. It can be busy (503) and gone for a while."""
+"""An S3 server for tests: moto's, in a thread of the test process. It can be busy (503), slow, and gone for a while."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ class ObjectStore:
         self._application = DomainDispatcherApplication(create_backend_app)
         self._port = 0
         self.is_busy = False
+        self.before: Callable[[str], None] = lambda path: None
+        """Called with the path of every object that is read."""
         self.num_refused = 0
         self.start()
-        self.files.mkdir("bucket")
+        # Every server of a process has the same objects, so another one may have made the bucket.
+        self.files.makedirs("bucket", exist_ok=True)
 
     def __call__(self, request: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:
+        if request["REQUEST_METHOD"] == "GET":
+            self.before(request["PATH_INFO"])
         if not self.is_busy:
             return self._application(request, respond)
         self.num_refused += 1

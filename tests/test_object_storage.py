@@ -31,31 +31,15 @@ from runs import (
     wait_for_line,
 )
 
-from flowdit import prepare, report, sample, storage, stores
+from flowdit import prepare, report, sample, storage, stores, verify
 from flowdit.checkpoint.files import verify_files
-from flowdit.data import mirror
+from flowdit.data import mirror, shard_check
 from flowdit.data.manifest import Manifest
 from flowdit.data.text_features import write_cache
 from flowdit.interop.conversion import read_source
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.line_files import UploadedLines
 from flowdit.models.text_encoder import TextConfig, load_text_encoder
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectStore]:
-    store = ObjectStore()
-    yield store
-    store.stop()
-
-
-@pytest.fixture
-def store(server, tmp_path, monkeypatch) -> ObjectStore:
-    """The server, found by the variables of the environment, with an empty bucket."""
-    for name, value in {**server.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
-    server.files.rm(server.files.find("bucket")) if server.files.find("bucket") else None
-    return server
 
 
 @pytest.fixture
@@ -222,6 +206,26 @@ def test_shards_are_copied_once_and_checked(store, tiny_data, tmp_path, monkeypa
     monkeypatch.setattr(mirror.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(ValueError, match="^data.local_dir: 0.0 GB are needed for the shards of s3://bucket/data, "):
         provided(data, manifest)
+
+
+def test_a_data_set_in_a_store_is_verified_shard_by_shard(store, tiny_data, tmp_path, monkeypatch):
+    copies: list[int] = []
+
+    def download(source: epath.Path, target: Path) -> None:
+        storage.download(source, target)
+        copies.append(len(list(target.parent.glob("*.array_record"))))
+
+    monkeypatch.setattr(shard_check, "download", download)
+    store.files.put(f"{tiny_data}/", "bucket/data/", recursive=True)
+    store.files.rm("bucket/data/train-1.array_record")
+    report = tmp_path / "report.jsonl"
+    finished = call(verify.main, "data=s3://bucket/data", "threads=1", f"report={report}")
+    assert (finished.status, finished.out.splitlines()[-1]) == (
+        1,
+        "s3://bucket/data: not intact: 1 problem; 32 of 56 records are in order",
+    )
+    assert json.loads(report.read_text()) == {"file": "train-1.array_record", "record": None, "problem": "is missing"}
+    assert copies == [1, 1], "one shard at a time"
 
 
 def test_a_store_that_cannot_be_used_is_one_line(store, fresh_clients, monkeypatch, tmp_path):

@@ -26,9 +26,14 @@ def local_folder(folder: epath.PathLike, shards: Sequence[Shard], local_dir: str
     """The local folder of these shards: `folder`, or one in `local_dir` whose name depends on their contents."""
     if not is_remote(folder):
         return Path(folder)
-    cache = Path(local_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     contents = fingerprint("".join(f"{shard.file} {shard.sha256}\n" for shard in shards))
-    return (cache if local_dir else cache / "flowdit" / "data") / f"{epath.Path(folder).name}-{contents}"
+    return cache_folder(local_dir) / f"{epath.Path(folder).name}-{contents}"
+
+
+def cache_folder(local_dir: str | None) -> Path:
+    """`local_dir`, or the default one in the user's cache folder."""
+    cache = Path(local_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache if local_dir else cache / "flowdit" / "data"
 
 
 def provide_shards(
@@ -83,14 +88,19 @@ def _download_all(folder: epath.Path, local: Path, shards: Sequence[Shard], *, a
 def _download(source: epath.Path, target: Path, shard: Shard, is_checked: bool) -> None:
     """The name of a complete file is its own, so that an interrupted download is not taken for one."""
     partial = target.with_name(f"{target.name}.part")
+    fetch_shard(source, partial, shard, is_checked)
+    partial.replace(target)
+
+
+def fetch_shard(source: epath.Path, target: Path, shard: Shard, is_checked: bool) -> None:
+    """Copy a shard to a local file, and compare its size and, if it `is_checked`, its hash. Raises `ManifestError`."""
     try:
-        download(source, partial)
+        download(source, target)
     except FileNotFoundError:
         raise ManifestError(f"{source}: is missing: the data changed since it was prepared") from None
     except OSError as problem:
         raise ManifestError(f"{source}: cannot be copied to {target}: {reason(problem)}") from None
-    if (size := partial.stat().st_size) != shard.bytes:
+    if (size := target.stat().st_size) != shard.bytes:
         raise ManifestError(f"{source}: must have {shard.bytes} bytes, has {size}")
-    if is_checked and (digest := file_sha256(partial)) != shard.sha256:
+    if is_checked and (digest := file_sha256(target)) != shard.sha256:
         raise ManifestError(f"{source}: must have sha256 {shard.sha256}, has {digest}")
-    partial.replace(target)

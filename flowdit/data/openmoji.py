@@ -4,6 +4,7 @@ import collections
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +41,14 @@ LOOKS = {*COLOURS, *MATERIALS, "rainbow", "light", "dark"}
 
 
 class OpenMoji(NamedTuple):
-    """Images with classes and (short, long) captions. About 1 in 20 is held out, as for the embedded VAE."""
+    """Images with classes, (short, long) captions and names, their code points. About 1 in 20 is held out, as for the embedded VAE."""
 
     tiles: UInt8[np.ndarray, " images 64 64 3"]
     labels: Int[np.ndarray, " images"]
     held_out: Bool[np.ndarray, " images"]
     class_names: tuple[str, ...]
     captions: list[tuple[str, str]]
+    names: list[str]
 
 
 def load() -> OpenMoji:
@@ -61,10 +63,11 @@ def load() -> OpenMoji:
         held_out=np.array([is_held_out(table[i]) for i in kept]),
         class_names=class_names,
         captions=[captions(table[i]) for i in kept],
+        names=[table[i]["hexcode"] for i in kept],
     )
 
 
-def captions(row: dict[str, Any]) -> tuple[str, str]:
+def captions(row: Mapping[str, Any]) -> tuple[str, str]:
     """The short caption, the name of the image, and the long caption.
 
     The long one adds the subgroup and the tags that contain new words, colours and materials first: "pear", "pear, food

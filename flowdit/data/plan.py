@@ -3,7 +3,7 @@
 It is written first, so that runs with other settings cannot mix their shards.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -76,6 +76,14 @@ def read_plan(field: str, folder: epath.Path) -> dict[str, Any] | None:
         return parse_file(Plan, path).root
     except InputError:
         raise ValueError(f"{field}: {path} is damaged: remove the folder or give another one") from None
+
+
+def claimed_id(field: str, folder: epath.Path, ids: Sequence[str], former: Sequence[Any]) -> Any:
+    """The identity of a data set in the plan of a cache for it: the one that is stored there if it is among `ids`, of
+    which the first is the present one, or `former`.
+    """
+    stored = (read_plan(field, folder) or {}).get("data")
+    return stored if stored in (*ids, *former) else ids[0]
 
 
 def former_ids(folder: epath.PathLike) -> list[Any]:

@@ -2,16 +2,18 @@
 
 import bisect
 import contextlib
+import copy
 import itertools
 import logging
 import os
 import resource
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from flowdit.data.manifest import Shard
@@ -24,16 +26,63 @@ READERS = 64
 """Files of which a data set's batches are read at the same time, as disks and networks take their time."""
 
 
+@runtime_checkable
+class ShardFiles(Protocol):
+    """Open files. `names` are their paths, for messages; `bytes` the room on the local disk that a copy needs, or 0."""
+
+    names: Sequence[os.PathLike[str]]
+    bytes: Sequence[int]
+
+    def reading(self, file: int) -> contextlib.AbstractContextManager[ArrayRecordReader]:
+        """The reader of a file, which stays open within. Thread-safe."""
+        ...
+
+    def prefer(self, now: Sequence[int], ahead: Sequence[int]) -> None:
+        """Begin to copy what is missing of the files `now`, which are being read, and `ahead`, which come next."""
+
+    def pending(self, files: Collection[int]) -> str:
+        """Which of the files are not there yet, for a message."""
+        return ""
+
+
+class LocalFiles(ShardFiles):
+    """Files on a local disk, which stay open once they were read from."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.names, self.bytes = paths, [0] * len(paths)
+        allow_open_files(len(paths))
+        self._readers: dict[int, ArrayRecordReader] = {}
+
+    @contextlib.contextmanager
+    def reading(self, file: int) -> Iterator[ArrayRecordReader]:
+        if file not in self._readers:  # if two threads open it at the same time, one of theirs is kept
+            self._readers.setdefault(file, open_reader(self.names[file]))
+        yield self._readers[file]
+
+
 class RecordFiles:
     """A sequence of files: `read` takes indices in [0, len(files)). `check` is called with every record."""
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int], check: Callable[[Mapping[str, Any]], None]):
-        self._paths, self._check = paths, check
+    def __init__(self, files: ShardFiles, counts: Sequence[int], check: Callable[[Mapping[str, Any]], None]):
+        self.files, self._check = files, check
         self._decoder = SkeletonDecoder()
         self._ends = list(itertools.accumulate(counts))
-        _allow_open_files(len(paths))
-        self._readers: dict[int, ArrayRecordReader] = {}  # of the files that were read from
+        self._firsts, self._skipped = [0, *self._ends[:-1]], [0] * len(counts)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-records")
+
+    @property
+    def counts(self) -> list[int]:
+        """The records of each file."""
+        return np.diff(self._ends, prepend=0).tolist()
+
+    def part(
+        self, skipped: Sequence[int], counts: Sequence[int], check: Callable[[Mapping[str, Any]], None]
+    ) -> "RecordFiles":
+        """The files reduced to `counts` records of each, after the first `skipped`; they share their open readers."""
+        part = copy.copy(self)
+        part._skipped, part._check = skipped, check
+        part._ends = list(itertools.accumulate(counts))
+        return part
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -73,36 +122,38 @@ class RecordFiles:
         """The bytes of records. ArrayRecord's own class for several files starts threads for every batch."""
         by_file: dict[int, list[tuple[int, int]]] = {}  # rows of the result, and numbers in the file
         for row, index in enumerate(indices):
-            file = bisect.bisect_right(self._ends, index)
-            by_file.setdefault(file, []).append((row, index - (self._ends[file - 1] if file else 0)))
+            file, number = self._find(index)
+            by_file.setdefault(file, []).append((row, number))
         result = [b""] * len(indices)
 
         def read(file: int) -> None:
-            records = self._reader(file).read([number for _, number in by_file[file]])
+            with self.files.reading(file) as reader:
+                records = reader.read([number for _, number in by_file[file]])
             for (row, _), record in zip(by_file[file], records, strict=True):
                 result[row] = record
 
         list((map if len(by_file) == 1 else self._pool.map)(read, by_file))
         return result
 
-    def _reader(self, file: int) -> ArrayRecordReader:
-        """The open reader of a file. Threads may share one; if two open it at the same time, one of theirs is kept."""
-        if file not in self._readers:
-            reader = ArrayRecordReader(os.fspath(self._paths[file]), **_RANDOM_ACCESS)
-            self._readers.setdefault(file, reader)
-        return self._readers[file]
-
-    def place(self, index: int) -> tuple[Path, int]:
+    def place(self, index: int) -> tuple[os.PathLike[str], int]:
         """The file of record `index`, and its number within the file."""
+        file, number = self._find(index)
+        return self.files.names[file], number
+
+    def numbers(self, indices: Iterable[int]) -> list[int]:
+        """The numbers of records of a `part` in the files as a whole."""
+        return [self._firsts[file] + number for file, number in map(self._find, indices)]
+
+    def _find(self, index: int) -> tuple[int, int]:
         file = bisect.bisect_right(self._ends, index)
-        return self._paths[file], index - (self._ends[file - 1] if file else 0)
+        return file, self._skipped[file] + index - (self._ends[file - 1] if file else 0)
 
     def _where(self, index: int) -> str:
         return "{}: record {}".format(*self.place(index))
 
     def describe(self, indices: Sequence[int], max_files: int = 4, max_records: int = 8) -> str:
         """Files and record numbers of `indices` for a message, the first few of each."""
-        by_file: dict[Path, list[int]] = {}
+        by_file: dict[os.PathLike[str], list[int]] = {}
         for file, number in map(self.place, indices):
             by_file.setdefault(file, []).append(number)
         shown = [
@@ -111,13 +162,20 @@ class RecordFiles:
             for file, numbers in list(by_file.items())[:max_files]
         ]
         rest = len(by_file) - max_files
-        return "; ".join(shown) + (f"; and {rest} more files" if rest > 0 else "")
+        pending = self.files.pending({self._find(index)[0] for index in indices})
+        return "; ".join(shown) + (f"; and {rest} more files" if rest > 0 else "") + pending
 
 
 _RANDOM_ACCESS = {
     "options": "readahead_buffer_size:0",
     "file_reader_buffer_size": 32768,
 }  # as ArrayRecordDataSource has
+
+
+def open_reader(path: os.PathLike[str]) -> ArrayRecordReader:
+    """A reader of single records."""
+    return ArrayRecordReader(os.fspath(path), **_RANDOM_ACCESS)
+
 
 _BEING_READ: dict[int, tuple[RecordFiles, Sequence[int]]] = {}
 
@@ -127,7 +185,7 @@ def being_read() -> dict[int, str]:
     return {thread: files.describe(indices) for thread, (files, indices) in _BEING_READ.copy().items()}
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """Raise this process's limit of open files, often 1,024: all shards stay open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + count

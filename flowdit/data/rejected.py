@@ -38,7 +38,7 @@ class RejectedImages:
 
     def add(self, image: Rejected) -> None:
         """Add an image and write it to the file. Raises `ValueError` if there are too many."""
-        if image.file in self._reasons:  # a mirrored copy
+        if image.file in self._reasons:  # found in an earlier run, or another of this name
             return
         self._reasons[image.file] = image.reason
         with self._path.open("ab") as file:

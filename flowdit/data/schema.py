@@ -57,8 +57,7 @@ class ArrayField:
         return batch
 
     def check_numbers(self, array: Any) -> None:
-        if not np.isfinite(array).all():
-            raise RecordError(f"must be finite, got {int(np.sum(~np.isfinite(array)))} NaN or infinite values")
+        _check_finite(array)
         if self.minimum > -np.inf and array.min() < self.minimum:
             raise RecordError(f"must be at least {self.minimum:g}, got {array.min():g}")
 
@@ -77,6 +76,23 @@ class LabelField:
 
     def stack(self, values: Sequence[Any]) -> np.ndarray:
         return np.array(values, np.int32)
+
+    def check_numbers(self, array: Any) -> None:
+        """Nothing is left to check."""
+
+
+@dataclass(frozen=True)
+class ChoiceField:
+    """One of some texts; batches are int32, its number among them."""
+
+    choices: tuple[str, ...]
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, str) or value not in self.choices:
+            raise RecordError(f"must be one of {', '.join(self.choices)[:200]}, got {str(value)[:40]!r}")
+
+    def stack(self, values: Sequence[Any]) -> np.ndarray:
+        return np.array([self.choices.index(value) for value in values], np.int32)
 
     def check_numbers(self, array: Any) -> None:
         """Nothing is left to check."""
@@ -120,6 +136,33 @@ class SizeField:
         """Nothing is left to check."""
 
 
+@dataclass(frozen=True)
+class FeatureMapField:
+    """A map of a feature cache, (rows, columns, width), float16 with finite values; batches are float16.
+
+    It is not in the records of a data set but in those of the cache, whose `shape` is known once that is opened.
+    """
+
+    shape: tuple[int, int, int] | None = None
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, np.ndarray) or _FLOATS.get(value.dtype) != "float16":
+            raise RecordError(f"must be a float16 array, got {_kind(value)}")
+        if value.shape != self.shape:
+            raise RecordError(f"must have shape {self.shape}, got {value.shape}")
+
+    def stack(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array(values, np.float16).reshape(-1, *(self.shape or ()))
+
+    def check_numbers(self, array: Any) -> None:
+        _check_finite(array)
+
+
+def _check_finite(array: Any) -> None:
+    if not np.isfinite(array).all():
+        raise RecordError(f"must be finite, got {int(np.sum(~np.isfinite(array)))} NaN or infinite values")
+
+
 MAX_IMAGE_SIDE = 2**20
 
 
@@ -157,8 +200,21 @@ class Schema:
 
     def of_dtype(self, dtype: str) -> "Schema":
         """The same schema, with latents restricted to `dtype`."""
+        return self._with_latents(dtype=dtype)
+
+    def of_shape(self, shape: tuple[int, int, int]) -> "Schema":
+        """The same schema, for latents of this shape."""
+        return self._with_latents(shape=shape)
+
+    def _with_latents(self, **values: Any) -> "Schema":
         latents = {name: f for name, f in self.fields.items() if name in LATENTS and isinstance(f, ArrayField)}
-        return Schema({**self.fields, **{name: replace(f, dtype=dtype) for name, f in latents.items()}})
+        return Schema({**self.fields, **{name: replace(f, **values) for name, f in latents.items()}})
+
+    @property
+    def of_records(self) -> "Schema":
+        """The same schema without what is not in the records."""
+        fields = {name: f for name, f in self.fields.items() if not isinstance(f, FeatureMapField)}
+        return Schema(fields)
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Raise `RecordError("field: rule, value")` for the first field that is missing or breaks a rule."""

@@ -1,11 +1,14 @@
 """Writing one ArrayRecord shard atomically.
 
-A shard is written under a temporary name and renamed; then a sidecar file marks it as complete and describes it.
+A shard is written under a temporary name and renamed; then a sidecar file marks it as complete and describes it. Two
+processes may write the same shard: their records are equal, and the temporary names differ.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +19,7 @@ from jaxtyping import Float64
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from flowdit.data.manifest import write_json
+from flowdit.data.manifest import Shard, write_json
 from flowdit.data.records import encode
 from flowdit.data.rejected import Rejected
 from flowdit.hashing import file_sha256
@@ -28,13 +31,14 @@ Sums = dict[str, Any]
 
 @dataclass(frozen=True, config=STRICT)
 class Sidecar:
-    """Description of a finished shard; `sums` are totals over its records (`sums_of` in `write_shard`)."""
+    """Description of a finished shard; `sums` are totals over its records, `buckets` the records of each bucket."""
 
     records: Annotated[int, Field(ge=0)]
     bytes: Count
     sha256: str
     sums: Sums
     rejected: Listed[Rejected] = ()
+    buckets: Listed[Annotated[int, Field(ge=0)]] = ()
 
 
 def latent_sums(record: Mapping[str, Any]) -> Sums:
@@ -43,50 +47,79 @@ def latent_sums(record: Mapping[str, Any]) -> Sums:
     return {"values_per_channel": flat.shape[1], "channel": flat.sum(1), "channel_square": np.square(flat).sum(1)}
 
 
+class Tally:
+    """The number of records and the sums over them, of a group that is written together."""
+
+    def __init__(self, sums_of: Callable[[Mapping[str, Any]], Sums] = latent_sums):
+        self._sums_of = sums_of
+        self.records, self.sums = 0, {}
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count a record."""
+        self.records += 1
+        self._add(self._sums_of(record))
+
+    def include(self, other: "Tally") -> None:
+        """Count the records of another group."""
+        self.records += other.records
+        self._add(other.sums)
+
+    def _add(self, sums: Sums) -> None:
+        self.sums = self.sums | {name: self.sums.get(name, 0) + part for name, part in sums.items()}
+
+
 def write_shard(
     path: epath.PathLike,
-    records: Iterable[Mapping[str, Any] | Rejected],
+    records: Iterable[Mapping[str, Any]],
     sums_of: Callable[[Mapping[str, Any]], Sums] = latent_sums,
 ) -> Sidecar:
-    """Write `records` to `path`, and its sidecar, which lists those that are `Rejected`. Raises `OSError` on failure."""
+    """Write `records` to `path`, and its sidecar. Raises `OSError` on failure."""
+    tally = Tally(sums_of)
+
+    def encoded() -> Iterator[bytes]:
+        for record in records:
+            tally.add(record)
+            yield encode(record)
+
+    return write_encoded(path, encoded(), tally)
+
+
+def write_encoded(
+    path: epath.PathLike,
+    records: Iterable[bytes],
+    tally: Tally,
+    *,
+    rejected: Sequence[Rejected] = (),
+    buckets: Sequence[int] = (),
+) -> Sidecar:
+    """The same for the bytes of records, which `tally` has counted when the last one was drawn.
+
+    The sidecar lists the images that were left out, `rejected`.
+    """
     path = Path(path)  # ArrayRecord writes local files
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        rejected: list[Rejected] = []
-        count, sums = _write_records(temporary, _accepted(records, rejected), sums_of)
-        sidecar = Sidecar(count, temporary.stat().st_size, file_sha256(temporary), sums, tuple(rejected))
+        _write_file(temporary, records)
+        sums = {name: np.asarray(total).tolist() for name, total in tally.sums.items()}
+        size, digest = temporary.stat().st_size, file_sha256(temporary)
+        sidecar = Sidecar(tally.records, size, digest, sums, tuple(rejected), tuple(buckets))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    write_json(_sidecar_path(path), dataclasses.asdict(sidecar))
+    description = temporary.with_name(temporary.name.replace(".tmp", ".json"))
+    write_json(epath.Path(description), dataclasses.asdict(sidecar))
+    os.replace(description, _sidecar_path(path))
     return sidecar
 
 
-def _accepted(records: Iterable[Mapping[str, Any] | Rejected], rejected: list[Rejected]) -> Iterator[Mapping[str, Any]]:
-    """The records, without those that are moved to `rejected`."""
-    for record in records:
-        if isinstance(record, Rejected):
-            rejected.append(record)
-        else:
-            yield record
-
-
-def _write_records(
-    path: Path, records: Iterable[Mapping[str, Any]], sums_of: Callable[[Mapping[str, Any]], Sums]
-) -> tuple[int, Sums]:
-    """Write the records; their number and sums, as JSON data."""
-    count, sums = 0, {}
+def _write_file(path: Path, records: Iterable[bytes]) -> None:
     # One record per group, as records are read at random and groups are read as a whole.
     writer = _writing(ArrayRecordWriter, os.fspath(path), "group_size:1")
     try:
         for record in records:
-            _writing(writer.write, encode(record))
-            count += 1
-            sums = {name: sums.get(name, 0) + part for name, part in sums_of(record).items()}
+            _writing(writer.write, record)
     finally:
         _writing(writer.close)
-    return count, {name: np.asarray(total).tolist() for name, total in sums.items()}
 
 
 def _writing(function: Any, *args: Any) -> Any:
@@ -118,8 +151,20 @@ def read_sidecar(path: epath.PathLike) -> Sidecar | None:
         return None
 
 
+def described(shard: Shard, sidecar: Sidecar) -> Shard:
+    """The entry of a finished shard that goes with `shard` of a data set: the same name and split."""
+    return dataclasses.replace(shard, buckets=(), records=sidecar.records, bytes=sidecar.bytes, sha256=sidecar.sha256)
+
+
 def remove_sidecar(path: epath.PathLike) -> None:
     _sidecar_path(path).unlink(missing_ok=True)
+
+
+def remove_temporary(folder: epath.PathLike) -> None:
+    """Remove what killed processes left of shards that they were writing. No other process may be writing one."""
+    for path in Path(folder).glob("*.array_record.*"):
+        if re.search(r"\.[0-9a-f]{32}\.(tmp|json)(\.tmp)?$", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _sidecar_path(path: epath.PathLike) -> epath.Path:

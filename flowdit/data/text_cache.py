@@ -7,8 +7,7 @@ length, data set and captions; any other is refused, as features of another enco
 wrong models.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -26,10 +25,11 @@ from flowdit.data.manifest import (
     check_different,
     read_manifest,
 )
-from flowdit.data.mirror import provide_shards
 from flowdit.data.plan import former_ids
-from flowdit.data.record_files import RecordFiles, check_files
+from flowdit.data.record_files import RecordFiles, ShardFiles
 from flowdit.data.records import RecordError
+from flowdit.data.shard_cache import open_shards, provide
+from flowdit.data.shard_pool import ShardPool
 from flowdit.fields import about
 from flowdit.json_input import STRICT, Count, Listed
 from flowdit.models.text_encoder import TextEncoder
@@ -77,10 +77,16 @@ class CacheManifest:
             ("dtype", self.dtype == encoder.dtype, self.dtype, encoder.dtype),
             ("max_length", self.max_length == encoder.max_length, self.max_length, encoder.max_length),
             ("width", self.width == encoder.width, self.width, encoder.width),
-            ("id of the data set", self.data in (*manifest.ids, *former), self.data, manifest.id),
         ):
             if not same:
                 raise ValueError(f"{folder / FILE_NAME}: {name}: must be {expected} as in this run, got {got}")
+        self.check_made_from(folder, manifest, former)
+
+    def check_made_from(self, folder: epath.Path, manifest: Manifest, former: Sequence[str] = ()) -> None:
+        """Raise `ValueError` with the difference unless these are features of that data set."""
+        if self.data not in (*manifest.ids, *former):
+            problem = f"must be {manifest.id} as in this run, got {self.data}"
+            raise ValueError(f"{folder / FILE_NAME}: id of the data set: {problem}")
         parallel = [(shard.file, shard.split, len(CAPTIONS) * shard.records) for shard in manifest.shards]
         if [(shard.file, shard.split, shard.records) for shard in self.shards] != parallel:
             raise ValueError(f"{folder / FILE_NAME}: shards: must be those of the data set, with two records for each")
@@ -97,9 +103,9 @@ class CachedText(NamedTuple):
 class FeatureCache:
     """The features of one split, by caption: 2i is the short caption of record i, 2i + 1 the long one."""
 
-    def __init__(self, paths: Sequence[Path], cache: CacheManifest, counts: Sequence[int]):
-        self._manifest = cache
-        self._files = RecordFiles(paths, counts, self._check)
+    def __init__(self, files: ShardFiles, cache: CacheManifest, counts: Sequence[int]):
+        self._manifest, self.files = cache, files
+        self._files = RecordFiles(files, counts, self._check)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -112,13 +118,20 @@ class FeatureCache:
         length, width = self._manifest.max_length, self._manifest.width
         features = np.zeros((len(indices), length, width), DTYPES[self._manifest.dtype])
         lengths, truncated = np.zeros(len(indices), int), np.zeros(len(indices), bool)
-        for row, (index, entry) in enumerate(zip(indices, self._files.read(indices), strict=True)):
-            self._files.locate(index, _check_key, entry["key"], captions[row])
-            packed = entry["features"].view(features.dtype)
-            self._files.locate(index, _check_finite, packed)
+        for row, (packed, is_cut) in enumerate(self.read_packed(indices, captions)):
             features[row, : len(packed)] = packed
-            lengths[row], truncated[row] = len(packed), entry["truncated"]
+            lengths[row], truncated[row] = len(packed), is_cut
         return CachedText(features, np.arange(length) < lengths[:, None], truncated)
+
+    def read_packed(
+        self, indices: Sequence[int], captions: Sequence[str]
+    ) -> Iterator[tuple[Float[np.ndarray, "tokens width"], bool]]:
+        """`read` without padding: the features of each caption, and whether it was cut."""
+        for index, entry, caption in zip(indices, self._files.read(indices), captions, strict=True):
+            self._files.locate(index, _check_key, entry["key"], caption)
+            packed = entry["features"].view(DTYPES[self._manifest.dtype])
+            self._files.locate(index, _check_finite, packed)
+            yield packed, entry["truncated"]
 
     def _check(self, entry: Mapping[str, Any]) -> None:
         if missing := {"key", "truncated", "features"} - entry.keys():
@@ -157,7 +170,7 @@ class CachedCaptions:
     """Reads `text_features` (n, max_length, width) in the encoder's dtype and the mask (`captions.TextReader`)."""
 
     def __init__(self, cache: FeatureCache, long_caption_prob: float):
-        self._cache = cache
+        self._cache, self.files = cache, cache.files
         self._long_caption_prob = long_caption_prob
         self.counts = CaptionCounts()
 
@@ -180,6 +193,7 @@ def open_cache(
     *,
     data: epath.PathLike | None = None,
     local_dir: str | None = None,
+    pool: ShardPool | None = None,
     verify_hashes: bool = False,
     hash_limit: int = HASH_LIMIT_BYTES,
 ) -> CachedCaptions:
@@ -188,7 +202,7 @@ def open_cache(
 
     Raises `ValueError` with one line if there is no cache, it was made by another encoder or from other data, or a
     shard is missing or changed (hashes are compared as in `manifest.verify`). Shards of an object store are copied to
-    `local_dir` (`data.mirror`).
+    `local_dir` (`data.mirror`), or read by way of `pool`.
     """
     with about("data.text_cache"):
         folder = connect(folder)
@@ -199,7 +213,6 @@ def open_cache(
     cache = read_manifest(CacheManifest, folder / FILE_NAME)
     cache.check_made_by(folder, encoder, manifest, () if data is None else former_ids(data))
     shards = [shard for shard in cache.shards if shard.split == split]
-    local = provide_shards(folder, shards, local_dir, hashes=verify_hashes, limit=hash_limit)
-    paths = [local / shard.file for shard in shards]
-    check_files(paths, shards)
-    return CachedCaptions(FeatureCache(paths, cache, [shard.records for shard in shards]), long_caption_prob)
+    options = {"hashes": verify_hashes, "limit": hash_limit}
+    files = open_shards(provide(folder, shards, local_dir, pool, **options), shards, pool, **options)
+    return CachedCaptions(FeatureCache(files, cache, [shard.records for shard in shards]), long_caption_prob)

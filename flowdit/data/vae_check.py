@@ -1,9 +1,10 @@
 """A check of the VAE on the images of a data set, before they are encoded: how well does it reproduce them?"""
 
 import heapq
+import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -13,8 +14,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, UInt8
 
-from flowdit.data.encode_images import EncodeBatch, cropped
-from flowdit.data.images import ImageError, ImageSet
+from flowdit.data.encode_images import EncodeBatch
 from flowdit.data.progress import progress_bar
 from flowdit.image_grid import save_grid
 from flowdit.models.vae import AutoencoderKL, to_pixels
@@ -37,6 +37,7 @@ class Pair(NamedTuple):
 
     psnr: float
     index: int
+    name: str
     pixels: UInt8[np.ndarray, "size 2*size 3"]
 
 
@@ -44,28 +45,26 @@ def check_vae(
     folder: epath.Path,
     vae: AutoencoderKL,
     encode_batch: EncodeBatch,
-    image_set: ImageSet,
+    images: Iterable[tuple[str, UInt8[np.ndarray, "size size 3"]]],
     *,
     count: int,
     batch_size: int,
     image_size: int,
     dtype: str,
 ) -> None:
-    """Log mean and lowest PSNR of `count` evenly spread images, and write them with their reconstructions to `folder`.
+    """Log mean and lowest PSNR of `images`, about `count` by their names, and write them with their reconstructions to
+    `folder`.
 
-    Latents are rounded to `dtype` as in the data set, and images to 8 bits as samples are. Unreadable images are
-    skipped. Warns below `MIN_PSNR`. Raises `OSError` if the sheet cannot be written.
+    Latents are rounded to `dtype` as in the data set, and images to 8 bits as samples are. Warns below `MIN_PSNR`.
+    Raises `OSError` if the sheet cannot be written.
     """
-    num_images = len(image_set.held_out)
-    count = min(count, num_images)
     shown = min(max(SHEET_PIXELS // image_size**2, 8), 64)
     values: list[float] = []
     worst: list[tuple[float, int, Pair]] = []  # a heap of those to be shown: the best of them comes first
     with progress_bar("checking the VAE", "images", count, count) as progress:
-        indices = [i * num_images // count for i in range(count)]
-        for start in range(0, count, batch_size):
-            batch = indices[start : start + batch_size]
-            for pair in _pairs(batch, vae, encode_batch, image_set, image_size, dtype):
+        numbered = enumerate(images)
+        while batch := list(itertools.islice(numbered, batch_size)):
+            for pair in _pairs(batch, vae, encode_batch, image_size, dtype):
                 values.append(pair.psnr)
                 heapq.heappush(worst, (-pair.psnr, -pair.index, pair))
                 if len(worst) > shown:
@@ -73,35 +72,26 @@ def check_vae(
             progress.update(len(batch))
     if values:
         pairs = sorted((pair for _, _, pair in worst), key=lambda pair: pair[:2])
-        _write_sheet(folder / FILE_NAME, pairs, image_set, image_size)
-        _report(folder / FILE_NAME, values, image_set.name_of(pairs[0].index))
+        _write_sheet(folder / FILE_NAME, pairs, image_size)
+        _report(folder / FILE_NAME, values, pairs[0].name)
 
 
 def _pairs(
-    indices: list[int],
+    images: Sequence[tuple[int, tuple[str, np.ndarray]]],
     vae: AutoencoderKL,
     encode_batch: EncodeBatch,
-    image_set: ImageSet,
     image_size: int,
     dtype: str,
 ) -> Iterator[Pair]:
-    images = {}
-    for index in indices:
-        try:
-            images[index] = cropped(image_set, index, image_size)
-        except ImageError:
-            continue
-    if not images:
-        return
-    mean, _ = encode_batch(np.stack(list(images.values())))
+    mean, _ = encode_batch(np.stack([pixels for _, (_, pixels) in images])).ready()
     latents = mean.astype(dtype).astype(np.float32)
     at_once = max(1, min(MAX_DECODED, 256**2 * MAX_DECODED // image_size**2))
     for start in range(0, len(latents), at_once):
         part = latents[start : start + at_once]
         padded = np.pad(part, ((0, at_once - len(part)), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
         decoded = np.asarray(_decode(vae, jnp.asarray(padded))).transpose(0, 2, 3, 1)
-        for index, after in zip(list(images)[start : start + at_once], decoded, strict=False):
-            yield Pair(psnr(images[index], after), index, np.concatenate([images[index], after], axis=1))
+        for (index, (name, before)), after in zip(images[start : start + at_once], decoded, strict=False):
+            yield Pair(psnr(before, after), index, name, np.concatenate([before, after], axis=1))
 
 
 @eqx.filter_jit
@@ -115,10 +105,10 @@ def psnr(before: UInt8[np.ndarray, "*shape"], after: UInt8[np.ndarray, "*shape"]
     return min(10 * math.log10(255**2 / mse), MAX_PSNR) if mse else MAX_PSNR
 
 
-def _write_sheet(path: epath.Path, pairs: list[Pair], image_set: ImageSet, size: int) -> None:
+def _write_sheet(path: epath.Path, pairs: list[Pair], size: int) -> None:
     zoom = max(1, 128 // size)
     images = np.stack([pair.pixels for pair in pairs]).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    captions = [f"{pair.psnr:.1f} dB {image_set.name_of(pair.index)}" for pair in pairs]
+    captions = [f"{pair.psnr:.1f} dB {pair.name}" for pair in pairs]
     temporary = path.with_name(path.name + ".tmp")
     save_grid(temporary, images, captions, columns=max(1, 1536 // images.shape[2]))
     temporary.replace(path)

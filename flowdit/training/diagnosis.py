@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from flowdit.data.loader import TrainStream
+from flowdit.data.stream import TrainStream
 from flowdit.diffusion.objective import Batch, Losses, Objective, Parameters
 from flowdit.errors import first_line
 from flowdit.models.compute import FLOAT32, Compute

@@ -16,14 +16,16 @@ from flowdit.checkpoint.files import list_steps
 from flowdit.checkpoint.restore import Found
 from flowdit.checkpoint.writer import CheckpointWriter
 from flowdit.config import Config
-from flowdit.data.loader import DataSet
+from flowdit.data.mixture import DataSet
 from flowdit.processes import totals
 from flowdit.sharding import prefetch_to_device
 from flowdit.tracking import Progress, Tracker
+from flowdit.training.ahead import ShapedStep, mean_flops
 from flowdit.training.evaluations import Evaluation, Report, closing
 from flowdit.training.evaluations.best import Metric, count, find_metric, is_unmeasured
+from flowdit.training.run_data import shape_in_pixels
 from flowdit.training.setup import Run, start_run
-from flowdit.training.step import TrainState
+from flowdit.training.step import TrainState, TrainStep
 from flowdit.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
     tracker = Tracker(run.folder, config.wandb, dataclasses.asdict(config), run_id=run.meta.run_id, primary=primary)
     progress = Progress(settings.num_steps, settings.batch_size, settings.compute_dtype)
     announce(run, start, settings.num_steps)
+    train_step = compiled_step(run, progress) if len(run.batches) > 1 and start < settings.num_steps else run.train_step
     if run.figures:
         tracker.log(start, run.figures)
     writer = CheckpointWriter(run.folder, settings.keep_last, settings.keep_every, run.meta)
@@ -60,9 +63,9 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
             evaluate(evaluation, start, state, tracker, metric, writer)
         batches = prefetch_to_device(run.mesh, run.stream, run.conditioning.encode)
         for step, (batch, data_state) in zip(range(start + 1, settings.num_steps + 1), batches, strict=False):
-            if step == start + 1:
+            if step == start + 1 and len(run.batches) == 1:
                 progress.image_flops = run.image_flops(batch)
-            state, metrics = run.train_step(state, batch)
+            state, metrics = train_step(state, batch)
             writer.reached(step, state, data_state)
             progress.add(metrics)
             watchdog.started(step, metrics)
@@ -92,6 +95,15 @@ def train(config: Config, found: Found | None = None, resume_command: str = "") 
         is_complete = step >= settings.num_steps
         logger.info("%s; checkpoint: %s", "done" if is_complete else "stopped by signal", writer.last_good())
     return is_complete
+
+
+def compiled_step(run: Run, progress: Progress) -> TrainStep:
+    """The step, compiled for each of several latent shapes. Rates count the average image of an epoch."""
+    manifest = run.data.manifest
+    sizes = dict(zip(manifest.bucket_shapes, run.stream.shares, strict=True))
+    progress.image_flops = mean_flops(run.image_flops, run.batches, {shape: sizes[shape] for shape in run.batches})
+    names = {shape: shape_in_pixels(manifest, shape) for shape in run.batches}
+    return ShapedStep(run.train_step, run.template, run.batches, names)
 
 
 def overdue(run: Run, metric: Metric | None, start: int, is_last: bool) -> list[Evaluation]:
@@ -137,10 +149,10 @@ def is_due(step: int, every: int) -> bool:
 
 def bad_records(data: DataSet) -> dict[str, int]:
     """Number of bad records read by this process, a few batches ahead of the step. Each is reported once."""
-    sources = [source for source in (data.train, data.validation) if source is not None]
-    for problem in (line for source in sources for line in source.bad_records.take_new()):
+    found = [records for split in (data.train, data.validation) if split is not None for records in split.bad_records]
+    for problem in (line for records in found for line in records.take_new()):
         logger.warning("bad record, the next one is read instead: %s", problem)
-    bad = sum(len(source.bad_records) for source in sources)
+    bad = sum(map(len, found))
     return {"data/bad_records": bad} if bad else {}
 
 
@@ -148,7 +160,8 @@ def announce(run: Run, start: int, num_steps: int) -> None:
     """Describe the run on the console, before the first compilation."""
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.model))
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    shape = "x".join(map(str, run.meta.manifest.latent_shape))
+    shape, *others = ("x".join(map(str, shape)) for shape in run.batches)
+    shape += f" and {len(others)} other shapes" if others else ""
     records = run.stream.get_state()["num_records"]
     logger.info("model: %.2f M parameters; %s, mesh %s", parameters / 1e6, devices, dict(run.mesh.shape))
     logger.info("data: %d records, latents %s, %s", records, shape, run.conditioning.summary)

@@ -25,6 +25,8 @@ def make_objective(config: Config, manifest: Manifest, conditioning: Conditions)
         scale=scale,
         time_distribution=train.time_distribution,
         time_shift=shift,
+        time_std=train.time_std,
+        uniform_after=train.time_uniform_after,
         auxiliary=config.auxiliary_losses(),
     )
 

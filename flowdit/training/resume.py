@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +20,7 @@ from flowdit.checkpoint.names import named_arrays
 from flowdit.checkpoint.restore import Found, restore_newest
 from flowdit.conditioning import Conditioning, kind_of
 from flowdit.config import Config
-from flowdit.data.loader import TrainStream
+from flowdit.data.stream import TrainStream
 from flowdit.fields import about, require
 from flowdit.joining import ProcessConfig
 from flowdit.sharding import init_sharded
@@ -28,7 +30,14 @@ from flowdit.training.step import TrainState, copies
 logger = logging.getLogger(__name__)
 
 # Fields that must not change for an exact resume; other changes are reported.
-FIXED_FIELDS = ("seed", "train.batch_size", "optim.name", "data.long_caption_prob")
+FIXED_FIELDS = (
+    "seed",
+    "train.batch_size",
+    "optim.name",
+    "optim.muon_modulation",
+    "data.long_caption_prob",
+    "data.tag_dropout",
+)
 # How the same numbers are computed, up to rounding.
 COMPUTE_FIELDS = ("model.remat", "model.kernels", "model.scan_blocks")
 # Fields of the processes and not of the run, which may continue on another machine.
@@ -119,13 +128,17 @@ def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
 
     Raises `ValueError` if a change makes an exact resume impossible.
     """
+    before, now = stored.config, current.config
+    weights = [[folder.weight for folder in config.data.folders] for config in (before, now)]
+    if len(weights[0]) == len(weights[1]):  # else another data set is what matters
+        rule = f"the weights of the data sets must be {weights[0]} as in the checkpoint to resume"
+        require("data.mix", weights[1], proportional(*weights), rule)
     # Not the stored identities, which may be of an earlier version.
     if different := stored.manifest.differences(current.manifest):
         raise ValueError(
             f"data.path: the data set must be the one of the checkpoint, got another {', '.join(different)}: "
             "the data changed since the checkpoint was written"
         )
-    before, now = stored.config, current.config
     if (kind := kind_of(before)) != (ours := kind_of(now)):
         raise ValueError(f"conditioning: must be {kind} as in the checkpoint to resume, got {ours}")
     if stored.averages is not None and current.averages is not None:
@@ -133,15 +146,25 @@ def check_same_run(stored: RunMeta, current: RunMeta) -> list[str]:
         is_same = widths == list(current.averages.widths)
         rule = f"must be {widths} as in the checkpoint to resume"
         require("train.ema_widths", list(current.averages.widths), is_same, rule)
+    if stored.features and current.features:
+        rule = f"must hold features of the network in the checkpoint to resume, {stored.features}"
+        require("data.feature_cache", current.features, stored.features == current.features, rule)
     notes = auxiliary_notes(before, now)
     old, new = (flat_settings(config) for config in (before, now))
     common = sorted(old.keys() & new.keys())
     changed = {name: (old[name], new[name]) for name in common if old[name] != new[name]}
     for name, (stored_value, value) in changed.items():
-        if name in FIXED_FIELDS or (name.startswith("model.") and name not in COMPUTE_FIELDS):
+        is_fixed = name in FIXED_FIELDS and (name != "optim.muon_modulation" or now.optim.name == "muon")
+        if is_fixed or (name.startswith("model.") and name not in COMPUTE_FIELDS):
             raise ValueError(f"{name}: must be {stored_value} as in the checkpoint to resume, got {value}")
     reported = {name: pair for name, pair in changed.items() if name not in STARTING_FIELDS}
     return notes + [f"changed since the checkpoint: {name}: {a} -> {b}" for name, (a, b) in reported.items()]
+
+
+def proportional(some: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether two lists of weights are in the same ratio."""
+    shares = ([weight / sum(weights) for weight in weights] for weights in (some, others))
+    return len(some) == len(others) and all(itertools.starmap(math.isclose, zip(*shares, strict=True)))
 
 
 def auxiliary_notes(before: Config, now: Config) -> list[str]:

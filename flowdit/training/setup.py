@@ -20,25 +20,25 @@ from flowdit.checkpoint.restore import Found, abstract_state
 from flowdit.checkpoint.writer import check_free_space
 from flowdit.conditioning import Batch, Conditioning
 from flowdit.config import Config
-from flowdit.data.loader import DataConfig, DataSet, Source, TrainStream, open_source
 from flowdit.data.manifest import Manifest
-from flowdit.data.mirror import local_folder, provide_shards
-from flowdit.data.schema import LATENTS, Schema, record_schema
+from flowdit.data.mixture import DataSet
+from flowdit.data.stream import TrainStream
+from flowdit.diffusion.auxiliary import DataShapes
 from flowdit.diffusion.objective import FlowMatching
-from flowdit.fields import about
 from flowdit.fsdp import check_width
 from flowdit.hardware import this_machine
 from flowdit.models.compute import Compute, choose_compute
-from flowdit.optim import make_optimizer
+from flowdit.optim import Optimizer, make_optimizer
 from flowdit.processes import from_first
-from flowdit.sharding import batch_sharding, check_batch_size, init_sharded, make_mesh, own_rows
-from flowdit.training.agreement import require_one_data_set, require_shared_folder
+from flowdit.sharding import check_batch_size, init_sharded, make_mesh
+from flowdit.training.agreement import require_shared_folder
 from flowdit.training.diagnosis import Diagnosis, make_diagnose
 from flowdit.training.evaluations import Evaluation, make_evaluations
 from flowdit.training.evaluations.best import find_metric, resumed_best
 from flowdit.training.evaluations.snapshot import snapshots
 from flowdit.training.objective import make_objective
 from flowdit.training.resume import prepare_folder, resume, run_folder
+from flowdit.training.run_data import abstract_batch, feature_caches, make_stream, open_data, open_manifests
 from flowdit.training.start import Start, drift_figures, initial_model, load_start
 from flowdit.training.step import TrainState, TrainStep, image_flops, init_state, make_train_step
 
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 class Run(NamedTuple):
     """The parts of a run, ready for the loop. `figures` are logged once, before the first step.
 
+    `batches` has the shapes of a batch of each bucket, by latent shape, and `template` those of the state.
     `image_flops` counts the training FLOPs of one image of a batch, without auxiliary losses.
     """
 
@@ -58,6 +59,8 @@ class Run(NamedTuple):
     stream: TrainStream
     data: DataSet
     train_step: TrainStep
+    template: TrainState
+    batches: dict[tuple[int, int, int], Any]
     image_flops: Callable[[Batch], int]
     diagnosis: Diagnosis
     evaluations: list[Evaluation]
@@ -68,17 +71,20 @@ class Run(NamedTuple):
 def start_run(config: Config, found: Found | None = None) -> Run:
     """Check all settings, then build or restore the state, from `found` if given. Raises one-line `ValueError`s."""
     train, folder = config.train, run_folder(config.train.checkpoint_dir)
-    manifest = open_manifest(config.data)
+    parts_of_data, manifest = open_manifests(config)
+    map_shape, features = feature_caches(config, parts_of_data)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, train.batch_size, train.gradient_accum)
     conditioning = kinds.for_training(config, manifest, mesh)
-    data = open_data(config, manifest, conditioning)
-    parts = make_parts(config, manifest, conditioning, mesh)
+    data = open_data(config, parts_of_data, manifest, conditioning, map_shape)
+    parts = make_parts(config, manifest, conditioning, mesh, map_shape=map_shape)
     objective, compute = parts.objective, parts.compute
     evaluations = make_evaluations(config, data, mesh, conditioning, objective, compute)
-    stream = make_stream(config, data.train, mesh)
+    stream = make_stream(config, data, mesh)
+    shapes = [shape for shape, share in zip(manifest.bucket_shapes, stream.shares, strict=True) if share]
+    batches = {shape: abstract_batch(config, manifest, conditioning, mesh, shape, map_shape) for shape in shapes}
     meta = run_meta(config, manifest, conditioning.describe(), objective.mean, objective.scale)
-    meta = dataclasses.replace(meta, hardware=this_machine().kind)
+    meta = dataclasses.replace(meta, hardware=this_machine().kind, features=features)
     if train.average_widths:
         meta = dataclasses.replace(meta, averages=Averages(widths=tuple(train.average_widths)))
     if data.validation is None and train.validate_every:
@@ -114,6 +120,8 @@ def start_run(config: Config, found: Found | None = None) -> Run:
         stream=stream,
         data=data,
         train_step=parts.train_step,
+        template=parts.template,
+        batches=batches,
         image_flops=parts.image_flops,
         diagnosis=Diagnosis(folder, mesh, stream, conditioning.encode, diagnose),
         evaluations=evaluations,
@@ -130,6 +138,7 @@ class Parts(NamedTuple):
     """
 
     objective: FlowMatching
+    optimizer: Optimizer
     compute: Compute
     build_state: Callable[[Start | None], TrainState]
     template: TrainState
@@ -138,25 +147,33 @@ class Parts(NamedTuple):
 
 
 def make_parts(
-    config: Config, manifest: Manifest, conditioning: Conditioning, mesh: Mesh, compute: Compute | None = None
+    config: Config,
+    manifest: Manifest,
+    conditioning: Conditioning,
+    mesh: Mesh,
+    compute: Compute | None = None,
+    map_shape: tuple[int, int, int] | None = None,
 ) -> Parts:
     """The training step of a configuration, for the devices of `mesh`, which need not be attached.
 
-    `compute` is chosen by `choose_compute` if it is None.
+    `compute` is chosen by `choose_compute` if it is None. `map_shape` is that of the feature maps, if a loss reads them.
     Raises `ValueError` for a model that cannot be built on these data, or parameters that the mesh cannot split.
     """
     objective = make_objective(config, manifest, conditioning)
     build_model = conditioning.model_builder(config, manifest)
     if compute is None:
-        shapes = conditioning.attention_shapes(config.model, manifest.latent_shape)
+        latent_shapes = dict.fromkeys((manifest.latent_shape, *manifest.bucket_shapes))
+        shapes = [one for shape in latent_shapes for one in conditioning.attention_shapes(config.model, shape)]
         compute = choose_compute(mesh, config.train.compute_dtype, shapes, config.model.kernels)
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    optimizer = make_optimizer(config.optim, config.train.num_steps, config.train.compute_dtype)
 
     def build_state(start: Start | None) -> TrainState:
         model = initial_model(build_model(), start, config.train)
-        parameters = auxiliary_parameters(config, manifest)
+        parameters = auxiliary_parameters(config, DataShapes(manifest.latent_shape, map_shape))
         return init_state(model, optimizer, parameters, len(config.train.average_widths))
 
+    template = abstract_state(mesh, lambda: build_state(None))
+    check_width(mesh, template.parameters)
     train_step = make_train_step(
         optimizer,
         objective,
@@ -167,85 +184,27 @@ def make_parts(
         compute=compute,
         mesh=mesh,
         widths=config.train.average_widths,
+        template=template if len(manifest.bucket_shapes) > 1 else None,
     )
-    template = abstract_state(mesh, lambda: build_state(None))
-    check_width(mesh, template.parameters)
     # Without auxiliary losses, as adding or removing one would make the total jump.
     plain = dataclasses.replace(objective, auxiliary=())
     flops = functools.partial(image_flops, plain, compute, template.parameters)
-    return Parts(objective, compute, build_state, template, train_step, flops)
+    return Parts(
+        objective=objective,
+        optimizer=optimizer,
+        compute=compute,
+        build_state=build_state,
+        template=template,
+        train_step=train_step,
+        image_flops=flops,
+    )
 
 
-def auxiliary_parameters(config: Config, manifest: Manifest) -> dict[str, Any]:
+def auxiliary_parameters(config: Config, shapes: DataShapes) -> dict[str, Any]:
     """Initialise the parameters of the enabled auxiliary losses, by name; usable under jit."""
     # Independent of other losses, and of the network, which uses the key itself.
     key = jax.random.fold_in(jax.random.key(config.seed), 0x617578)
     return {
-        loss.name: loss.init(
-            config.model, manifest.latent_shape, key=jax.random.fold_in(key, zlib.crc32(loss.name.encode()))
-        )
+        loss.name: loss.init(config.model, shapes, key=jax.random.fold_in(key, zlib.crc32(loss.name.encode())))
         for loss in config.auxiliary_losses()
-    }
-
-
-def make_stream(config: Config, source: Source, mesh: Mesh) -> TrainStream:
-    """This process's share of the training batches."""
-    return TrainStream(
-        source,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        rows=own_rows(mesh, config.train.batch_size),
-    )
-
-
-def open_manifest(config: DataConfig) -> Manifest:
-    """Read the data set's manifest, and verify its shards or copy them to the local disk.
-
-    All processes must call it, and read the same data set. Raises `ValueError` naming file and rule.
-    """
-    with about("data.path"):
-        manifest = Manifest.read(config.path)
-    require_one_data_set(manifest.id)
-    options = {"hashes": config.verify_hashes, "limit": config.hash_limit}
-    with about("data.path"):
-        provide_shards(config.path, manifest.shards, config.local_dir, **options)
-    return manifest
-
-
-def open_data(config: Config, manifest: Manifest, conditioning: Conditioning) -> DataSet:
-    """Open the records of both splits, with the fields of conditioning and auxiliary losses."""
-    schema = batch_schema(config, manifest, conditioning)
-    folder = local_folder(config.data.path, manifest.shards, config.data.local_dir)
-
-    def source(split: str) -> Source:
-        options = {"schema": schema, "text": conditioning.reader(split), "max_bad_records": config.data.max_bad_records}
-        return open_source(folder, manifest, split, **options)
-
-    return DataSet(manifest, source("train"), source("validation") if manifest.num_records("validation") else None)
-
-
-def batch_schema(config: Config, manifest: Manifest, conditioning: Conditioning) -> Schema:
-    """What a record holds for conditioning and auxiliary losses. Raises `ValueError` if two read a field differently."""
-    fields = conditioning.fields()
-    for loss in config.auxiliary_losses():
-        for name, field in loss.fields().items():
-            if name in LATENTS or fields.setdefault(name, field) != field:
-                others = fields.get(name, "a latent")
-                raise ValueError(f"auxiliary.{loss.name}: reads the field {name} as {field}, others as {others}")
-    return record_schema(manifest.latent_shape, fields, manifest.has_latent_std)
-
-
-def abstract_batch(config: Config, manifest: Manifest, conditioning: Conditioning, mesh: Mesh) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of the global batch that the step gets, after `Conditioning.encode`."""
-    columns = {
-        name: jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
-        for name, values in batch_schema(config, manifest, conditioning).stack([]).items()
-        if values.dtype != object  # captions, of which `encode` makes features
-    }
-    size, sharding = config.train.batch_size, batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=sharding)
-        for name, one in (columns | conditioning.encoded()).items()
     }

@@ -186,8 +186,9 @@ def _model(network: str, chosen: Mapping[str, int], typed: Mapping[str, Any]) ->
 
 
 def _batch_size(manifest: Manifest, unit: int, scale: Scale) -> int:
-    """A power of two up to a quarter of the images, rounded up to a multiple of `unit`."""
-    largest = min(scale.batch_size, max(manifest.num_records("train") // 4, 1))
+    """A power of two up to a quarter of the images, and up to the smallest bucket, rounded up to a multiple of `unit`."""
+    smallest = min(count for count in manifest.bucket_counts("train") if count)
+    largest = min(scale.batch_size, max(manifest.num_records("train") // 4, 1), smallest)
     return math.ceil(2 ** (largest.bit_length() - 1) / unit) * unit
 
 
@@ -199,7 +200,7 @@ def _accums(batch: int, machine: Machine) -> list[int]:
 def _patches(manifest: Manifest, max_tokens: int) -> list[int]:
     """Sides of a patch to try in turn: from 2, or from 1 where 2 leaves too few tokens, to those with fewer tokens."""
     _, height, width = manifest.latent_shape
-    common = math.gcd(height, width)
+    common = math.gcd(height, width, *(side for shape in manifest.bucket_shapes for side in shape[1:]))
     sides = [side for side in range(1, common + 1) if common % side == 0]
     tokens = {side: height * width // side**2 for side in sides}
     few_enough = [side for side in sides if tokens[side] <= max_tokens] or sides[-1:]

@@ -19,6 +19,7 @@ from flowdit.data.manifest import Manifest
 from flowdit.diffusion.flow import VALIDATION_TIMES
 from flowdit.fields import about, content_of
 from flowdit.inference.trained import Trained, describe_trained
+from flowdit.models.config import ModelConfig
 from flowdit.models.reparameterise import check_compatible, drift, reparameterise, without_sizes
 from flowdit.sharding import dotted_name
 from flowdit.storage import connect
@@ -65,6 +66,7 @@ def load_start(
     check_compatible(their_model, model, theirs.manifest.latent_shape, manifest.latent_shape)
     is_other = their_model.name != model.name
     fresh = {} if is_other else conditioning.fresh_parts(theirs.conditioning, their_model, model)
+    fresh |= _fresh_head(their_model, model)
     with about("train.init_from"):
         weights = restore_weights(folder, theirs.model, mesh)
     remarks = [f"{part} is freshly initialised: {reason}" for part, reason in fresh.items()]
@@ -72,6 +74,14 @@ def load_start(
     for remark in remarks:
         logger.info("train.init_from: %s: %s", folder, remark)
     return Start(weights, tuple(fresh), is_other)
+
+
+def _fresh_head(theirs: ModelConfig, ours: ModelConfig) -> dict[str, str]:
+    """The guidance head as a fresh part, with the reason, if there is one that cannot be copied."""
+    if ours.guidance_head is None or (theirs.name, theirs.guidance_head) == (ours.name, ours.guidance_head):
+        return {}
+    found = "none" if theirs.guidance_head is None else f"one of a {theirs.name} after block {theirs.guidance_head}"
+    return {"guidance_head": f"the other model has {found}"}
 
 
 def differences(theirs: Trained, meta: RunMeta) -> list[str]:

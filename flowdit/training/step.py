@@ -146,16 +146,16 @@ def make_train_step(
     compute: Compute = FLOAT32,
     mesh: Mesh | None = None,
     widths: Sequence[float] = (),
+    template: TrainState | None = None,
 ) -> TrainStep:
     """Return the jitted step; its state argument is donated. `mesh` is the mesh of state and batch, None for one
-    device. `widths` are those of `TrainState.averages`.
+    device. `widths` are those of `TrainState.averages`; the new state has the shardings of `template`, if given.
 
     A step whose loss or gradient is not finite does not change weights, optimizer, EMA and averages and counts as
     skipped.
     """
-    losses_and_gradients = functools.partial(
-        loss_and_grads, objective, gradient_accum=gradient_accum, compute=compute, mesh=mesh
-    )
+    options = {"gradient_accum": gradient_accum, "compute": compute, "mesh": mesh}
+    losses_and_gradients = functools.partial(loss_and_grads, objective, **options)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(seed, state.step, batch)
@@ -195,7 +195,12 @@ def make_train_step(
         )
         return new_state, metrics
 
-    return jax.jit(compute.on(mesh, train_step), donate_argnums=0)
+    return jax.jit(compute.on(mesh, train_step), donate_argnums=0, **_laid_out_like(template))
+
+
+def _laid_out_like(template: TrainState | None) -> dict[str, Any]:
+    """Options of jit for the results of a step: the shardings of `template`, else XLA's choice."""
+    return {} if template is None else {"out_shardings": (jax.tree.map(lambda leaf: leaf.sharding, template), None)}
 
 
 def make_validation_step(
@@ -203,12 +208,14 @@ def make_validation_step(
 ) -> Callable[[Any, Batch, Array], tuple[Array, Array]]:
     """Return a jitted (model, batch, batch index) -> summed loss of the batch at each fixed time, and weight.
 
+    `weight` of a batch, (rows,) or (rows, groups), weighs its rows, and sums and weight are those of each group.
     The noise is a function of (seed, batch index, time), so it is the same for every evaluation of every run.
     """
 
     def validation_step(model, batch, index):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x76616C), index)
-        losses = objective.validation(compute.cast(model), batch, key)
-        return (losses * batch["weight"][None]).sum(1), batch["weight"].sum()
+        losses, weight = objective.validation(compute.cast(model), batch, key), batch["weight"]
+        losses = losses.reshape(losses.shape + (1,) * (weight.ndim - 1))
+        return (losses * weight[None]).sum(1), weight.sum(0)
 
     return jax.jit(compute.on(mesh, validation_step))

@@ -25,7 +25,7 @@ from etils import epath
 
 import flowdit
 from flowdit import leaving
-from flowdit.data.loader import TrainStream
+from flowdit.data.stream import TrainStream
 from flowdit.supervisor import LOST
 
 logger = logging.getLogger(__name__)

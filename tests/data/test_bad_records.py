@@ -11,10 +11,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from latent_records import LATENT_SHAPE, captioned, record_of, word_encoder
 
 from flowdit.data.captions import TokenizedCaptions
-from flowdit.data.loader import Source, TrainStream, open_source, validation_batches
+from flowdit.data.loader import Source, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.records import RecordError, encode
 from flowdit.data.schema import CAPTION_FIELDS, LabelField, record_schema
+from flowdit.data.stream import TrainStream, validation_batches
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 
@@ -144,7 +145,7 @@ def test_by_default_the_first_bad_record_ends_the_run(folder, limit, option):
 
 def test_data_without_any_readable_record_are_named(folder):
     replace(folder / "validation-00000-of-00001.array_record", **{f"_{i}": PAYLOADS["foreign"] for i in range(7)})
-    with pytest.raises(RecordError, match="no record can be read: all 7 of the split are bad"):
+    with pytest.raises(RecordError, match="no record can be read: all 7 of the split or bucket are bad"):
         opened(folder, 100, "validation")
     with pytest.raises(RecordError, match=r"record 3: .* \(bad records: 4, data.max_bad_records=3\)"):
         opened(folder, 3, "validation")

@@ -14,10 +14,10 @@ from PIL import Image
 from test_prepare_again import Interrupted
 from test_prepare_texts import write_captions
 
-import flowdit.data.prepare as prepare_module
-from flowdit.data.images import load_images
 from flowdit.data.manifest import Manifest
-from flowdit.data.prepare import prepare
+from flowdit.data.preparation import encode_unit
+from flowdit.data.prepare import FilterConfig, prepare
+from flowdit.data.sources import open_images
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 
@@ -29,20 +29,22 @@ def edit(path, change):
 
 
 def contents(folder, *, without=()):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in without}
+    return {
+        path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file() and path.name not in without
+    }
 
 
 def interrupt(config, monkeypatch):
     """Run `prepare` until it has written two shards."""
-    write_shard, written = prepare_module.write_shard, []
+    write_encoded, written = encode_unit.write_encoded, []
 
-    def write(path, records):
+    def write(*args, **options):
         if len(written) == 2:
             raise Interrupted
-        written.append(write_shard(path, records))
+        written.append(write_encoded(*args, **options))
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_shard", write)
+        patch.setattr(encode_unit, "write_encoded", write)
         with pytest.raises(Interrupted):
             prepare(config)
 
@@ -96,18 +98,37 @@ def test_a_cache_of_version_1_is_read_and_survives_new_licences(config, source, 
     open_cache(cache, corrected, "train", encoder, 0.5, data=config.out)
 
 
+FORMAT_1 = {"vae", "image_size", "batch_size", "records_per_shard", "held_out_fraction", "posterior_std", "hflip"}
+FORMAT_1 |= {"dtype", "pictures", "captions", "vae_fingerprint", "license", "attribution"}
+
+
 def of_an_earlier_version(config):
-    """`prepare.json` holds licence and attribution, and there is no listing of the source."""
-    edit(Path(config.out) / "prepare.json", lambda d: d.update(license="MIT", attribution=""))
+    """`prepare.json` holds licence and attribution and no format, and there is no listing of the source."""
+    path = Path(config.out) / "prepare.json"
+    stored = json.loads(path.read_text()) | {"license": "MIT", "attribution": ""}
+    path.write_text(json.dumps({name: value for name, value in stored.items() if name in FORMAT_1}))
     (Path(config.out) / "source_files.jsonl.gz").unlink()
 
 
-def test_a_run_begun_by_an_earlier_version_is_finished(config, monkeypatch):
-    whole = prepare(dataclasses.replace(config, out=config.out + "-whole"))
+def test_a_data_set_of_an_earlier_version_stays_finished(config, messages):
+    manifest = prepare(config)
+    of_an_earlier_version(config)
+    assert prepare(config) == manifest
+    assert "already prepared" in messages()[-1]
+    for changes in ({"dtype": "float32"}, {"buckets": "computed"}, {"filter": FilterConfig(min_side=2)}):
+        name, value = next(iter(changes.items()))
+        with pytest.raises(ValueError, match=f"^out: .* was started with {name}"):
+            prepare(dataclasses.replace(config, **{name: value}))
+
+
+def test_a_run_begun_by_an_earlier_version_is_refused_and_loses_nothing(config, monkeypatch):
     interrupt(config, monkeypatch)
     of_an_earlier_version(config)
-    manifest = prepare(config)
-    assert manifest.id == whole.id and manifest.license == "MIT"
+    files = contents(config.out)
+    problem = "was begun by an earlier version, which must finish it: give another folder"
+    with pytest.raises(ValueError, match=f"^out: {config.out} {problem}$"):
+        prepare(config)
+    assert contents(config.out) == files
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -133,7 +154,7 @@ def test_without_a_whole_listing_a_changed_source_is_still_refused(config, sourc
     path = Path(config.out) / "source_files.jsonl.gz"
     whole = path.read_bytes()
     (source / "blue" / "03.png").unlink()
-    listing = load_images(str(source), 0.0).listing
+    listing = open_images(config).listing
     key = gzip.decompress(whole).split(b"\n")[0]
     changes = functools.partial(listing.changes, epath.Path(config.out), json.loads(key)[0])
     assert changes() == "1 removed (blue/03.png)"

@@ -10,8 +10,9 @@ from latent_records import LATENT_SHAPE, open_captioned, record_of, word_encoder
 from latent_records import open_labelled as open_train
 
 from flowdit.data.captions import TokenizedCaptions
-from flowdit.data.loader import DataConfig, TrainStream, validation_batches
+from flowdit.data.loader import DataConfig
 from flowdit.data.records import RecordError, encode
+from flowdit.data.stream import TrainStream, validation_batches
 
 
 def ids(batch):
@@ -115,6 +116,8 @@ def test_invalid_settings_are_refused(folder, settings, message):
         ({"max_bad_records": -1}, r"^max_bad_records: must be 0 \(none\) or more, got -1"),
         ({"long_caption_prob": 1.5}, r"^long_caption_prob: must be in \[0, 1\], got 1.5"),
         ({"long_caption_prob": float("nan")}, "^long_caption_prob: .* got nan"),
+        ({"tag_dropout": -0.1}, r"^tag_dropout: must be in \[0, 1\], got -0.1"),
+        ({"tag_dropout": 0.2, "text_cache": "x"}, "^tag_dropout: must be 0 with text_cache, .*, got 0.2"),
     ],
 )
 def test_a_field_that_breaks_a_rule_is_named(settings, message):

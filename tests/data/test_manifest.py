@@ -49,6 +49,20 @@ def test_licence_and_attribution_are_not_part_of_the_id(folder):
     assert after.ids[1] != before.ids[1]
 
 
+def test_parts_of_the_validation_split_are_counted_and_absent_where_there_are_none(folder):
+    before = Manifest.read(folder)
+    assert "validation_parts" not in (folder / "dataset.json").read_text()
+    edit(folder, lambda d: d.update(validation_parts=[{"name": "pair", "records": 7}]))
+    after = Manifest.read(folder)
+    assert after.validation_parts[0].name == "pair" and after.id != before.id
+    assert before.differences(after) == ["validation_parts"]
+    edit(folder, lambda d: d.update(validation_parts=[{"name": "pair", "records": 6}]))
+    with pytest.raises(
+        ManifestError, match="validation_parts: must add up to the 7 records of the validation split, got 6"
+    ):
+        Manifest.read(folder)
+
+
 def test_differences_name_the_fields_of_the_data(folder):
     before = Manifest.read(folder)
     edit(folder, lambda d: (d["vae"].update(scale=0.5), d["shards"][1].update(sha256="0")))
@@ -87,6 +101,75 @@ def test_a_file_from_before_captions_is_read_and_keeps_its_ids(folder):
     assert before.ids[1] == hashlib.sha256(canonical.encode()).hexdigest()
     edit(folder, lambda d: d.update(has_captions=True))
     assert Manifest.read(folder).id != before.id
+
+
+def with_buckets(data):
+    """Two buckets: all 13 and 5 of 7 records of the training shards are in the first, all of validation in the second."""
+    data["buckets"] = [{"height": 16, "width": 16}, {"height": 8, "width": 32}]
+    for shard, counts in zip(data["shards"], ([13, 0], [5, 2], [0, 7]), strict=True):
+        shard["buckets"] = counts
+
+
+def test_buckets_give_shapes_and_counts(folder):
+    before = Manifest.read(folder)
+    assert (before.bucket_shapes, before.bucket_counts("train")) == (((4, 2, 2),), (20,))
+    edit(folder, with_buckets)
+    after = Manifest.read(folder)
+    assert after.bucket_shapes == ((4, 2, 2), (4, 1, 4))
+    assert (after.bucket_counts("train"), after.bucket_counts("validation")) == ((18, 2), (0, 7))
+    assert after.id != before.id and before.differences(after) == ["shards (3 of 3)", "buckets"]
+    after.write(folder)
+    assert Manifest.read(folder) == after
+
+
+def test_a_data_set_without_buckets_is_written_as_before(folder):
+    data = json.loads((folder / "dataset.json").read_text())
+    assert "buckets" not in data and not any("buckets" in shard for shard in data["shards"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d["shards"][1].update(buckets=[5, 3]),
+            r"shards\[1\].buckets: must add up to records=7, got 8",
+        ),
+        (
+            lambda d: d["shards"][1].update(buckets=[9, -2]),
+            r"shards\[1\].buckets\[1\]: must be greater than or equal to 0, got -2",
+        ),
+        (
+            lambda d: d["shards"][1].update(buckets=[7]),
+            r"shards\[1\].buckets: must have a count for each of the 2 buckets of the data set, got 1",
+        ),
+        (
+            lambda d: d["shards"][1].pop("buckets"),
+            r"shards\[1\].buckets: must have a count for each of the 2 buckets of the data set, got 0",
+        ),
+        (
+            lambda d: d.pop("buckets"),
+            r"shards\[0\].buckets: must have a count for each of the 0 buckets of the data set, got 2",
+        ),
+        (
+            lambda d: d["buckets"][1].update(height=12),
+            r"buckets\[1\]: must have sides that are multiples of vae.stride=8, at most 32768, got \(12, 32\)",
+        ),
+        (lambda d: d["buckets"][1].update(width=2**16), r"buckets\[1\]: must have sides that are multiples .* 65536"),
+        (lambda d: d["buckets"][1].update(width=2**62), r"buckets\[1\].width: must be less than or equal to 1048576"),
+        (lambda d: d["buckets"][1].update(width=0), r"buckets\[1\].width: must be greater than or equal to 1, got 0"),
+        (
+            lambda d: d["buckets"].__setitem__(1, d["buckets"][0]),
+            r"buckets\[1\]: must be different from the buckets before it, got \(16, 16\)",
+        ),
+        (lambda d: d.update(buckets=d["buckets"] * 200), "buckets: must be at most 256, got 400"),
+    ],
+)
+def test_buckets_that_do_not_fit_are_named_in_one_line(folder, change, message):
+    edit(folder, with_buckets)
+    edit(folder, change)
+    with pytest.raises(ManifestError, match=f"dataset.json: {message}") as error:
+        Manifest.read(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_captions_take_the_place_of_classes(folder):
@@ -146,6 +229,23 @@ def test_captions_take_the_place_of_classes(folder):
         (
             lambda d: d["shards"][0].update(split="test"),
             r"shards\[0\].split: must be 'train' or 'validation', got 'test'",
+        ),
+        *(
+            (lambda d, name=name: d.update(validation_parts=[{"name": name, "records": 7}]), message)
+            for name, message in (
+                ("", r"validation_parts\[0\].name: must be 1 to 40 letters"),
+                ("t0.0625", r"validation_parts\[0\].name: must be 1 to 40 letters"),
+                ("a\n", r"validation_parts\[0\].name: must be 1 to 40 letters"),
+                (5, r"validation_parts\[0\].name: must be"),
+            )
+        ),
+        (
+            lambda d: d.update(validation_parts=[{"name": "a", "records": 3}, {"name": "a", "records": 4}]),
+            "validation_parts: must have different names, got",
+        ),
+        (
+            lambda d: d.update(validation_parts=[{"name": f"p{i}", "records": 1} for i in range(21)]),
+            "validation_parts: must be at most 20, got 21",
         ),
         (lambda d: d["shards"][0].update(records=0), r"shards\[0\].records: must be greater than or equal to 1, got 0"),
         *(

@@ -14,7 +14,7 @@ import pytest
 from latent_records import open_labelled
 from PIL import Image
 
-import flowdit.data.prepare as prepare_module
+import flowdit
 from flowdit.data.images import center_crop
 from flowdit.data.manifest import Manifest, verify
 from flowdit.data.prepare import prepare
@@ -69,7 +69,10 @@ def test_options_add_mirrored_copies_standard_deviations_and_single_precision(co
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "nowhere"}, "source: must be 'openmoji' or a folder of images, there is no folder 'nowhere'"),
+        (
+            {"source": "nowhere"},
+            "source: must be openmoji, emoji_styles, folder, .* or images by path; there is no file or folder 'nowhere'",
+        ),
         ({"image_size": 12}, "image_size: must be a multiple of the VAE's stride 8, got 12"),
         ({"image_size": 0}, "image_size: must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: must be at least 1, got 0"),
@@ -115,33 +118,21 @@ def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
 def test_a_full_disk_is_named_and_leaves_no_half_shard(config):
     script = """
         import resource, sys
-        from flowdit.data.prepare import PrepareConfig, prepare
+        from flowdit.data.preparation.engines import RayConfig
+        from flowdit.features import FeatureWeights
+        from flowdit.data.prepare import FilterConfig, PrepareConfig, prepare
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        prepare(PrepareConfig(**eval(sys.argv[1])))
+        prepare(eval(sys.argv[1]))
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), repr(vars(config))],
-        cwd=Path(prepare_module.__file__).parents[2],
+        [sys.executable, "-c", textwrap.dedent(script), repr(config)],
+        cwd=Path(flowdit.__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.stderr.strip().split("\n")[-1].startswith(f"ValueError: out: cannot write to {config.out}: ")
-    assert sorted(os.listdir(config.out)) == ["prepare.json", "source_files.jsonl.gz"]
-
-
-def test_transparent_and_rotated_images_are_read_as_displayed(config, source):
-    folder = source / "red"
-    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "a.png")
-    half = np.zeros((16, 16, 3), np.uint8)
-    half[:8] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    Image.fromarray(half).save(folder / "b.png", exif=exif)
-    images = prepare_module.load_images(str(source), 0.0)
-    clear, turned = (np.asarray(images.open(i)) for i in (24, 25))
-    assert (clear == 255).all()
-    np.testing.assert_array_equal(turned, half[::-1])
+    assert sorted(os.listdir(config.out)) == ["prepare.json", "scan", "source_files.jsonl.gz"]
 
 
 def test_center_crop_takes_the_middle_without_distortion():

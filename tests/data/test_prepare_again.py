@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import flowdit.data.prepare as prepare_module
+import flowdit
 from flowdit.data.manifest import ManifestError, verify
+from flowdit.data.preparation import encode_unit
 from flowdit.data.prepare import prepare
 
 
@@ -24,25 +25,25 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("finished", [0, 3])
 def test_an_interrupted_run_continues_to_the_same_data_set(config, monkeypatch, finished):
     whole = prepare(dataclasses.replace(config, out=config.out + "-whole"))
-    write_shard, written = prepare_module.write_shard, []
+    write_encoded, written = encode_unit.write_encoded, []
 
-    def write_until_interrupted(path, records):
-        write_shard(path, interrupted(records) if len(written) == finished else records)
+    def write_until_interrupted(path, records, *args, **options):
+        write_encoded(path, interrupted(records) if len(written) == finished else records, *args, **options)
         written.append(path.name)
 
     def interrupted(records):
         yield next(records)
         raise Interrupted
 
-    def write_and_count(path, records):
-        write_shard(path, records)
+    def write_and_count(path, *args, **options):
+        write_encoded(path, *args, **options)
         written.append(path.name)
 
-    monkeypatch.setattr(prepare_module, "write_shard", write_until_interrupted)
+    monkeypatch.setattr(encode_unit, "write_encoded", write_until_interrupted)
     with pytest.raises(Interrupted):
         prepare(config)
     assert len(written) == finished and not (Path(config.out) / "dataset.json").exists()
-    monkeypatch.setattr(prepare_module, "write_shard", write_and_count)
+    monkeypatch.setattr(encode_unit, "write_encoded", write_and_count)
     assert prepare(config).id == whole.id
     assert written == [shard.file for shard in whole.shards]  # each once: no finished shard was written again
     assert sorted(os.listdir(config.out)) == sorted(os.listdir(config.out + "-whole"))
@@ -52,13 +53,16 @@ def test_a_killed_run_continues_to_the_same_data_set(config):
     whole = prepare(dataclasses.replace(config, out=config.out + "-whole"))
     script = """
         import sys, time
-        from flowdit.data import prepare as module
-        write_shard = module.write_shard
-        module.write_shard = lambda path, records: (write_shard(path, records), time.sleep(0.5))
-        module.prepare(module.PrepareConfig(**eval(sys.argv[1])))
+        from flowdit.data.preparation import encode_unit as module
+        from flowdit.data.preparation.engines import RayConfig
+        from flowdit.features import FeatureWeights
+        from flowdit.data.prepare import FilterConfig, PrepareConfig, prepare
+        write = module.write_encoded
+        module.write_encoded = lambda *args, **options: (write(*args, **options), time.sleep(0.5))
+        prepare(eval(sys.argv[1]))
     """
-    arguments = [sys.executable, "-c", textwrap.dedent(script), repr(vars(config))]
-    package = Path(prepare_module.__file__).parents[2]
+    arguments = [sys.executable, "-c", textwrap.dedent(script), repr(config)]
+    package = Path(flowdit.__file__).parents[1]
     process = subprocess.Popen(arguments, cwd=package, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while not list(Path(config.out).glob("*.array_record.json")) and process.poll() is None:

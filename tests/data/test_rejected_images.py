@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latent_records import open_captioned, open_labelled, word_encoder
-from PIL import Image
 from test_identity import interrupt
 from test_prepare_texts import write_captions
 
 from flowdit.data.manifest import Manifest
 from flowdit.data.prepare import prepare
+from flowdit.data.sources import folder as folders
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 
@@ -144,15 +144,13 @@ def test_repaired_images_are_encoded_if_no_shard_was_begun(config, source, tmp_p
 
 
 def test_a_fault_of_the_disk_is_not_a_broken_image(config, monkeypatch):
-    opened = Image.open
-
-    def failing(path, *args):
+    def failing(path):
         if str(path).endswith("03.png"):
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return opened(path, *args)
+        return Path(path).read_bytes()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", failing)
+        patch.setattr(folders, "read_whole", failing)
         with pytest.raises(ValueError, match="03.png: cannot be read: Input/output error"):
             prepare(dataclasses.replace(config, max_rejected=1.0))
     assert sum(shard.records for shard in prepare(config).shards) == 24

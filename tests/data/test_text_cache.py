@@ -11,10 +11,10 @@ from models.text_folders import write_t5gemma
 
 from flowdit.data import text_features
 from flowdit.data.captions import TokenizedCaptions
-from flowdit.data.loader import TrainStream
 from flowdit.data.manifest import Manifest
 from flowdit.data.records import RecordError, decode
 from flowdit.data.shards import write_shard
+from flowdit.data.stream import TrainStream
 from flowdit.data.text_cache import open_cache
 from flowdit.data.text_features import write_cache
 from flowdit.models.text_encoder import TextConfig, TextEncoder, encode_tokens, load_text_encoder

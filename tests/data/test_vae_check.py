@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from test_identity import interrupt
 
-import flowdit.data.prepare as prepare_module
 from flowdit.data import openmoji
-from flowdit.data.images import load_images
+from flowdit.data.images import open_image
 from flowdit.data.manifest import Manifest, verify
+from flowdit.data.preparation import passes
 from flowdit.data.prepare import prepare
+from flowdit.data.sources import open_images
 from flowdit.data.vae_check import psnr
 from flowdit.models.vae import load_vae, to_pixels
 
@@ -45,15 +46,16 @@ def test_mean_and_worst_image_are_printed_and_shown_with_a_warning(checked, sour
     for path in source.rglob("*.png"):  # so that no image is cropped
         Image.open(path).resize((16, 16)).save(path)
     prepare(checked)
-    vae, images = load_vae("openmoji"), load_images(str(source), 0.0)
-    numbers = range(0, 24, 4)  # six evenly spread images
-    before = {i: np.asarray(images.open(i)) for i in numbers}
-    after = {i: reconstruction(vae, before[i]) for i in numbers}
-    values = {i: psnr(before[i], after[i]) for i in numbers}
+    vae = load_vae("openmoji")
+    found = open_images(checked)
+    rows = [row for unit in found.units() for _, row in found.read(unit)][::4]  # six evenly spread images
+    before = {row.key: np.asarray(open_image(row.image)) for row in rows}
+    after = {name: reconstruction(vae, before[name]) for name in before}
+    values = {name: psnr(before[name], after[name]) for name in before}
     worst = min(values, key=values.__getitem__)
     line, warning = check_lines(messages)
     assert f"on 6 images: mean PSNR {np.mean(list(values.values())):.1f} dB, worst {values[worst]:.1f} dB" in line
-    assert f"({images.name_of(worst)})" in line and line.endswith(f"{checked.out}/vae_check.png")
+    assert f"({worst})" in line and line.endswith(f"{checked.out}/vae_check.png")
     assert (
         warning.startswith(f"vae: {np.mean(list(values.values())):.1f} dB is below 24: ") and "vae=<folder" in warning
     )
@@ -95,7 +97,7 @@ def test_it_runs_once_even_if_there_are_few_images_or_large_ones(checked, messag
 
 def test_a_run_with_other_settings_that_begins_meanwhile_keeps_the_folder(checked, monkeypatch):
     other = dataclasses.replace(checked, dtype="float32", vae_check=0)
-    monkeypatch.setattr(prepare_module, "check_vae", lambda *args, **options: prepare(other))
+    monkeypatch.setattr(passes, "check_vae", lambda *args, **options: prepare(other))
     problem = "was claimed by another run with dtype='float32', this run has 'float16': give another folder$"
     with pytest.raises(ValueError, match=f"^out: {checked.out} {problem}"):
         prepare(checked)
@@ -105,7 +107,8 @@ def test_a_run_with_other_settings_that_begins_meanwhile_keeps_the_folder(checke
 
 def test_unreadable_images_are_skipped(checked, source, messages):
     checked = dataclasses.replace(checked, max_rejected=1.0, batch_size=2)
-    for name in ("00.png", "04.png", "08.png"):
-        (source / "blue" / name).write_bytes(b"")
+    found = open_images(checked)
+    for row in [row for unit in found.units() for _, row in found.read(unit)][:12:4]:  # three of the six
+        (source / row.key).write_bytes(row.image[:-100])
     prepare(checked)
     assert check_lines(messages)[0].startswith("VAE check on 3 images")

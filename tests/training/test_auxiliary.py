@@ -41,8 +41,8 @@ class ClassHead(AuxiliaryLoss):
 
     name = "class_head"
 
-    def init(self, model, latent_shape, *, key):
-        return normal_linear(math.prod(latent_shape), self.num_classes, key=key)
+    def init(self, model, shapes, *, key):
+        return normal_linear(math.prod(shapes.latent), self.num_classes, key=key)
 
     def __call__(self, parameters, view):
         logits = parameters(view.denoised.ravel())
@@ -63,7 +63,7 @@ class Alignment(AuxiliaryLoss):
     def fields(self):
         return {"features": ArrayField((FEATURES,))}
 
-    def init(self, model, latent_shape, *, key):
+    def init(self, model, shapes, *, key):
         return {"projection": normal_linear(model.hidden_dim, FEATURES, key=key)}
 
     def __call__(self, parameters, view):

@@ -31,8 +31,10 @@ TEXT = (7, 6)
 
 @pytest.mark.parametrize(
     ("train", "request_"),
-    [(train_here, {"labels": ["cat"]}), (train_text_here, {"prompts": ["red apple"]})],
-    ids=["class", "text"],
+    [
+        pytest.param(train_here, {"labels": ["cat"]}, id="class"),
+        pytest.param(train_text_here, {"prompts": ["red apple"]}, id="text", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_with_every_option_resumes_exactly_and_draws(tiny_data, tmp_path, train, request_):
     whole = tmp_path / "whole"

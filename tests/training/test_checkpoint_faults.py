@@ -314,6 +314,7 @@ def test_damaged_metadata_are_detected_before_parsing(run, main, word):
     assert line == f"error: {field}: {file}: content differs from its checksum"
 
 
+@pytest.mark.slow
 def test_logged_learning_rate_is_the_one_used(tiny_data, tmp_path, monkeypatch):
     """Skipped steps do not update, and the schedule counts updates."""
     batches, numbers = loop.prefetch_to_device, iter(range(100))

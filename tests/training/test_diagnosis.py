@@ -18,8 +18,8 @@ from runs import LATENT_SHAPE, error_line, finish, metrics, start, train_here, t
 from test_processes import settings
 from test_step import CLASSES, LATENT, MODEL, OBJECTIVE, batch_of
 
-from flowdit.data.loader import TrainStream
 from flowdit.data.manifest import Manifest
+from flowdit.data.stream import TrainStream
 from flowdit.diffusion.objective import Parameters
 from flowdit.models.compute import FLOAT32, Compute
 from flowdit.models.dit import DiT, build_dit
@@ -38,7 +38,9 @@ LAYOUTS = {
     "split": dict(mesh=MeshConfig(data=1, fsdp=2, tensor=2), accum=4, remat="full"),
     "bfloat16": dict(mesh=MeshConfig(data=2, fsdp=2), accum=2, compute=Compute("bfloat16"), remat="dots"),
 }
-layouts = pytest.mark.parametrize("layout", ["data", "split", pytest.param("bfloat16", marks=pytest.mark.slow)])
+layouts = pytest.mark.parametrize(
+    "layout", ["data", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("split", "bfloat16"))]
+)
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
-from runs import error_line, metrics, train_here
+from runs import error_line, metrics, train_here, write_tiny_data
 
+from flowdit.data.manifest import Manifest, Part
 from flowdit.tracking import Progress, Report
 from flowdit.training import setup
 from flowdit.training.evaluations import Evaluation
@@ -52,6 +53,24 @@ def test_write_errors_do_not_end_the_run_and_are_reported_once(evaluated):
     assert (run / "6").is_dir()
 
 
+def test_validation_also_has_the_loss_of_each_part_of_the_split(tmp_path):
+    part = lambda i: "subject" if i % 3 == 1 else "pair"
+    data = write_tiny_data(tmp_path / "data", extra=lambda i: {"columns.held_out": part(i)})
+    plain = train_here(data, tmp_path / "plain", "train.validate_every=6")
+    parts = tuple(Part(name, sum(part(i) == name for i in range(8))) for name in ("pair", "subject"))
+    dataclasses.replace(Manifest.read(data), validation_parts=parts).write(data)
+    finished = train_here(data, tmp_path / "run", "train.validate_every=6", "train.keep_best=validation/loss_pair")
+    assert (plain.err, finished.err) == ("", "")
+    run = tmp_path / "run"
+    whole, pair, subject = (metrics(run, f"validation/loss{end}")[6] for end in ("", "_pair", "_subject"))
+    assert whole == metrics(tmp_path / "plain", "validation/loss")[6] and pair != subject
+    assert whole == pytest.approx((5 * pair + 3 * subject) / 8, rel=1e-6)
+    write_tiny_data(tmp_path / "other", extra=lambda i: {"columns.held_out": "else"})
+    dataclasses.replace(Manifest.read(tmp_path / "other"), validation_parts=parts).write(tmp_path / "other")
+    line = error_line(train_here(tmp_path / "other", tmp_path / "no", "train.validate_every=6"))
+    assert "record 0: columns.held_out: must be one of pair, subject, got 'else'" in line
+
+
 def test_profile_of_a_window_of_steps(tiny_data, tmp_path):
     finished = train_here(tiny_data, tmp_path / "run", "train.profile=[3,4]")
     assert (finished.status, finished.err) == (0, "")
@@ -64,6 +83,7 @@ def traces(run):
     return list((run / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_if_the_run_ends_in_its_window_and_continues_on_resume(tiny_data, tmp_path):
     run = tmp_path / "run"
     seen, add = [], Progress.add

@@ -22,9 +22,10 @@ from runs import (
     wait_for_line,
 )
 
-from flowdit.data.loader import Source, TrainStream, open_source
+from flowdit.data.loader import Source, open_source
 from flowdit.data.manifest import Manifest
 from flowdit.data.schema import LabelField, record_schema
+from flowdit.data.stream import TrainStream
 from flowdit.tracking import Progress
 
 LONG = ("train.num_steps=60", "train.save_every=10")
@@ -72,7 +73,14 @@ def next_batch(data: Path, run: Path) -> dict[str, np.ndarray]:
     return next(stream)
 
 
-@pytest.mark.parametrize(("stops", "number"), [((2,), signal.SIGINT), ((5,), signal.SIGTERM), ((1, 3), signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("stops", "number"),
+    [
+        ((2,), signal.SIGINT),
+        pytest.param((5,), signal.SIGTERM, marks=pytest.mark.slow),
+        ((1, 3), signal.SIGTERM),
+    ],
+)
 def test_resume_is_exact(tiny_data, whole_run, tmp_path, stops, number):
     run, at = tmp_path / "run", 0
     for stop in stops:
@@ -150,6 +158,18 @@ def test_the_dtype_of_the_first_moment_may_change_on_resume(tiny_data, whole_run
     assert back.status == 0 and np.isfinite(metrics(again, "train/loss")[7])
 
 
+@pytest.mark.slow
+def test_wsd_with_more_steps_from_before_the_decay_is_the_longer_run(tiny_data, tmp_path):
+    wsd, long = ("optim.schedule=wsd", "optim.decay_steps=2", "optim.warmup_steps=1"), f"train.num_steps={NUM_STEPS}"
+    assert train_here(tiny_data, tmp_path / "long", *wsd).status == 0
+    assert train_here(tiny_data, tmp_path / "short", *wsd, "train.num_steps=4").status == 0
+    rates = metrics(tmp_path / "long", "train/learning_rate")
+    assert rates[4] > rates[5] > rates[6] > 0
+    run = copy_up_to(tmp_path / "short", tmp_path / "run", 2)
+    assert train_here(tiny_data, run, *wsd, long, "train.is_restore=true").status == 0
+    assert_same_checkpoint(run / str(NUM_STEPS), tmp_path / "long" / str(NUM_STEPS))
+
+
 def copy_up_to(whole: Path, run: Path, step: int) -> Path:
     """A copy of a run without the checkpoints after `step`."""
     shutil.copytree(whole, run)
@@ -213,7 +233,7 @@ def test_run_killed_in_the_middle_of_a_save_resumes_exactly(tiny_data, tmp_path,
     resume_and_compare(tiny_data, run, long_run)
 
 
-def test_sigterm_saves_and_exits_cleanly(tiny_data, tmp_path, long_run):
+def test_sigterm_saves_and_exits_cleanly(tiny_data, tmp_path):
     run = tmp_path / "run"
     process = start_training(tiny_data, run, *LONG)
     wait_for_line(process, "step 15/60")
@@ -222,4 +242,3 @@ def test_sigterm_saves_and_exits_cleanly(tiny_data, tmp_path, long_run):
     assert (finished.status, finished.err) == (0, "")
     assert f"stopped by signal; checkpoint: {run / str(steps_of(run)[-1])}" in finished.out
     assert steps_of(run)[-1] == max(metrics(run, "train/loss")) < 60
-    resume_and_compare(tiny_data, run, long_run)

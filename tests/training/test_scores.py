@@ -1,6 +1,7 @@
 """`train.scores`: scores of samples during a run."""
 
 import json
+import shutil
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -48,14 +49,13 @@ def test_a_run_logs_scores_and_a_resumed_one_the_same(tiny_data, tmp_path):
     best = json.loads((tmp_path / "whole" / "best.json").read_text())
     lowest = min(found, key=lambda step: found[step][SCORES[0]])
     assert (best["metric"], best["step"], best["value"]) == (SCORES[0], lowest, found[lowest][SCORES[0]])
-    assert train_here(tiny_data, tmp_path / "cut", *settings, "train.num_steps=6", "train.save_every=2").status == 0
-    for step in (4, 6):
-        for file in sorted((tmp_path / "cut" / str(step)).rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
-        (tmp_path / "cut" / str(step)).rmdir()
-    resumed = train_here(tiny_data, tmp_path / "cut", *settings, "train.is_restore=true")
+    cut = shutil.copytree(
+        tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("4", "6", "metrics.jsonl")
+    )
+    resumed = train_here(tiny_data, cut, *settings, "train.is_restore=true")
     assert resumed.status == 0, resumed.err
-    assert scored(tmp_path / "cut") == found
+    again = scored(cut)
+    assert again.keys() >= {4, 6} and again == {step: found[step] for step in again}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_run_logs_scores_and_a_resumed_one_the_same(tiny_data, tmp_path):
         ("train.scores.metrics=fid", "train.scores.metrics: must be one of fd, kid"),
         ("train.scores.features=vgg", "train.scores.features: must be one of efficientnet"),
         ("train.scores.num_images=9", "train.scores.num_images: must be at least 10 for kid, got 9"),
-        ("train.scores.reference=nowhere", "train.scores.reference: must be a folder of images"),
+        ("train.scores.reference=nowhere", "train.scores.reference: must be images as prepare reads them"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_first_step(tiny_data, tmp_path, settings, error):

@@ -120,9 +120,9 @@ def on(mesh, shapes):
     return jax.tree.map(put, shapes, parameter_shardings(mesh, shapes))
 
 
-def lower_step(stage: int, mesh, *, remat: str, accum: int, dtype: str = "float32"):
-    state = on(mesh, jax.eval_shape(lambda: init_state(build_model(stage, remat), OPTIMIZER)))
-    step = make_train_step(OPTIMIZER, objective_of(stage), 0, accum, compute=Compute(dtype), mesh=mesh)
+def lower_step(stage: int, mesh, *, remat: str, accum: int, dtype: str = "float32", optimizer=OPTIMIZER):
+    state = on(mesh, jax.eval_shape(lambda: init_state(build_model(stage, remat), optimizer)))
+    step = make_train_step(optimizer, objective_of(stage), 0, accum, compute=Compute(dtype), mesh=mesh)
     return step.lower(state, shard_batch(mesh, batch_of(stage)))
 
 
@@ -161,9 +161,9 @@ def test_stage_1_gathers_weights_and_scatters_gradients():
     assert whole * 0.95 < reduced_bytes(found) < whole * 1.2
 
 
-def losses_of(compiled, mesh) -> list[float]:
+def losses_of(compiled, mesh, optimizer=OPTIMIZER) -> list[float]:
     """Losses of three steps from random weights; zero weights, as at initialisation, would hide errors."""
-    state = jax.eval_shape(lambda: init_state(build_model(2, "none"), OPTIMIZER))
+    state = jax.eval_shape(lambda: init_state(build_model(2, "none"), optimizer))
     rng, zeros = np.random.default_rng(0), jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
     weights = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32), state.model)
     state = jax.device_put(eqx.tree_at(lambda state: state.model, zeros, weights), parameter_shardings(mesh, state))
@@ -188,6 +188,23 @@ def test_stage_2_gathers_weights_and_has_the_losses_of_data_parallel():
     assert counts("reduce-scatter", found)[6, 96] == 2 * DEPTH
     assert {each.kind for each in collectives(whole.as_text())} == {"all-reduce"}
     np.testing.assert_allclose(losses_of(sharded, meshes[0]), losses_of(whole, meshes[1]), rtol=1e-5)
+
+
+def test_muon_exchanges_whole_matrices_and_sums_nothing():
+    """Each device has whole matrices in the iteration; the losses are those of one device."""
+    muon = make_optimizer(OptimConfig(name="muon", learning_rate=1e-2), 100)
+    meshes = make_mesh(MeshConfig(data=2, fsdp=2)), make_mesh(MeshConfig(), jax.devices()[:1])
+    sharded, alone = (lower_step(2, mesh, remat="none", accum=1, optimizer=muon).compile() for mesh in meshes)
+    found = collectives(sharded.as_text())
+    # Of qkv nine matrices, padded to twelve: three for each device, which first has half of every matrix.
+    exchanged = {(3, 12, 24): 1, (2, 12, 24): 2, (1, 24, 12): 2, (1, 12, 24): 1, (1, 12, 96): 1, (1, 96, 12): 1}
+    assert counts("all-to-all", found) == {shape: 2 * count for shape, count in exchanged.items()}
+    gathered = counts("all-gather", found)
+    assert (gathered[12, 12, 24], gathered[4, 96, 12]) == (1, 1)  # the results of the other half of the devices
+    gradients = gradient_bytes(2) - split_bytes(2) // 2
+    assert gradients * 0.95 < reduced_bytes(found) < gradients * 1.05
+    losses = (losses_of(compiled, mesh, muon) for compiled, mesh in zip((sharded, alone), meshes, strict=True))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_validation_only_sums_losses():

@@ -12,7 +12,7 @@ from runs import call, write_tiny_data
 
 from flowdit.config import Config, register_schemas
 from flowdit.data.loader import DataConfig
-from flowdit.data.manifest import Manifest, Shard, VaeInfo
+from flowdit.data.manifest import Bucket, Manifest, Shard, VaeInfo
 from flowdit.fields import FieldError
 from flowdit.hardware import Machine, this_machine
 from flowdit.models.config import DiTConfig, PixArtConfig
@@ -117,6 +117,14 @@ def typed_labels(manifest: Manifest) -> dict:
     return choose(manifest, CPU, "ccdit", Condition(), {"conditioning": "labels"}).values
 
 
+def test_the_patch_divides_the_latents_of_all_buckets():
+    manifest = data_set(400)
+    shard = dataclasses.replace(manifest.shards[0], buckets=(200, 200))
+    buckets = (Bucket(64, 64), Bucket(8 * 7, 8 * 9))
+    manifest = dataclasses.replace(manifest, shards=(shard,), buckets=buckets)
+    assert choose(manifest, CPU, "ccdit", Condition(), {}).values["model.patch_size"] == 1
+
+
 def test_the_condition_follows_the_data():
     without = data_set(400, classes=0, captions=False)
     assert choose(without, CPU, "ccdit", Condition(), {}).values["conditioning"] == "none"
@@ -192,17 +200,18 @@ def test_typed_keys_are_those_of_sections_sizes_and_values():
         assert {"optim.learning_rate", "optim.warmup_steps"} <= set(typed_keys(["optim=adamw_pixart"]))
 
 
-@pytest.fixture(params=[(stage1, "small"), (stage2, "small_text")], ids=["stage 1", "stage 2"])
-def stage(request):
-    return request.param
-
-
 NO_IMAGES = ("train.validate_every=0", "train.sample_every=0")
 TINY = ("model.depth=2", "model.hidden_dim=32", "model.num_heads=2")
 
 
-def test_a_run_and_its_resume(stage, tiny_data, tmp_path):
-    main, preset = stage
+@pytest.mark.parametrize(
+    ("main", "preset"),
+    [
+        pytest.param(stage1, "small", id="stage 1"),
+        pytest.param(stage2, "small_text", id="stage 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_and_its_resume(main, preset, tiny_data, tmp_path):
     run = [f"data.path={tiny_data}", f"train.checkpoint_dir={tmp_path / 'run'}"]
     finished = call(main, f"experiment={preset}", *run, *TINY, *NO_IMAGES, "train.num_steps=4")
     assert (finished.status, finished.err) == (0, "")

@@ -3,8 +3,8 @@
 import dataclasses
 import signal
 import time
-from unittest.mock import Mock
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +20,12 @@ from runs import (
     train_text_here,
     write_tiny_data,
 )
+from training.test_resume import stop_after
 
 from flowdit.conditioning.text import Text, Training
 from flowdit.data.loader import DataConfig, open_source
 from flowdit.data.manifest import Manifest
+from flowdit.data.mixture import Part
 from flowdit.data.records import RecordError
 from flowdit.data.schema import SizeField, record_schema
 from flowdit.data.text_features import write_cache
@@ -67,6 +69,30 @@ def test_resume_is_exact(tiny_data, whole_text_run, tmp_path):
     assert metrics(run, "train/loss") == metrics(whole_text_run, "train/loss")
 
 
+def test_resume_is_exact_with_tag_dropout(tmp_path):
+    captions = lambda i: {"short_caption": f"pear {i}, red, ripe", "long_caption": f"pear {i}, red, ripe, food, fruit"}
+    data = write_tiny_data(tmp_path / "data", extra=captions)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_text_here(data, whole, "data.tag_dropout=0.5").status == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        train_text_here(data, run, "data.tag_dropout=0.5")
+    assert steps_of(run)[-1] == 3
+    assert train_text_here(data, run, "data.tag_dropout=0.5", "train.is_restore=true").status == 0
+    assert_same_checkpoint(run / str(NUM_STEPS), whole / str(NUM_STEPS))
+    assert metrics(run, "train/loss") == metrics(whole, "train/loss")
+
+
+def test_tags_are_left_out_in_training_and_not_in_validation(tiny_data):
+    encoder, mesh = load_text_encoder(TextConfig("wordllama", 32, "float32")), make_mesh(MeshConfig())
+    text = Text(training=Training(encoder, DataConfig(path=str(tiny_data), tag_dropout=1.0), mesh, 4))
+    part = Part(DataConfig(path=str(tiny_data)).folders[0], Manifest.read(tiny_data))
+    records = [{"short_caption": caption, "long_caption": ""} for caption in ("pear", "pear, red, ripe")]
+    counts = {s: text.reader(s, part).read([0, 1], records, np.full(2, 0.3)) for s in ("train", "validation")}
+    train, validation = (counts[split]["text_mask"].sum(1) for split in ("train", "validation"))
+    assert train[0] == train[1] == validation[0] < validation[1]
+
+
 def write_features(data, folder):
     """The cache of the tiny data set's captions, made by the preset's encoder."""
     encoder = load_text_encoder(TextConfig("wordllama", 32, "float32"))
@@ -101,7 +127,7 @@ def test_t5gemma_in_the_loop_is_laid_out_on_the_mesh(tmp_path):
     tokens = alone.tokenize(["red apple", "", "a red pear, ripe and red", "sun"] * 2)
     batch = {"text_ids": tokens.ids, "text_mask": tokens.mask, "label": np.arange(8)}
     tokens_on_mesh = shard_batch(mesh, batch)
-    text = Text(training=Training(spread, DataConfig(), Mock(spec=Manifest), mesh, 4))
+    text = Text(training=Training(spread, DataConfig(), mesh, 4))
     encoded = text.encode(tokens_on_mesh)
     assert encoded.keys() == {"text_features", "text_mask", "label"}
     expected = np.asarray(encode_tokens(alone.network, tokens.ids, tokens.mask))
@@ -155,9 +181,9 @@ def test_micro_conditioning_reaches_the_model():
     objective = dataclasses.replace(OBJECTIVE, conditioning=Text(size=(64, 64)))
     velocities = []
     for size, fields in (((64, 64), {}), ((64, 128), {"image_size": jnp.asarray([64, 128])})):
-        drawn = objective.draw(example | fields, jax.random.key(0))
+        drawn = objective.draw(example | fields, jax.random.key(0), 0)
         np.testing.assert_array_equal(drawn.condition.size, size)
-        velocities.append(model(drawn.noise, drawn.t, drawn.condition))
+        velocities.append(eqx.filter_jit(model)(drawn.noise, drawn.t, drawn.condition))
     assert not np.allclose(*velocities, atol=1e-4)
 
 
@@ -230,6 +256,6 @@ def test_dropped_captions_only_train_the_null_caption():
     """At drop rate 1 the loss depends on the null caption and not on the captions."""
     objective = dataclasses.replace(OBJECTIVE, drop_rate=1.0)
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(1))
-    drawn = objective.draw(example, jax.random.key(0))
+    drawn = objective.draw(example, jax.random.key(0), 0)
     assert bool(drawn.condition.dropped)
     np.testing.assert_array_equal(drawn.condition.mask, example["text_mask"])

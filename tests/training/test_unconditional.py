@@ -65,6 +65,7 @@ def test_it_samples(run, tmp_path):
         sampler.draw(labels=[0])
 
 
+@pytest.mark.slow
 def test_labelled_data_can_be_trained_without_labels(tiny_data, whole_run, tmp_path):
     """A run that starts from a class model keeps everything but its class table."""
     run, start = tmp_path / "run", whole_run / "6"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flowdit.conditioning import Conditioning
 from flowdit.config import Config
-from flowdit.data.loader import DataSet
+from flowdit.data.mixture import DataSet
 from flowdit.diffusion.objective import FlowMatching
 from flowdit.models.compute import Compute
 from flowdit.tracking import Tracker
@@ -48,12 +48,13 @@ def make_evaluations(
     if data.validation is not None and train.validate_every:
         validation = Validation(
             train=train,
-            source=data.validation,
+            data=data.validation,
             mesh=mesh,
             encode=conditioning.encode,
             objective=objective,
             compute=compute,
             seed=config.seed,
+            parts=[part.name for part in data.manifest.validation_parts],
         )
         evaluations.append(validation)
     if train.sample_every:

@@ -43,7 +43,7 @@ class Scores(Evaluation):
         self._seed, self._count = config.seed, settings.num_images
         with under("train.scores."):
             vae = load_matching_vae(manifest.vae.name, manifest)
-            subject = Subject(manifest, conditioning, vae, config.data.path)
+            subject = Subject(manifest, conditioning, vae, config.data)
             self._comparison = compare(settings, subject, config.seed)
         spaces = self._comparison.judge.figures.items()
         self.metrics = {_figure(name, space): direction(name) for space, names in spaces for name in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from flowdit.conditioning import Batch
 from flowdit.config import TrainConfig
-from flowdit.data.loader import Source, validation_batches
+from flowdit.data.mixture import Mixture
+from flowdit.data.origin import PART
+from flowdit.data.stream import validation_batches
 from flowdit.diffusion.objective import Objective
 from flowdit.models.compute import Compute
 from flowdit.sharding import own_rows, shard_batch
@@ -20,35 +22,51 @@ from flowdit.training.step import TrainState, make_validation_step
 
 
 class Validation(Evaluation):
-    """Loss of the EMA model on held-out records at fixed times with fixed noise: comparable between steps and runs."""
+    """Loss of the EMA model on held-out records at fixed times with fixed noise: comparable between steps and runs.
+
+    Data whose validation split has `parts` also have the loss of each. Batches then hold the part of each record, by
+    its number.
+    """
 
     def __init__(
         self,
         train: TrainConfig,
-        source: Source,
+        data: Mixture,
         mesh: Mesh,
         encode: Callable[[Batch], Batch],
         objective: Objective,
         compute: Compute,
         seed: int,
+        parts: Sequence[str] = (),
     ):
         self.every = train.validate_every
-        self._source = source
+        self._data = data
         self._mesh = mesh
         self._encode = encode
         self._batch_size, self._limit = train.batch_size // train.gradient_accum, train.validation_records
         self._times = objective.validation_times
         self._names = [f"validation/loss_t{t:.4f}" for t in self._times]
-        self.metrics = dict.fromkeys(["validation/loss", *self._names], "min")
+        self._parts = [f"validation/loss_{part}" for part in parts]
+        self.metrics = dict.fromkeys(["validation/loss", *self._names, *self._parts], "min")
         self._step = make_validation_step(objective, seed, compute, mesh)
 
     def __call__(self, step: int, state: TrainState) -> Report:
         rows = own_rows(self._mesh, self._batch_size)
-        sums, weight = np.zeros(len(self._times)), 0.0
-        for i, batch in enumerate(validation_batches(self._source, self._batch_size, self._limit, rows)):
-            on_devices = self._encode(shard_batch(self._mesh, batch))
-            batch_sums, batch_weight = jax.device_get(self._step(state.ema, on_devices, jnp.asarray(i)))
-            sums, weight = sums + batch_sums, weight + float(batch_weight)
-        loss = float(sums.sum() / weight / len(sums))
-        by_time = {name: float(total / weight) for name, total in zip(self._names, sums, strict=True)}
-        return Report({"validation/loss": loss, **by_time}, line=f"validation loss {loss:.4f}")
+        groups = 1 + len(self._parts)
+        sums, weights = np.zeros((len(self._times), groups)), np.zeros(groups)
+        for i, batch in enumerate(validation_batches(self._data, self._batch_size, self._limit, rows)):
+            on_devices = self._encode(shard_batch(self._mesh, self._grouped(batch)))
+            batch_sums, batch_weights = jax.device_get(self._step(state.ema, on_devices, jnp.asarray(i)))
+            sums, weights = sums + batch_sums, weights + batch_weights
+        means = sums / np.maximum(weights, 1)  # with a limit there may be no record of a part
+        loss, *of_parts = means.mean(0).tolist()
+        figures = {"validation/loss": loss} | dict(zip(self._names, means[:, 0].tolist(), strict=True))
+        figures |= {name: one for name, one, n in zip(self._parts, of_parts, weights[1:], strict=True) if n}
+        return Report(figures, line=f"validation loss {loss:.4f}")
+
+    def _grouped(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch with a column of weights for all records and one for those of each part."""
+        batch = dict(batch)
+        parts = batch.pop(PART, np.full(len(batch["weight"]), -1))
+        is_of_group = np.concatenate([np.ones((len(parts), 1)), parts[:, None] == np.arange(len(self._parts))], 1)
+        return batch | {"weight": (batch["weight"][:, None] * is_of_group).astype(np.float32)}

@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from flowdit.data.caption_file import read_captions
+from flowdit.data.sources.caption_file import read_table
+from flowdit.data.sources.config import SourceConfig
+
+
+def read_captions(path, folder, names, **settings):
+    return [row.captions for row in read_table(str(path), str(folder), names, SourceConfig(**settings)).rows]
 
 
 @pytest.fixture
