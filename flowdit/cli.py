@@ -1,4 +1,4 @@
-"""`flowdit train-stage1 | prepare | sample | serve | evaluate | report ...`: one console command beside the modules.
+"""`flowdit train-stage1 | prepare | verify | inspect | sample | serve | evaluate | report ...`: one console command beside the modules.
 
 This module imports only the standard library: JAX and the others take seconds to import, and a signal in that time must
 already end in a line.
@@ -17,6 +17,8 @@ COMMANDS = {
     "train-stage1": ("flowdit.train", "stage1", "train a class-conditional or unconditional model"),
     "train-stage2": ("flowdit.train", "stage2", "train a text-conditional model"),
     "prepare": ("flowdit.prepare", "main", "turn a folder of images into a data set of latents"),
+    "verify": ("flowdit.verify", "main", "check a data set against its manifest"),
+    "inspect": ("flowdit.inspect", "main", "write an HTML page about a data set"),
     "sample": ("flowdit.sample", "main", "sample images from a trained model"),
     "evaluate": ("flowdit.evaluate", "main", "score a trained model against real images"),
     "serve": ("flowdit.serve", "main", "open a page in the browser to try a trained model"),

@@ -46,13 +46,14 @@ class Command:
     Attributes:
         name: as in `flowdit <name>`.
         script: the other way to run it, such as `python train_stage1.py`.
-        config_name: its YAML file in `flowdit/configs`.
+        config_name: its YAML file in `configs`.
         schema: the dataclass of its settings.
         folder: the setting that names the folder it writes to.
         summary: what it does, in a sentence.
         examples: arguments of useful calls.
         hidden: beginnings of keys that have no effect in it and are left out of `--help`.
         if_stopped: what to do after a signal.
+        configs: the package with the YAML file.
     """
 
     name: str
@@ -64,13 +65,15 @@ class Command:
     examples: tuple[str, ...]
     hidden: tuple[str, ...] = ()
     if_stopped: str = ""
+    configs: str = "flowdit.configs"
 
     def settings(self) -> dict[str, Setting]:
         return settings_of(self.schema)
 
     def help(self) -> str:
         shown = [setting for key, setting in self.settings().items() if not key.startswith(self.hidden or ("-",))]
-        return help_text(self.name, self.script, self.summary, self.examples, shown, self.config_name)
+        texts = (self.name, self.script, self.summary, self.examples)
+        return help_text(*texts, shown, config=self.config_name, configs=self.configs)
 
 
 class Stopped(KeyboardInterrupt):

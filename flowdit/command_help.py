@@ -23,10 +23,19 @@ docs/configuration.md has the same settings with the YAML groups and what each o
 
 
 def help_text(
-    name: str, script: str, summary: str, examples: tuple[str, ...], settings: list[Setting], config: str
+    name: str,
+    script: str,
+    summary: str,
+    examples: tuple[str, ...],
+    settings: list[Setting],
+    *,
+    config: str,
+    configs: str,
 ) -> str:
-    """Usage, examples, presets and settings. `config` is the name of the YAML file, which may change defaults."""
-    with initialize_config_module("flowdit.configs", version_base="1.3"):
+    """Usage, examples, presets and settings. `config` is the YAML file in the package `configs`, which may change
+    defaults.
+    """
+    with initialize_config_module(configs, version_base="1.3"):
         composed = compose(config)
     return "\n".join(
         [

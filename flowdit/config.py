@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowdit.data.loader import DataConfig
 from flowdit.data.prepare import PrepareConfig
+from flowdit.data.schema import FeatureMapField
 from flowdit.diffusion.auxiliary import AUXILIARY, RESERVED_NAMES, AuxiliaryLoss
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.fields import FREE_TEXT, FieldError, require, shown, under
@@ -65,12 +66,27 @@ class Config:
                 part.check()
         warmup, steps = self.optim.warmup_steps, self.train.num_steps
         require("optim.warmup_steps", warmup, 0 <= warmup < steps, f"must be in [0, train.num_steps={steps})")
+        decay, rule = self.optim.decay_steps, f"must be at most train.num_steps - optim.warmup_steps = {steps - warmup}"
+        if self.optim.schedule == "wsd" and decay is not None:
+            require("optim.decay_steps", decay, decay <= steps - warmup, rule)
         rule = "must be a name of the network that model=<name> chooses"
         require("model.name", self.model.name, MODELS.get(self.model.name) is type(self.model), rule)
         check_processes(self.mesh)
         for loss in self.auxiliary_losses():
             depth, rule = self.model.depth, f"must be blocks in [1, model.depth={self.model.depth}]"
             require(f"auxiliary.{loss.name}.depths", loss.depths(), all(1 <= i <= depth for i in loss.depths()), rule)
+        self._check_guidance_head()
+
+    def _check_guidance_head(self) -> None:
+        """A guidance head is trained, and only used, where there is one."""
+        head, weight = self.model.guidance_head, self.train.sampler.internal_guidance
+        for loss in self.auxiliary_losses():
+            rule = f"must be a block, after which the head of auxiliary.{loss.name} is"
+            require("model.guidance_head", head, head is not None or not loss.reads_weak, rule)
+        is_trained = head is None or any(loss.reads_weak for loss in self.auxiliary_losses())
+        require("model.guidance_head", head, is_trained, "must be null without auxiliary.internal_guidance.weight")
+        rule = "must be 1 without model.guidance_head"
+        require("train.sampler.internal_guidance", weight, weight == 1 or head is not None, rule)
 
     def auxiliary_losses(self) -> tuple[AuxiliaryLoss, ...]:
         """The auxiliary losses that are switched on. Raises `ValueError` for an unknown one."""
@@ -82,7 +98,16 @@ class Config:
             is_free = name.isidentifier() and name not in RESERVED_NAMES
             rule = f"its name must be an identifier, none of {', '.join(RESERVED_NAMES)}"
             require(f"auxiliary.{name}", name, is_free, rule)
-        return tuple(loss for loss in self.auxiliary.values() if loss.weight)
+        return tuple(loss.for_model(self.model) for loss in self.auxiliary.values() if loss.weight)
+
+    @property
+    def map_readers(self) -> list[str]:
+        """The auxiliary losses that are switched on and read the feature cache of the data."""
+        return [
+            loss.name
+            for loss in self.auxiliary_losses()
+            if any(isinstance(field, FeatureMapField) for field in loss.fields().values())
+        ]
 
 
 @dataclasses.dataclass
@@ -104,6 +129,8 @@ class SampleConfig:
         prompts_file: text file with one prompt per line, instead of `prompts`.
         negative_prompt: text that guidance moves away from; empty: the model's null caption.
         num_images: images per label or prompt; in total for an unconditional model.
+        image_size: height and width of the images in pixels, such as `[48,96]`, or the side of square ones; null: those of
+            the training data. A model is good at the sizes that it was trained on.
         columns: images per row of `grid.png`.
         batch_size: maximum number of images per batch.
         seed: seed of the noise; in [0, 2**32).
@@ -115,6 +142,7 @@ class SampleConfig:
         solver: solver of the ODE, as `train.sampler.solver`: `euler`, `heun`, `midpoint`, `dopri5` or `tsit5`.
         steps: number of steps of the solver, as `train.sampler.steps`.
         guidance: as `train.sampler.guidance`, or a list: the images are drawn with each, one row of the grid per value.
+        internal_guidance: as `train.sampler.internal_guidance`.
         guidance_low: as `train.sampler.guidance_low`.
         guidance_high: as `train.sampler.guidance_high`.
         time_shift: as `train.sampler.time_shift`.
@@ -132,6 +160,7 @@ class SampleConfig:
     prompts_file: str | None = None
     negative_prompt: str = dataclasses.field(default="", metadata=FREE_TEXT)
     num_images: int = 1
+    image_size: Any = None
     columns: int = 8
     batch_size: int = 64
     seed: int = 0
@@ -143,6 +172,7 @@ class SampleConfig:
     solver: str | None = None
     steps: int | None = None
     guidance: Any = None
+    internal_guidance: float | None = None
     guidance_low: float | None = None
     guidance_high: float | None = None
     time_shift: float | None = None
@@ -166,6 +196,9 @@ class SampleConfig:
         """Raise `ValueError` naming the first field that breaks a rule; `inference.sampler` checks the others."""
         check_processes(self.mesh)
         require("columns", self.columns, self.columns >= 1, "must be at least 1")
+        sides = as_list(self.image_size)
+        is_size = sides is None or (len(sides) <= 2 and bool(sides) and all(type(side) is int for side in sides))
+        require("image_size", self.image_size, is_size, "must be null, a side or [height,width] in pixels")
         require_local("out", self.out)
         given = [name for name in ("prompt", "prompts", "prompts_file") if getattr(self, name) is not None]
         if len(given) > 1:

@@ -25,6 +25,7 @@ from flowdit.checkpoint.sampler_file import write_sampler
 from flowdit.command import Command, join_others, run_command
 from flowdit.config import resolve
 from flowdit.fields import about, require
+from flowdit.hardware import keep_freed_memory
 from flowdit.inference.sampler import Sampler
 from flowdit.interop.hub import find_source
 from flowdit.interop.loading import load
@@ -61,6 +62,7 @@ COMMAND = Command(
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 @job
 def _evaluate(composed: DictConfig) -> None:
+    keep_freed_memory()
     config: EvaluateConfig = resolve(composed, EvaluateConfig)
     config.check()
     join_others(composed)
@@ -94,7 +96,7 @@ def _prepare(config: EvaluateConfig) -> Evaluation:
     for point in points:
         sampler.sampler_config(point.sampler)
     trained = sampler.trained
-    subject = Subject(trained.manifest, trained.conditioning, sampler.vae, trained.config.data.path)
+    subject = Subject(trained.manifest, trained.conditioning, sampler.vae, trained.config.data)
     wanted = Wanted(config.labels, config.given_prompts(), config.negative_prompt)
     comparison = compare(config, subject, config.seed, wanted, config.best)
     return Evaluation(config, functools.partial(_load, config), sampler, comparison)

@@ -48,6 +48,13 @@ def require_choice(field: str, value: Any, choices: Iterable[str]) -> None:
     require(field, value, value in choices, f"must be one of {', '.join(choices)}")
 
 
+def require_effect(settings: Any, field: str, chooser: str, choice: str) -> None:
+    """Raise `FieldError` for a value of `field` other than its default that only `choice` of `chooser` would read."""
+    value = getattr(settings, field)
+    is_read = getattr(settings, chooser) == choice or value == getattr(type(settings), field)
+    require(field, value, is_read, f"has no effect without {chooser}={choice}")
+
+
 @contextlib.contextmanager
 def under(prefix: str) -> Iterator[None]:
     """Add `prefix`, such as "train.", to the fields of errors within."""

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: gathering the weights of a block, and summing gradients over devices."""
+"""Fully sharded data parallelism: gathering weights of a block, summing gradients, and dividing matrices among devices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from flowdit.sharding import (
+    AXES,
     BATCH_AXES,
     LOGICAL_AXES,
     ParameterSpec,
@@ -218,3 +221,59 @@ def hops_along(mesh: Mesh) -> Hops:
     if not np.array_equal(box.reshape(-1, places.shape[1]), places):
         return Hops((len(line),), on_tpu=True)
     return Hops(tuple(len(side) for side in sides if len(side) > 1), on_tpu=True)
+
+
+Matrices = Float[Array, "matrices in out"]
+
+
+def on_whole_matrices(
+    function: Callable[[Matrices], Matrices], spec: ParameterSpec, parameter: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """`function` of the matrices of a parameter (*stack, in, parts * out), fused ones apart, in its own layout.
+
+    In a function of `on_mesh` they are divided among the devices: each calls `function` with some of them, whole, and with
+    zeros where the number does not divide. What is split over `fsdp` is exchanged before and after; the other axes take
+    their share of the matrices and gather the results. Without a mesh, `function` gets all of them.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if math.prod(sizes.values()) == 1:
+        return _with_matrices(function, spec.parts, parameter)
+    split = _split_axis(spec, parameter)
+    # The parts of a fused axis that is split itself are on different devices: it is gathered first.
+    is_fused = spec.parts > 1 and split == parameter.ndim - 1
+    if split is None or sizes["fsdp"] == 1 or parameter.shape[split] % sizes["fsdp"] or is_fused:
+        own, axis = PartitionSpec(), None
+    else:
+        own, axis = PartitionSpec(*(None,) * split, "fsdp"), split - parameter.ndim + 3
+    divided = functools.partial(_divided, function, axis)
+    on_one_device = functools.partial(_with_matrices, divided, spec.parts)
+    return jax.shard_map(on_one_device, in_specs=(own,), out_specs=own, check_vma=False)(parameter)
+
+
+def _with_matrices(function: Callable[[Matrices], Matrices], parts: int, parameter: jax.Array) -> jax.Array:
+    """`function` of (*stack, in, parts * out) as (stack * parts, in, out)."""
+    rows, columns = parameter.shape[-2:]
+    apart = parameter.reshape(-1, rows, parts, columns // parts).swapaxes(1, 2)
+    done = function(apart.reshape(-1, rows, columns // parts))
+    return done.reshape(apart.shape).swapaxes(1, 2).reshape(parameter.shape)
+
+
+def _divided(function: Callable[[Matrices], Matrices], axis: int | None, matrices: Matrices) -> Matrices:
+    """`function` of this device's share of the matrices, of which it has a part along `axis`; None: has all."""
+    sizes, count = jax.sharding.get_abstract_mesh().shape, len(matrices)
+    holders = 1 if axis is None else sizes["fsdp"]
+    others = tuple(name for name in AXES if axis is None or name != "fsdp")
+    # Where each device along `fsdp` has one at most, dividing them further would save no time.
+    shares = math.prod(sizes[name] for name in others) if count > holders else 1
+    size = math.ceil(count / (holders * shares)) * holders
+    share = jnp.pad(matrices, ((0, size * shares - count), (0, 0), (0, 0)))
+    if shares > 1:
+        share = jax.lax.dynamic_slice_in_dim(share, jax.lax.axis_index(others) * size, size)
+    if axis is not None:
+        share = jax.lax.all_to_all(share, "fsdp", split_axis=0, concat_axis=axis, tiled=True)
+    share = function(share)
+    if axis is not None:
+        share = jax.lax.all_to_all(share, "fsdp", split_axis=axis, concat_axis=0, tiled=True)
+    if shares > 1:
+        share = jax.lax.all_gather(share, others, axis=0, tiled=True)
+    return share[:count]

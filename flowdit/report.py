@@ -19,12 +19,11 @@ from omegaconf import DictConfig
 
 from flowdit.command import Command, run_command
 from flowdit.config import resolve
-from flowdit.fields import FieldError
 from flowdit.reporting.config import ReportConfig
 from flowdit.reporting.page import GENERATOR, make_page
 from flowdit.reporting.reading import read_runs
 from flowdit.reporting.results import read_results
-from flowdit.storage import reason
+from flowdit.reporting.shell import check_replaceable, write_page
 from flowdit.sweep import job
 
 # By its name, as this module is `__main__` when it is run.
@@ -51,32 +50,11 @@ def _report(composed: DictConfig) -> None:
     config: ReportConfig = resolve(composed, ReportConfig)
     config.check()
     out = Path(config.out)
-    check_replaceable(out)
+    check_replaceable(out, GENERATOR, "a report")
     runs = read_runs(config.run, config.compare)
     page = make_page(runs, read_results(runs, config.scores), config.title, config.grids)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(unfinished, out)
-    except OSError as problem:
-        raise FieldError("out", f"{out} cannot be written: {reason(problem)}") from None
+    write_page(out, page)
     logger.info("written: %s (%.1f MB)", out, out.stat().st_size / 1e6)
-
-
-def check_replaceable(out: Path) -> None:
-    """Raise `FieldError` if there is a file that is not a report."""
-    if out.is_dir():
-        raise FieldError("out", f"must be a file, {out} is a folder")
-    if not out.exists():
-        return
-    try:
-        with out.open("rb") as file:
-            start = file.read(2000)
-    except OSError as problem:
-        raise FieldError("out", f"{out} cannot be read: {reason(problem)}") from None
-    if f'name="generator" content="{GENERATOR}'.encode() not in start:
-        raise FieldError("out", f"{out} exists and is not a report: give another name")
 
 
 def register_schema() -> None:

@@ -15,7 +15,7 @@ import jax
 from omegaconf import DictConfig
 
 from flowdit.command import Command, join_others, run_command
-from flowdit.config import SampleConfig, register_schemas, resolve
+from flowdit.config import SampleConfig, as_list, register_schemas, resolve
 from flowdit.fields import about, called, listed
 from flowdit.inference.prompt_file import read_prompts
 from flowdit.inference.sample_folder import check_folder, write_samples
@@ -66,6 +66,9 @@ def _sample(composed: DictConfig) -> None:
         mesh = make_mesh(MeshConfig()) if jax.process_count() > 1 else None
         hints: dict[str, Any] = {"vae": config.vae, "text_encoder": config.text_encoder, "ema_width": config.ema_width}
         sampler = load(config.checkpoint, mesh=mesh, guide=config.guide, **hints)
+    if config.image_size is not None:
+        sides = as_list(config.image_size) or []
+        sampler = sampler.at_size(sides[0], sides[-1])
     solvers = [sampler.sampler_config(fields) for fields in config.samplers()]
     with called({"prompts": "prompt"} if config.prompt is not None else {}):
         requests = sampler.requests(config.num_images, arguments)
@@ -74,6 +77,8 @@ def _sample(composed: DictConfig) -> None:
         logger.info("%s: %s", count, listed([repr(prompt) for prompt in prompts]))
     guidance = ", ".join(f"{solver.guidance:g}" for solver in solvers)
     settings = f"{solvers[0].solver}, {solvers[0].steps} steps, guidance {guidance}"
+    internal = solvers[0].internal_guidance
+    settings += "" if internal == 1 else f", internal guidance {internal:g}"
     settings += f" by {config.guide} (step {sampler.guide.step})" if sampler.guide is not None else ""
     logger.info("step %d: %d images, %s", sampler.trained.step, len(requests) * len(solvers), settings)
     logger.info("samples: %s", write_samples(sampler, requests, solvers, config))

@@ -107,12 +107,14 @@ def type_name(hint: Any) -> str:
 
 
 def default(field: dataclasses.Field) -> str:
-    """The default in YAML, or `must be given`, or `empty`."""
+    """The default in YAML, or `must be given`, `empty`, or for a dictionary of sections `a section each`."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value == "???":
         return "must be given"
     if value == "" or value == {}:
         return "empty"
+    if isinstance(value, dict):
+        return "a section each"
     return f"`{in_yaml(value)}`"
 
 

@@ -149,7 +149,9 @@ def parameter_specs(tree: Any) -> Any:
 def _find_spec(tree: Any, path: tuple, leaf: Any) -> ParameterSpec:
     node, stacked = tree, 0
     for entry in path:
-        declared = node.parameter_specs().get(entry.name) if hasattr(node, "parameter_specs") else None
+        # From the class: Equinox builds a pytree for every method that is looked up on a module, a tenth of a start.
+        specs = getattr(type(node), "parameter_specs", None)
+        declared = specs(node).get(entry.name) if specs else None
         if isinstance(declared, ParameterSpec):
             return dataclasses.replace(declared, stacked=stacked)
         stacked += declared == STACKED

@@ -24,6 +24,7 @@ from flowdit.checkpoint.restore import find_newest
 from flowdit.command import Command, Unfinished, join_others, run_command
 from flowdit.composition import continued, naming_the_preset, typed_overrides
 from flowdit.config import Config, refuse_unknown, register_schemas, resolve
+from flowdit.hardware import keep_freed_memory
 from flowdit.models.config import MODELS
 from flowdit.processes import from_first
 from flowdit.sized import PRESETS, choose_sizes
@@ -47,7 +48,13 @@ STAGE1 = Command(
         "train.is_restore=true train.checkpoint_dir=checkpoints",
     ),
     hidden=("text.", "train.init_time", "train.init_shared_map", "train.init_class", "train.sample_prompts")
-    + ("data.text_cache", "data.long_caption_prob", "model.micro_conditioning", "model.null_tokens"),
+    + (
+        "data.text_cache",
+        "data.long_caption_prob",
+        "data.tag_dropout",
+        "model.micro_conditioning",
+        "model.null_tokens",
+    ),
 )
 STAGE2 = Command(
     name="train-stage2",
@@ -81,6 +88,7 @@ def _stage2(composed: DictConfig) -> None:
 
 
 def _train(composed: DictConfig, network: str) -> None:
+    keep_freed_memory()
     refuse_unknown(composed, Config)
     folder = run_folder(composed.train.checkpoint_dir)
     join_others(composed, ends_gracefully=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from flowdit.diffusion.flow import TIME_DISTRIBUTIONS
 from flowdit.diffusion.sampling import SamplerConfig
-from flowdit.fields import FREE_TEXT, require, require_choice, under
+from flowdit.fields import FREE_TEXT, require, require_choice, require_effect, under
 from flowdit.models.reparameterise import CLASS_CONDITIONS, SHARED_MAPS
 from flowdit.power_ema import check_width
 from flowdit.score_config import RunScoresConfig
@@ -52,6 +53,8 @@ class TrainConfig:
             per channel.
         drop_rate: probability that an example's condition is dropped, which guidance needs; in [0, 1].
         time_distribution: distribution of training times in (0, 1): `logit_normal` or `uniform`.
+        time_std: standard deviation of the logit of logit-normal times; their mean is the logarithm of `time_shift`.
+        time_uniform_after: last step with `time_distribution`, after which times are uniform; null: none.
         time_shift: shift s of training times, t' = s t / (1 + (s - 1) t); null: sqrt(C H W / 4096) of latents C x H x W.
         max_skipped_in_row: number of consecutive steps without finite loss and gradient after which the run ends.
         init_from: checkpoint or run folder whose EMA weights initialise the model; in stage 2 also that of a class model.
@@ -91,6 +94,8 @@ class TrainConfig:
     latent_scale: Any = None
     drop_rate: float = 0.1
     time_distribution: str = "logit_normal"
+    time_std: float = 1.0
+    time_uniform_after: int | None = None
     time_shift: float | None = 1.0
     max_skipped_in_row: int = 20
     init_from: str | None = None
@@ -111,13 +116,18 @@ class TrainConfig:
             value = getattr(self, field)
             require(field, value, value >= 0, "must be 0 (never) or more")
         interval, shift = self.keep_every, self.time_shift
+        uniform = self.time_uniform_after
         require("keep_every", interval, interval is None or interval >= 1, "must be null or at least 1")
         require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "must be in [0, 1)")
         require("drop_rate", self.drop_rate, 0 <= self.drop_rate <= 1, "must be in [0, 1]")
+        require("time_std", self.time_std, 0 < self.time_std < math.inf, "must be positive and finite")
+        require("time_uniform_after", uniform, uniform is None or uniform >= 0, "must be null or 0 or more")
         require("time_shift", shift, shift is None or shift > 0, "must be null or positive")
         require_choice("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         require_choice("keep_best_mode", self.keep_best_mode, ("auto", "min", "max"))
         require_choice("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        for field in ("time_std", "time_uniform_after"):
+            require_effect(self, field, "time_distribution", "logit_normal")
         require("init_time", self.init_time, 0 <= self.init_time <= 1, "must be in [0, 1]")
         require_choice("init_shared_map", self.init_shared_map, SHARED_MAPS)
         require_choice("init_class", self.init_class, CLASS_CONDITIONS)

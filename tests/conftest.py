@@ -1,15 +1,20 @@
 """Setup of all tests: four virtual CPU devices, strict promotion, run-time type checks, a shared compile cache."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from object_store import ObjectStore
 
 
 def set_environment() -> None:
@@ -40,12 +45,39 @@ import jaxtyping
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jaxtyping.install_import_hook("flowdit", "beartype.beartype")
+
+
+def modules_with_shapes() -> list[str]:
+    """The modules that annotate arrays. Checks of the others cost a tenth of the suite, and pyright does them."""
+    root = Path(__file__).parents[1]
+    files = [file for file in (root / "flowdit").rglob("*.py") if "jaxtyping" in file.read_text()]
+    return [".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for file in files]
+
+
+jaxtyping.install_import_hook(modules_with_shapes(), "beartype.beartype")
+gc.disable()  # until all tests are imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # OmegaConf's annotations, which beartype sees through `DictConfig`.
     config.addinivalue_line("filterwarnings", "ignore:.*deprecated by PEP 585.*")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the objects that stay, and let it run less often: it took a tenth of the suite."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Forget compiled functions after a module if they have grown to gigabytes; the cache of files has them."""
+    yield
+    statistics = Path("/proc/self/statm")
+    if statistics.exists() and int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2.5 * 2**30:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +86,27 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from runs import write_tiny_data
 
     return write_tiny_data(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator["ObjectStore"]:
+    """An S3 server."""
+    from object_store import ObjectStore
+
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def store(server, tmp_path, monkeypatch) -> "ObjectStore":
+    """The server, found by the variables of the environment, with an empty bucket."""
+    for name, value in {**server.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    server.before = lambda path: None
+    server.is_busy = False
+    server.files.rm(server.files.find("bucket")) if server.files.find("bucket") else None
+    return server
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import shared_steps
+from hydra._internal.hydra import Hydra
 
 from flowdit import command
-from flowdit.data.manifest import Manifest, Shard, Split, VaeInfo
+from flowdit.data.manifest import Bucket, Manifest, Shard, Split, VaeInfo
 from flowdit.data.shards import channel_statistics, write_shard
 from flowdit.models.vae import load_vae
 from flowdit.train import stage1, stage2
+from flowdit.training import setup
 
 REPOSITORY = Path(__file__).parents[1]
 LATENT_SHAPE = (16, 8, 8)
@@ -45,18 +48,29 @@ class Finished(NamedTuple):
     err: str
 
 
-def write_tiny_data(folder: Path, extra: Callable[[int], dict[str, Any]] = lambda index: {}) -> Path:
+SIDES = ((8, 8), (6, 10), (10, 6))
+"""Heights and widths of latents in three buckets."""
+
+
+def write_tiny_data(
+    folder: Path,
+    extra: Callable[[int], dict[str, Any]] = lambda index: {},
+    *,
+    sides: Sequence[tuple[int, int]] = (),
+    seed: int = 0,
+) -> Path:
     """48 training and 8 validation records of noise, with the statistics of the embedded VAE's latents.
 
-    `extra` returns additional fields of a record, by its number in the shard.
+    `extra` returns additional fields of a record, by its number in the shard. With `sides` the data have buckets of
+    these latents, with the same number of training records each.
     """
     folder.mkdir(parents=True)
     vae = load_vae("openmoji")
     info = VaeInfo("openmoji", vae.fingerprint, vae.config.shift_factor, vae.config.scaling_factor, stride=8)
-    noise = np.random.default_rng(0)
+    noise = np.random.default_rng(seed)
 
-    def record(index: int) -> dict[str, Any]:
-        latent = info.shift + noise.standard_normal(LATENT_SHAPE) / info.scale
+    def record(index: int, side: Sequence[int]) -> dict[str, Any]:
+        latent = info.shift + noise.standard_normal((LATENT_SHAPE[0], *side)) / info.scale
         short, long = CAPTIONS[index % len(CAPTIONS)]
         latent = latent.astype(np.float16)
         captions = {"short_caption": short, "long_caption": long}
@@ -64,8 +78,11 @@ def write_tiny_data(folder: Path, extra: Callable[[int], dict[str, Any]] = lambd
 
     shards, sidecars = [], []
     for file, (split, count) in SHARDS.items():
-        sidecars.append(sidecar := write_shard(folder / file, map(record, range(count))))
-        shards.append(Shard(file, split, sidecar.records, sidecar.bytes, sidecar.sha256))
+        numbers = np.array_split(np.arange(count), len(sides) or 1)
+        all_sides = [side for side, part in zip(sides or [LATENT_SHAPE[1:]], numbers, strict=True) for _ in part]
+        sidecars.append(sidecar := write_shard(folder / file, map(record, range(count), all_sides)))
+        buckets = tuple(map(len, numbers)) if sides else ()
+        shards.append(Shard(file, split, sidecar.records, sidecar.bytes, sidecar.sha256, buckets))
     mean, std = channel_statistics(sidecars)
     manifest = Manifest(
         latent_shape=LATENT_SHAPE,
@@ -77,6 +94,7 @@ def write_tiny_data(folder: Path, extra: Callable[[int], dict[str, Any]] = lambd
         channel_std=tuple(std.tolist()),
         class_names=CLASS_NAMES,
         has_captions=True,
+        buckets=tuple(Bucket(info.stride * height, info.stride * width) for height, width in sides),
         shards=tuple(shards),
         license="CC0",
         attribution="",
@@ -93,6 +111,10 @@ def call(main: Callable[[], None], *overrides: str) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *overrides])
         patch.setattr(command, "end_process", sys.exit)
+        patch.setattr(setup, "make_parts", shared_steps.make_parts)
+        patch.setattr(
+            Hydra, "get_mode", lambda *_, **__: None
+        )  # it composes only to read `hydra.mode`, which is not set
         for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
             patch.setattr(module, hook, getattr(module, hook))  # those set by the command are undone with the patch
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

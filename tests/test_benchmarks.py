@@ -6,7 +6,7 @@ import jax
 import pytest
 from hydra import compose, initialize_config_module
 
-from benchmarks import tpu
+from benchmarks import data, data_formats, tpu
 from benchmarks.__main__ import BENCHMARKS, LONG, main
 from benchmarks.workload import EMBEDDED, EMBEDDED_LATENT, training
 from flowdit.config import register_schemas, resolve
@@ -18,6 +18,30 @@ def test_every_benchmark_can_be_imported(name):
     if name in ("parts", "train_step"):
         pytest.importorskip("torch", reason="needs torch")  # they compare with diffusers' class
     assert callable(importlib.import_module(f"benchmarks.{name}").measure)
+
+
+@pytest.mark.parametrize("is_shuffled", [False, True], ids=data.ORDERS)
+def test_every_format_of_data_holds_the_same_records(formats, is_shuffled):
+    readers = [name for name in data_formats.READERS if "DataLoader" not in name]
+    found = [data_formats.read_epoch(name, formats, 256, is_shuffled) for name in readers]
+    assert len(readers) == 4
+    assert {(epoch["records"], epoch["checksum"]) for epoch in found} == {
+        (256, sum(i + 1000 * (i % 10) for i in range(256)))
+    }
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory):
+    pytest.importorskip("torch", reason="needs torch")
+    folder = tmp_path_factory.mktemp("formats")
+    data_formats.write_all(folder, 256)
+    return folder
+
+
+def test_the_memory_of_a_reader_is_that_of_its_processes(formats):
+    with data.Reader(".npy files, 4 threads", formats, 256) as reader:
+        epoch = reader.read("shuffled")
+    assert epoch.seconds > 0 and 30 < epoch.before <= epoch.peak < 2000
 
 
 def test_the_training_step_that_they_measure_is_flowdits():

@@ -13,7 +13,9 @@ from models.text_folders import write_t5gemma
 from PIL import Image
 from runs import REPOSITORY, Finished, call, finish, metrics, start, steps_of, train_here, wait_for_line
 
+import flowdit
 from flowdit import cli, sample
+from flowdit.inference.sampler import Sampler
 
 PRINT_ALLOCATOR = """
 import os, flowdit.train
@@ -80,21 +82,28 @@ def test_sampling_only_needs_the_checkpoint_folder(trained, tmp_path):
     )  # the second as in the previews
 
 
-def sampled_latents(checkpoint: Path, out: str, *overrides: str) -> np.ndarray:
-    settings = ("steps=2", "solver=euler", "save_latents=true", f"out={out}")
-    finished = call(sample.main, f"checkpoint={checkpoint}", *settings, *overrides)
+def sampled_latents(checkpoint: Path) -> np.ndarray:
+    """From the command, for the default requests, which are those of the training previews."""
+    settings = ("steps=2", "solver=euler", "save_latents=true", "out=out")
+    finished = call(sample.main, f"checkpoint={checkpoint}", *settings)
     assert finished.status == 0, finished.err
-    return np.load(Path(out) / "latents.npy")
+    return np.load(Path("out") / "latents.npy")
+
+
+def drawn_latents(sampler: Sampler, *, seed: int = 0, batch_size: int = 64, guidance: float = 2.0, **requests):
+    """From a loaded model, which compiles once for all requests."""
+    config = sampler.sampler_config({"steps": 2, "solver": "euler", "guidance": guidance})
+    batches = sampler.batches(sampler.requests(1, requests), config, seed, batch_size)
+    return np.concatenate([batch.latents for batch in batches])
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch_size(trained):
-    checkpoint = trained[0] / "6"
-    first = sampled_latents(checkpoint, "first")
-    np.testing.assert_array_equal(sampled_latents(checkpoint, "again"), first)
-    np.testing.assert_allclose(sampled_latents(checkpoint, "batches", "batch_size=1"), first, atol=1e-5)
-    assert not np.allclose(sampled_latents(checkpoint, "other", "seed=1"), first)
-    # The default labels are those of the training previews.
-    assert json.loads(Path("first/samples.json").read_text())["settings"]["captions"] == ["cat", "dog"]
+    sampler = flowdit.load(str(trained[0] / "6"))
+    first = sampled_latents(trained[0] / "6")
+    np.testing.assert_array_equal(drawn_latents(sampler), first)
+    np.testing.assert_allclose(drawn_latents(sampler, batch_size=1), first, atol=1e-5)
+    assert not np.allclose(drawn_latents(sampler, seed=1), first)
+    assert json.loads(Path("out/samples.json").read_text())["settings"]["captions"] == ["cat", "dog"]
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +149,16 @@ def test_sampling_prompts(text_trained, tmp_path):
 
 def test_prompts_negative_prompt_and_guidance_change_the_image(text_trained):
     checkpoint = text_trained[1] / "6"
-    first = sampled_latents(checkpoint, "first", "prompts=[red apple]")
-    for i, other in enumerate(["prompts=[sun]", "negative_prompt=sun", "guidance=1"]):
-        prompts = () if other.startswith("prompts") else ("prompts=[red apple]",)
-        assert not np.allclose(sampled_latents(checkpoint, f"other{i}", *prompts, other), first, atol=1e-4), other
-    both = sampled_latents(checkpoint, "both", "prompts=[red apple,a longer prompt with sun]", "batch_size=1")
+    previews = sampled_latents(checkpoint)
+    assert json.loads(Path("out/samples.json").read_text())["settings"]["captions"] == ["red apple", "a blue heart"]
+    sampler = flowdit.load(str(checkpoint))
+    apple = {"prompts": ["red apple"]}
+    first = drawn_latents(sampler, **apple)
+    np.testing.assert_allclose(previews[:1], first, atol=1e-5)
+    for other in ({"prompts": ["sun"]}, apple | {"negative_prompt": "sun"}, apple | {"guidance": 1.0}):
+        assert not np.allclose(drawn_latents(sampler, **other), first, atol=1e-4), other
+    both = drawn_latents(sampler, prompts=["red apple", "a longer prompt with sun"], batch_size=1)
     np.testing.assert_allclose(both[:1], first, atol=1e-5)
-    sampled_latents(checkpoint, "previews")
-    assert json.loads(Path("previews/samples.json").read_text())["settings"]["captions"] == [
-        "red apple",
-        "a blue heart",
-    ]
 
 
 @pytest.fixture
@@ -272,6 +280,8 @@ def test_help_has_the_settings_of_the_command(name):
         "evaluate": ("checkpoint", "reference", "metrics", "weights.inception", "guidance"),
         "serve": ("checkpoint", "compare", "port", "max_waiting_each"),
         "plan": ("topology", "stage", "train.batch_size", "mesh.fsdp", "shape.latent"),
+        "verify": ("data", "text_cache", "threads", "report"),
+        "inspect": ("data", "originals", "num_images", "out"),
         "report": ("run", "compare", "scores", "out"),
         "convert": ("source", "target", "to"),
     }

@@ -1,5 +1,6 @@
 """Every YAML file composes into a checked configuration, and the documented names exist."""
 
+import functools
 import operator
 from pathlib import Path
 
@@ -8,18 +9,24 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import flowdit.configs
+import flowdit.data_configs
 from flowdit import conditioning, evaluate
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
 from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
+from flowdit.data.verification import VerifyConfig
+from flowdit.inspect import register_schema as register_inspect
+from flowdit.inspection.config import InspectConfig
 from flowdit.interop import ConvertConfig
 from flowdit.report import register_schema as register_report
 from flowdit.reporting.config import ReportConfig
 from flowdit.scores.config import EvaluateConfig
 from flowdit.serve import register_schema as register_serve
 from flowdit.serving.config import ServeConfig
+from flowdit.verify import register_schema as register_verify
 
 FOLDER = Path(flowdit.configs.__file__).parent
+DATA_FOLDER = Path(flowdit.data_configs.__file__).parent
 GROUP_OPTIONS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/**/*.yaml"))
 COMMAND_SCHEMAS = {
     "sample": SampleConfig,
@@ -29,6 +36,8 @@ COMMAND_SCHEMAS = {
     "report": ReportConfig,
     "serve": ServeConfig,
 }
+DATA_SCHEMAS = {"verify": VerifyConfig, "inspect": InspectConfig}
+"""Of the commands in `flowdit.data_configs`."""
 SCHEMAS = {"base": Config, "config": Config, "config_stage2": Config, **COMMAND_SCHEMAS}
 REQUIRED = {
     "seed": int,
@@ -45,6 +54,7 @@ REQUIRED = {
     "train.compute_dtype": str,
     "data.path": str,
     "data.long_caption_prob": float,
+    "data.tag_dropout": float,
     "text.encoder": str,
     "text.max_length": int,
     "text.dtype": str,
@@ -69,13 +79,17 @@ OPTIONAL = {
 SD3_LATENTS = (16, 32, 32)
 
 
+@functools.cache
 def composed(name: str, *overrides: str):
     register_schemas()
     register_schema()
     evaluate.register_schema()
     register_report()
     register_serve()
-    with initialize_config_module("flowdit.configs", version_base="1.3"):
+    register_verify()
+    register_inspect()
+    module = "flowdit.data_configs" if name in DATA_SCHEMAS else "flowdit.configs"
+    with initialize_config_module(module, version_base="1.3"):
         return compose(name, list(overrides))
 
 
@@ -94,6 +108,7 @@ def training(*overrides: str, name: str = "config") -> Config:
 
 def test_every_top_level_file_has_its_schema():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == SCHEMAS.keys()
+    assert {path.stem for path in DATA_FOLDER.glob("*.yaml")} == DATA_SCHEMAS.keys()
 
 
 @pytest.mark.parametrize(
@@ -101,11 +116,12 @@ def test_every_top_level_file_has_its_schema():
     [
         *(("config", "data.path=x"), ("config_stage2", "data.path=x")),
         *(("sample", "checkpoint=x"), ("prepare", "out=x"), ("evaluate", "checkpoint=x")),
-        *(("convert", "target=y source=x"), ("report", "run=x")),
+        *(("convert", "target=y source=x"), ("report", "run=x"), ("verify", "data=x"), ("inspect", "data=x")),
     ],
 )
 def test_commands_compose_into_their_schema(name, given):
-    assert isinstance(resolve(composed(name, *given.split()), SCHEMAS[name]), SCHEMAS[name])
+    schema = (SCHEMAS | DATA_SCHEMAS)[name]
+    assert isinstance(resolve(composed(name, *given.split()), schema), schema)
 
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS, ids=str)
@@ -152,7 +168,10 @@ def test_every_experiment_composes_with_every_size_and_says_its_command(experime
     assert "# Reproduces" in text
     name = command_of(Path("experiment") / experiment)
     assert f"python {COMMANDS[name]} experiment={experiment}" in text
-    for size in ("s", "b", "l", "xl"):
+    sizes = (
+        ("s", "b", "xl") if "micro_conditioning: true" in text else ("s", "b", "l", "xl")
+    )  # its width in three parts
+    for size in sizes:
         training(f"experiment={experiment}", f"model/size={size}", name=name)
 
 

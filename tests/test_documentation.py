@@ -19,6 +19,9 @@ from flowdit import conditioning, evaluate
 from flowdit.config import Config, SampleConfig, register_schemas, resolve
 from flowdit.convert import register_schema
 from flowdit.data.prepare import PrepareConfig
+from flowdit.data.verification import VerifyConfig
+from flowdit.inspect import register_schema as register_inspect
+from flowdit.inspection.config import InspectConfig
 from flowdit.interop import ConvertConfig
 from flowdit.overrides import for_hydra
 from flowdit.plan import chosen_stage
@@ -29,10 +32,11 @@ from flowdit.scores.config import EvaluateConfig
 from flowdit.serve import register_schema as register_serve
 from flowdit.serving.config import ServeConfig
 from flowdit.settings import settings_of
+from flowdit.verify import register_schema as register_verify
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "document_config.py"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
@@ -136,6 +140,9 @@ TRAINING = {"train-stage1": "config", "train-stage2": "config_stage2"}
 SCHEMAS = {"config": Config, "config_stage2": Config, "sample": SampleConfig}
 SCHEMAS |= {"prepare": PrepareConfig, "convert": ConvertConfig, "plan": PlanConfig}
 SCHEMAS |= {"evaluate": EvaluateConfig, "report": ReportConfig, "serve": ServeConfig}
+DATA_SCHEMAS = {"verify": VerifyConfig, "inspect": InspectConfig}
+"""Of the commands in `flowdit.data_configs`."""
+SCHEMAS |= DATA_SCHEMAS
 REQUIRED = {
     "sample": ["checkpoint=x"],
     "evaluate": ["checkpoint=x"],
@@ -144,6 +151,8 @@ REQUIRED = {
     "prepare": [],
     "plan": ["topology=v5e:1"],
     "report": ["run=x"],
+    "verify": ["data=x"],
+    "inspect": ["data=x"],
 }
 SETTINGS = {name: settings_of(schema) for name, schema in SCHEMAS.items()}
 COMMAND = re.compile(
@@ -182,7 +191,9 @@ def check_command(name: str, arguments: tuple[str, ...]) -> None:
         register_schemas(PlanConfig)
         file = TRAINING[f"train-stage{chosen_stage(arguments)}"]
         arguments = ("data.path=x", *arguments)
-    config = resolve(compose(file, for_hydra(arguments, SETTINGS[name])), SCHEMAS[name])
+    module = "flowdit.data_configs" if name in DATA_SCHEMAS else "flowdit.configs"
+    with initialize_config_module(module, version_base="1.3"):
+        config = resolve(compose(file, for_hydra(arguments, SETTINGS[name])), SCHEMAS[name])
     register_schemas()
     config.check()
     if isinstance(config, Config):
@@ -196,10 +207,11 @@ def test_commands_compose(page):
     evaluate.register_schema()
     register_report()
     register_serve()
-    with initialize_config_module("flowdit.configs", version_base="1.3"):
-        for name, arguments in command_lines(page):
-            if arguments:
-                check_command(name, tuple(arguments))
+    register_verify()
+    register_inspect()
+    for name, arguments in command_lines(page):
+        if arguments:
+            check_command(name, tuple(arguments))
 
 
 @page

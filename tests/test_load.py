@@ -152,5 +152,5 @@ def test_another_vae_or_encoder_is_refused(whole_run, tmp_path):
     ):
         flowdit.load(str(whole_run / "6"), text_encoder="x")
     elsewhere = flowdit.load(str(whole_run / "6"), vae=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="^vae: must be .openmoji., an existing folder or "):
+    with pytest.raises(ValueError, match="^vae: must be 'openmoji', 'emoji', an existing folder or "):
         drawn(elsewhere, labels=[0])

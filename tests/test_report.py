@@ -1,7 +1,6 @@
 """The HTML page about runs: what it shows, that it loads nothing, and that nothing in a file becomes markup."""
 
 import dataclasses
-import html.parser
 import json
 import math
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from html_page import HOSTILE, Page, assert_loads_nothing
 from PIL import Image
 from runs import call, error_line, metrics
 
@@ -22,43 +22,6 @@ from flowdit.reporting.html import json_for_script, tag
 from flowdit.reporting.metrics import Curve, read_metrics, thinned
 from flowdit.reporting.reading import short_names
 from flowdit.reporting.svg import ticks
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-LOADING = ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "style")
-
-
-class Page(html.parser.HTMLParser):
-    """The elements of a page with their attributes, its text, and the content of its scripts."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
-        self._open: list[str] = []
-        self.feed(source)
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("img", "input", "meta"):
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if self._open and self._open[-1] in ("script", "style"):
-            self.scripts += [data] if self._open[-1] == "script" else []
-        else:
-            self.texts.append(data)
-
-    def data(self) -> dict:
-        return json.loads(self.scripts[0])
-
-    def chart(self, title: str) -> dict:
-        (found,) = [chart for chart in self.data()["charts"] if chart["title"] == title]
-        return found
 
 
 def report(tmp_path: Path, *arguments: str) -> Page:
@@ -106,17 +69,7 @@ def test_a_report_has_curves_samples_settings_hardware_and_licence(run, tmp_path
 
 def test_the_page_loads_nothing(run, tmp_path):
     page = report(tmp_path, f"run={run}")
-    for name, attributes in page.elements:
-        assert name not in ("link", "iframe", "object", "embed", "base", "form", "video", "audio")
-        for key, value in attributes.items():
-            assert not key.startswith("on")
-            if key in LOADING:
-                assert (value or "").startswith(("#", "data:image/webp;base64,")), (name, key, value)
-    source = (tmp_path / "report.html").read_text()
-    assert "@import" not in source and "url(" not in source and "fetch(" not in source
-    assert [url for url in re.findall(r"https?://[^\s\"'<]+", source) if "www.w3.org/2000/svg" not in url] == []
-    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert "default-src 'none'" in (policy or "") and "unsafe" not in (policy or "")
+    assert_loads_nothing(page)
 
 
 def test_charts_are_drawn_without_javascript(run, tmp_path):

@@ -1,5 +1,6 @@
 """The page of `flowdit.report` in headless Chromium: `make test-browser`."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -79,8 +80,8 @@ class Browser:
         return chart.find_element("css selector", ".tip").text
 
 
-@pytest.fixture(scope="module")
-def browser(page) -> Iterator[Browser]:
+@contextlib.contextmanager
+def open_browser(page: Path) -> Iterator[Browser]:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -93,6 +94,12 @@ def browser(page) -> Iterator[Browser]:
         yield Browser(driver, page)
     finally:
         driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(page) -> Iterator[Browser]:
+    with open_browser(page) as browser:
+        yield browser
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -13,6 +13,7 @@ from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
 from flowdit.config import Config, TrainConfig
 from flowdit.data.loader import DataConfig
 from flowdit.models.config import DiTConfig, PixArtConfig
+from flowdit.optim import OptimConfig
 from flowdit.training.resume import check_same_run
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "openmoji" / "meta" / "metadata"
@@ -46,8 +47,13 @@ def test_what_is_dumped_is_what_was_stored(stored):
     for key in stored.keys() - {"config", "manifest"}:
         assert dumped[key] == stored[key]
     assert dumped["manifest"] == stored["manifest"] | {"has_captions": False}
-    for name, values in stored["config"].items():
-        assert dumped["config"][name] == (dumped["config"][name] | values if isinstance(values, dict) else values)
+    assert joined(dumped["config"], stored["config"]) == dumped["config"]
+
+
+def joined(whole: dict, part: dict) -> dict:
+    """`whole` with the values of `part`, at any depth."""
+    values = {name: joined(whole[name], value) if isinstance(value, dict) else value for name, value in part.items()}
+    return whole | values
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,9 @@ def test_a_new_run_comes_back_whole(stored, text, model):
     config = Config(model=model, train=train, data=DataConfig(path="data/mine"))
     meta = run_meta(config, manifest, ConditioningMeta(text=text), [0.5] * 16, [2.0] * 16)
     meta = dataclasses.replace(meta, step=7)
-    assert RunMeta.parse(as_json(meta.dump())) == meta
+    auxiliary = as_json(dataclasses.asdict(config))["auxiliary"]  # kept as it is stored
+    expected = dataclasses.replace(meta, config=dataclasses.replace(config, auxiliary=auxiliary))
+    assert RunMeta.parse(as_json(meta.dump())) == expected
     assert meta.dump()["config"] == as_json(dataclasses.asdict(config))
     assert meta.dump()["text"] == (text and ENCODER)
     assert set(meta.dump()) == set(stored) | {"text"}
@@ -158,3 +166,20 @@ def test_a_run_of_an_earlier_version_continues_on_data_with_a_corrected_licence(
     other = dataclasses.replace(data, class_names=data.class_names[::-1])
     with pytest.raises(ValueError, match="^data.path: the data set must be the one .*, got another class_names: "):
         check_same_run(before, dataclasses.replace(now, manifest=other))
+
+
+def test_only_a_run_with_muon_keeps_its_choice_of_matrices(stored):
+    """A setting that AdamW does not read may be mended."""
+
+    def changes(name: str) -> list[str]:
+        before, now = (
+            dataclasses.replace(
+                meta, config=dataclasses.replace(meta.config, optim=OptimConfig(name, muon_modulation=on))
+            )
+            for meta, on in ((RunMeta.parse(stored), False), (RunMeta.parse(stored), True))
+        )
+        return check_same_run(before, now)
+
+    assert changes("adamw") == ["changed since the checkpoint: optim.muon_modulation: False -> True"]
+    with pytest.raises(ValueError, match="^optim.muon_modulation: must be False as in the checkpoint to resume"):
+        changes("muon")

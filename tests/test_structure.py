@@ -41,6 +41,7 @@ LAYERS = {
     "data": 2,
     "diffusion": 3,
     "optim": 4,
+    "muon": 4,
     "tracking": 4,
     "config": 5,
     "score_config": 5,
@@ -58,6 +59,7 @@ LAYERS = {
     "interop": 10,
     "planning": 10,
     "reporting": 10,
+    "inspection": 10,
     "serving": 10,
     "composition": 11,
     "sized": 11,
@@ -69,6 +71,8 @@ LAYERS = {
     "plan": 11,
     "report": 11,
     "convert": 11,
+    "verify": 11,
+    "inspect": 11,
 }
 
 

@@ -12,14 +12,6 @@ from runs import call, train_here, train_text_here
 from flowdit import sample
 
 
-@pytest.fixture(scope="module")
-def text_run(tiny_data, tmp_path_factory) -> Path:
-    """A finished run of stage 2 with one checkpoint."""
-    run = tmp_path_factory.mktemp("text") / "run"
-    assert train_text_here(tiny_data, run, "train.num_steps=5", "train.save_every=0").status == 0
-    return run
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -105,9 +97,9 @@ def test_start_from_a_class_model_of_another_shape(tiny_data, whole_run, tmp_pat
     assert line == f"error: {expected}"
 
 
-def test_start_of_a_class_model_from_a_text_model(tiny_data, text_run, tmp_path):
-    start = f"train.init_from={text_run / '5'}"
-    line = refused(lambda: train_here(tiny_data, tmp_path / "run", start), text_run)
+def test_start_of_a_class_model_from_a_text_model(tiny_data, whole_text_run, tmp_path):
+    start = f"train.init_from={whole_text_run / '6'}"
+    line = refused(lambda: train_here(tiny_data, tmp_path / "run", start), whole_text_run)
     assert line == "error: train.init_from: must be a ccdit where a ccdit is trained, got pixart"
     assert not (tmp_path / "run").exists()
 
@@ -125,11 +117,12 @@ def test_start_from_a_damaged_checkpoint(tiny_data, whole_run, tmp_path):
         ("text.max_length=16", "text.encoder: must be that of the checkpoint to resume"),
         ("text.dtype=bfloat16", "text.encoder: must be that of the checkpoint to resume"),
         ("data.long_caption_prob=0", "data.long_caption_prob: must be 0.5 as in the checkpoint to resume, got 0"),
+        ("data.tag_dropout=0.5", "data.tag_dropout: must be 0.0 as in the checkpoint to resume, got 0.5"),
     ],
 )
-def test_resume_with_other_text(tiny_data, text_run, override, expected):
+def test_resume_with_other_text(tiny_data, whole_text_run, override, expected):
     settings = ("train.is_restore=true", "train.num_steps=6", override)
-    line = refused(lambda: train_text_here(tiny_data, text_run, *settings), text_run)
+    line = refused(lambda: train_text_here(tiny_data, whole_text_run, *settings), whole_text_run)
     assert line.startswith(f"error: {expected}")
 
 
@@ -147,15 +140,15 @@ def sample_here(checkpoint: Path, *overrides: str):
         ("text_encoder=nowhere", "text_encoder: must be an existing folder or"),
     ],
 )
-def test_bad_sampling(text_run, tmp_path, override, expected):
+def test_bad_sampling(whole_text_run, tmp_path, override, expected):
     (tmp_path / "empty").write_text("\n \n")
-    line = refused(lambda: sample_here(text_run / "5", override), text_run)
-    assert line.startswith("error: " + expected.format(run=text_run / "5"))
+    line = refused(lambda: sample_here(whole_text_run / "6", override), whole_text_run)
+    assert line.startswith("error: " + expected.format(run=whole_text_run / "6"))
 
 
-def test_sampling_with_another_encoder(text_run, tmp_path):
+def test_sampling_with_another_encoder(whole_text_run, tmp_path):
     folder = write_t5gemma(tmp_path / "t5gemma")
-    line = refused(lambda: sample_here(text_run / "5", f"text_encoder={folder}", "prompts=[sun]"), text_run)
+    line = refused(lambda: sample_here(whole_text_run / "6", f"text_encoder={folder}", "prompts=[sun]"), whole_text_run)
     assert line.startswith("error: text_encoder: must make features of width 256, ") and line.endswith("makes 48")
 
 
@@ -165,9 +158,9 @@ def test_prompts_for_a_class_model(whole_run, field):
     assert line == f"error: {field.split('=')[0]}: not supported by this model, which takes labels"
 
 
-def test_a_prompt_that_is_too_long_is_cut_and_named(text_run, tmp_path):
+def test_a_prompt_that_is_too_long_is_cut_and_named(whole_text_run, tmp_path):
     settings = (f"prompts=[{'red apple ' * 20}, sun]", f"out={tmp_path / 'out'}")
-    finished = sample_here(text_run / "5", *settings)
+    finished = sample_here(whole_text_run / "6", *settings)
     assert finished.status == 0, finished.err
     warnings = [line for line in finished.out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1

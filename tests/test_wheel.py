@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import flowdit, flowdit.data.openmoji, flowdit.features.efficientnet, flowdit.models.vae, flowdit.reporting.page, pathlib, sys
 assert pathlib.Path(flowdit.__file__).is_relative_to(sys.argv[1]), flowdit.__file__
 assert flowdit.data.openmoji.load().tiles.shape[1:] == (64, 64, 3)
-assert flowdit.models.vae.load_vae("openmoji").config.latent_channels == 16
+assert [flowdit.models.vae.load_vae(name).config.latent_channels for name in ("openmoji", "emoji")] == [16, 4]
 assert flowdit.features.efficientnet.load_efficientnet().width == 1280
 assert "<style>" in flowdit.reporting.page.make_page([], [], "title", 0)
 """
@@ -36,6 +37,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = python("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, folder=folder)
     assert done.returncode == 0, done.stderr
     return target
+
+
+def test_emoji_styles_are_in_the_source_archive_and_not_in_the_wheel(installed):
+    files = {file.distribution_path for file in SdistBuilder(str(ROOT)).recurse_selected_project_files()}
+    assert {"assets/emoji_styles/table.json", "assets/emoji_styles/noto.webp", "tests/test_text_model.py"} <= files
+    assert not list(installed.rglob("noto.webp"))
 
 
 def test_assets_are_found(installed, tmp_path):

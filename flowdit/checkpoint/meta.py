@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 from flowdit.checkpoint.files import CheckpointError, list_steps, verify_files, what_is_in
 from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config
-from flowdit.data.manifest import Manifest
+from flowdit.data.manifest import Manifest, as_json
 from flowdit.errors import first_line
 from flowdit.fields import FieldError, require, shortened
 from flowdit.json_input import STRICT_PART, InputError, Listed, parse
@@ -79,6 +79,7 @@ class RunMeta(ConditioningMeta):
         source: format of an imported model.
         best: with `train.keep_best`, the best step by the evaluations before the checkpoint was written.
         averages: of post-hoc EMA, in the checkpoint or snapshot.
+        features: the network of the feature maps that auxiliary losses read; empty: none.
     """
 
     format: Literal[1]
@@ -95,6 +96,7 @@ class RunMeta(ConditioningMeta):
     source: str | None = None
     best: Best | None = None
     averages: Averages | None = None
+    features: str = ""
 
     @model_validator(mode="after")
     def _check(self) -> RunMeta:
@@ -117,8 +119,8 @@ class RunMeta(ConditioningMeta):
     def dump(self) -> dict[str, Any]:
         """As JSON data. What is unknown or absent is left out, `prediction` and `source` for flowdit's own models."""
         # Fields first: pydantic itself would leave out those that only a subclass of `ModelConfig` has.
-        values = to_jsonable_python(dataclasses.asdict(self))
-        for name in ("hardware", "best", "averages"):
+        values = to_jsonable_python(dataclasses.asdict(self) | {"manifest": as_json(self.manifest)})
+        for name in ("hardware", "best", "averages", "features"):
             if not values[name]:
                 del values[name]
         if self.source is None:

@@ -14,8 +14,8 @@ from jaxtyping import PRNGKeyArray
 from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config, TrainConfig
 from flowdit.data.captions import TextReader
-from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
+from flowdit.data.mixture import Mixture, Part
 from flowdit.data.schema import Field
 from flowdit.diffusion.objective import Batch, Example
 from flowdit.fields import FieldError, under
@@ -75,6 +75,8 @@ class Conditioning(abc.ABC):
     """Names of the arguments of `requests`."""
     preview_field: ClassVar[str | None] = None
     """The field of `train` for the first of `request_args` in previews; those of other kinds must be null."""
+    same_in_mixtures: ClassVar[tuple[str, ...]] = ()
+    """Fields of the manifest in which the data sets of a mixture must agree."""
 
     @classmethod  # noqa: B027
     def check(cls, config: Config) -> None:
@@ -93,6 +95,10 @@ class Conditioning(abc.ABC):
     def with_encoder(self, name: str) -> Conditioning:
         """The same with another text encoder, by folder or hub id. Raises `ValueError` if there is no text encoder."""
         raise FieldError("text_encoder", f"must not be given, as this model has no text encoder, got {name!r}")
+
+    def at_size(self, height: int, width: int) -> Conditioning:
+        """The same for requests of images of another size in pixels."""
+        return self
 
     # --- the network ---
 
@@ -113,7 +119,8 @@ class Conditioning(abc.ABC):
     def model_builder(self, config: Config, manifest: Manifest) -> Callable[[], Any]:
         """Return a function that initialises the network of this configuration for these latents; usable under jit."""
         with under("model."):
-            config.model.check(manifest.latent_shape)
+            for shape in dict.fromkeys((manifest.latent_shape, *manifest.bucket_shapes)):
+                config.model.check(shape)
         self.check_model(config.model)
         return lambda: self.build_model(config.model, manifest.latent_shape[0], key=jax.random.key(config.seed))
 
@@ -123,8 +130,8 @@ class Conditioning(abc.ABC):
     def fields(self) -> dict[str, Field]:
         """The fields of a record besides its latent."""
 
-    def reader(self, split: str) -> TextReader | None:
-        """The reader for the captions of a split, if any."""
+    def reader(self, split: str, part: Part) -> TextReader | None:
+        """The reader for the captions of a split of one of the run's data sets, if any."""
         return None
 
     def encode(self, batch: Batch) -> Batch:
@@ -150,8 +157,8 @@ class Conditioning(abc.ABC):
         """Requests for `count` images of each value. Raises `ValueError` for values that the model does not support."""
 
     @abc.abstractmethod
-    def previews(self, train: TrainConfig, source: Source | None) -> Requests:
-        """The requests for previews during training; defaults may be chosen from the records of `source`."""
+    def previews(self, train: TrainConfig, data: Mixture | None) -> Requests:
+        """The requests for previews during training; defaults may be chosen from the records of `data`."""
 
     # --- descriptions ---
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from flowdit.conditioning.base import DEFAULT_PREVIEWS, Conditioning, Example, Exported, Requests, repeated
 from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config, TrainConfig, as_list
-from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
+from flowdit.data.mixture import Mixture
 from flowdit.data.schema import Field, LabelField
 from flowdit.models.config import DiTConfig, ModelConfig
 from flowdit.models.dit import DiT, build_dit
@@ -32,6 +32,7 @@ class Labels(Conditioning):
     starts_from = ("ccdit",)
     request_args = ("labels",)
     preview_field = "sample_labels"
+    same_in_mixtures = ("class_names",)
 
     @classmethod
     def for_training(cls, config: Config, manifest: Manifest, mesh: Mesh) -> Labels:
@@ -70,7 +71,7 @@ class Labels(Conditioning):
         """Classes by number or name, one or a list; by default a selection of all."""
         return self._requests(repeated(self.resolve("labels", as_list(labels)), count))
 
-    def previews(self, train: TrainConfig, source: Source | None) -> Requests:
+    def previews(self, train: TrainConfig, data: Mixture | None) -> Requests:
         return self._requests(self.resolve("train.sample_labels", train.sample_labels))
 
     def _requests(self, numbers: list[int]) -> Requests:

@@ -12,8 +12,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from flowdit.conditioning.base import DEFAULT_PREVIEWS, Conditioning, Example, Exported, Requests
 from flowdit.conditioning.meta import ConditioningMeta
 from flowdit.config import Config, TrainConfig
-from flowdit.data.loader import Source
 from flowdit.data.manifest import Manifest
+from flowdit.data.mixture import Mixture
 from flowdit.data.schema import Field
 from flowdit.models.config import DiTConfig, ModelConfig
 from flowdit.models.dit import DiT, build_dit
@@ -52,7 +52,7 @@ class Unconditional(Conditioning):
 
         return Requests([""] * count, encode, lambda row: {})
 
-    def previews(self, train: TrainConfig, source: Source | None) -> Requests:
+    def previews(self, train: TrainConfig, data: Mixture | None) -> Requests:
         return self.requests(DEFAULT_PREVIEWS)
 
     @property

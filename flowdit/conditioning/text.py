@@ -17,8 +17,9 @@ from flowdit.conditioning.base import DEFAULT_PREVIEWS, Batch, Conditioning, Exa
 from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
 from flowdit.config import Config, TrainConfig, as_list
 from flowdit.data.captions import TextReader, TokenizedCaptions
-from flowdit.data.loader import DataConfig, Source
+from flowdit.data.loader import DataConfig
 from flowdit.data.manifest import Manifest
+from flowdit.data.mixture import Mixture, Part
 from flowdit.data.schema import CAPTION_FIELDS, Field, SizeField
 from flowdit.data.text_cache import open_cache
 from flowdit.fields import FieldError, called, under
@@ -41,10 +42,9 @@ class Training:
 
     encoder: TextEncoder
     data: DataConfig
-    manifest: Manifest
     mesh: Mesh
     micro_batch: int
-    readers: dict[str, TextReader] = dataclasses.field(default_factory=dict)
+    readers: dict[tuple[str, str], TextReader] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Text(Conditioning):
     starts_from = ("pixart", "ccdit")
     request_args = ("prompts", "negative_prompt")
     preview_field = "sample_prompts"
+    same_in_mixtures = ("has_captions",)
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -81,7 +82,7 @@ class Text(Conditioning):
         with under("text."):
             encoder = load_text_encoder(config.text, mesh)
         rows = config.train.batch_size // config.train.gradient_accum
-        training = Training(encoder, config.data, manifest, mesh, rows)
+        training = Training(encoder, config.data, mesh, rows)
         return cls(describe_encoder(encoder), micro_condition(config.model, manifest), config.text, training)
 
     @classmethod
@@ -93,6 +94,9 @@ class Text(Conditioning):
     def with_encoder(self, name: str) -> Text:
         assert self.config is not None
         return dataclasses.replace(self, config=dataclasses.replace(self.config, encoder=name))
+
+    def at_size(self, height: int, width: int) -> Text:
+        return self if self.size is None else dataclasses.replace(self, size=(height, width))
 
     @functools.cached_property
     def encoder(self) -> TextEncoder:
@@ -125,17 +129,19 @@ class Text(Conditioning):
         sizes = {} if self.size is None else {"image_size": SizeField(self.size)}
         return {**CAPTION_FIELDS, **sizes}
 
-    def reader(self, split: str) -> TextReader:
+    def reader(self, split: str, part: Part) -> TextReader:
         """A reader of tokens for the encoder in the loop, or of features from a cache made by the same encoder."""
         assert self.training is not None
-        data, manifest = self.training.data, self.training.manifest
-        if data.text_cache is None:
-            reader = TokenizedCaptions(self.encoder.tokenize, data.long_caption_prob)
+        data, folder = self.training.data, part.folder
+        if folder.text_cache is None:
+            tag_dropout = data.tag_dropout if split == "train" else 0.0
+            reader = TokenizedCaptions(self.encoder.tokenize, data.long_caption_prob, tag_dropout)
         else:
-            options = {"data": data.path, "local_dir": data.local_dir}
+            options = {"data": folder.path, "local_dir": data.local_dir, "pool": data.pool}
             options |= {"verify_hashes": data.verify_hashes, "hash_limit": data.hash_limit}
-            reader = open_cache(data.text_cache, manifest, split, self.encoder, data.long_caption_prob, **options)
-        self.training.readers[split] = reader
+            cache, probability = folder.text_cache, data.long_caption_prob
+            reader = open_cache(cache, part.manifest, split, self.encoder, probability, **options)
+        self.training.readers[split, folder.path] = reader
         return reader
 
     def encode(self, batch: Batch) -> Batch:
@@ -178,12 +184,12 @@ class Text(Conditioning):
         self._warn_of_truncation([*texts, negative_prompt])
         return self._requests(repeated(texts, count), negative_prompt)
 
-    def previews(self, train: TrainConfig, source: Source | None) -> Requests:
-        """`train.sample_prompts`, or evenly spaced short captions of `source`."""
+    def previews(self, train: TrainConfig, data: Mixture | None) -> Requests:
+        """`train.sample_prompts`, or evenly spaced short captions of `data`."""
         prompts = train.sample_prompts
-        if prompts is None and source is not None:
-            count = min(DEFAULT_PREVIEWS, len(source))
-            records = source.read([i * len(source) // count for i in range(count)])
+        if prompts is None and data is not None:
+            count = min(DEFAULT_PREVIEWS, len(data))
+            records = data.read([i * len(data) // count for i in range(count)])
             prompts = [record["short_caption"] or record["long_caption"] for record in records]
         if not prompts:
             raise ValueError(f"train.sample_prompts: must hold at least one prompt, got {prompts}")
@@ -250,8 +256,9 @@ class Text(Conditioning):
     def figures(self) -> dict[str, int]:
         """Captions of the training split that were read, and those of them longer than `text.max_length`."""
         assert self.training is not None
-        counts = self.training.readers["train"].counts
-        return {"data/captions": counts.captions, "data/truncated_captions": counts.truncated}
+        counts = [reader.counts for (split, _), reader in self.training.readers.items() if split == "train"]
+        captions, truncated = (sum(getattr(c, name) for c in counts) for name in ("captions", "truncated"))
+        return {"data/captions": captions, "data/truncated_captions": truncated}
 
     def unlike(self, theirs: Conditioning) -> str | None:
         if not isinstance(theirs, Text):

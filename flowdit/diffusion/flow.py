@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flowdit.models.observe import collect, observe
+from flowdit.models.trunk import Output
 
 VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
@@ -33,9 +34,12 @@ def velocity_target(x_0: Float[Array, "*shape"], noise: Float[Array, "*shape"]) 
     return noise - x_0
 
 
-def sample_time(key: PRNGKeyArray, distribution: str, shift: float = 1.0) -> Float[Array, ""]:
-    """A training time in (0, 1): uniform, or logit-normal(0, 1) (Esser et al. 2024, section 3.1), then shifted."""
-    t = jax.random.uniform(key) if distribution == "uniform" else jax.nn.sigmoid(jax.random.normal(key))
+def sample_time(key: PRNGKeyArray, distribution: str, shift: float = 1.0, std: float = 1.0) -> Float[Array, ""]:
+    """A training time in (0, 1): uniform, or logit-normal(0, std) (Esser et al. 2024, section 3.1), then shifted.
+
+    A shift s of logit-normal times adds log(s) to their mean.
+    """
+    t = jax.random.uniform(key) if distribution == "uniform" else jax.nn.sigmoid(std * jax.random.normal(key))
     return shift_times(t, shift)
 
 
@@ -70,15 +74,18 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null: Any, rate: float) ->
 
 
 class Prediction(NamedTuple):
-    """The network's output for one noised example, and its mean squared velocity error in float32.
+    """The network's output for one noised example, the right velocity, and the mean squared error in float32.
 
-    `hidden` holds the tokens after the requested blocks, by depth; `observed` the norms of `models.observe`, if any.
+    `hidden` holds the tokens after the requested blocks, by depth, `weak` the velocity of the guidance head if it was asked
+    for, and `observed` the norms of `models.observe`, if any.
     """
 
     x_t: Float[Array, "channels height width"]
     velocity: Float[Array, "channels height width"]
+    target: Float[Array, "channels height width"]
     error: Float[Array, ""]
     hidden: dict[int, Float[Array, "tokens dim"]] = {}
+    weak: Float[Array, "channels height width"] | None = None
     observed: Mapping[str, Any] = {}
 
 
@@ -89,17 +96,30 @@ def predict(
     t: Float[Array, ""],
     condition: Any,
     depths: tuple[int, ...] = (),
+    weak: bool = False,
 ) -> Prediction:
     """Apply the network to one example noised to time `t`; the error is that of Lipman et al. 2023, equation 14.
 
-    With `depths`, `hidden` holds the tokens after these blocks.
+    With `depths`, `hidden` holds the tokens after these blocks; with `weak`, `weak` the velocity of the guidance head.
     """
     x_t = interpolate(x_0, noise, t)
     with collect() as observed:
         observe("input", x_t)
-        velocity, hidden = model.run(x_t, t, condition, depths=depths) if depths else (model(x_t, t, condition), {})
-    error = jnp.square(velocity - velocity_target(x_0, noise)).mean()
-    return Prediction(x_t, velocity, error, hidden, observed)
+        if depths or weak:
+            output = model.run(x_t, t, condition, depths=depths, weak=weak)
+        else:
+            output = Output(model(x_t, t, condition), {})
+    target = velocity_target(x_0, noise)
+    error = jnp.square(output.velocity - target).mean()
+    return Prediction(
+        x_t=x_t,
+        velocity=output.velocity,
+        target=target,
+        error=error,
+        hidden=output.hidden,
+        weak=output.weak,
+        observed=observed,
+    )
 
 
 def guided_velocity(
@@ -129,5 +149,22 @@ def guided_velocity(
     else:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
         v_cond, v_weak = jnp.split(of_batch(model, jnp.concatenate([x_t, x_t]), both), 2)
-    weight = jnp.where((t >= interval[0]) & (t <= interval[1]), guidance, 1.0)
-    return v_weak + weight * (v_cond - v_weak)
+    return jnp.where(_is_inside(interval, t), v_weak + guidance * (v_cond - v_weak), v_cond)
+
+
+def internally_guided(model: Any, weight: float | Float[Array, ""], interval: tuple[Any, Any] = (0.0, 1.0)) -> Velocity:
+    """The field v_weak + w (v - v_weak), with v_weak of the network's guidance head, in one evaluation (Zhou et al. 2025).
+
+    Outside `interval` it is v. Raises `ValueError` when called, if the network has no guidance head.
+    """
+
+    def velocity(x_t: Array, t: Array, condition: Any) -> Array:
+        output = model.run(x_t, t, condition, weak=True)
+        guided = output.weak + weight * (output.velocity - output.weak)
+        return jnp.where(_is_inside(interval, t), guided, output.velocity)
+
+    return velocity
+
+
+def _is_inside(interval: tuple[Any, Any], t: Float[Array, ""]) -> Bool[Array, ""]:
+    return (t >= interval[0]) & (t <= interval[1])

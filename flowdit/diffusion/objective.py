@@ -81,7 +81,10 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
-    """Conditional flow matching. `mean` and `scale` normalise raw latents, one value or one per channel."""
+    """Conditional flow matching. `mean` and `scale` normalise raw latents, one value or one per channel.
+
+    Times are of `time_distribution`, from step `uniform_after` + 1 on uniform.
+    """
 
     conditioning: Conditions
     drop_rate: float
@@ -89,6 +92,8 @@ class FlowMatching:
     scale: tuple[float, ...]
     time_distribution: str = "logit_normal"
     time_shift: float = 1.0
+    time_std: float = 1.0
+    uniform_after: int | None = None
     auxiliary: tuple[AuxiliaryLoss, ...] = ()
 
     @property
@@ -97,13 +102,23 @@ class FlowMatching:
 
     def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
         """The flow-matching error of every example, plus the weighted auxiliary losses."""
-        drawn = jax.vmap(self.draw)(batch, keys)
+        drawn = jax.vmap(functools.partial(self.draw, step=step))(batch, keys)
         depths = tuple(sorted({depth for auxiliary in self.auxiliary for depth in auxiliary.depths()}))
-        predict = functools.partial(flow.predict, parameters.model, depths=depths)
+        weak = any(auxiliary.reads_weak for auxiliary in self.auxiliary)
+        predict = functools.partial(flow.predict, parameters.model, depths=depths, weak=weak)
         predicted = jax.vmap(predict)(drawn.x_0, drawn.noise, drawn.t, drawn.condition)
         total, parts = predicted.error, {}
+        views = View(
+            example=batch,
+            x_0=drawn.x_0,
+            x_t=predicted.x_t,
+            t=drawn.t,
+            velocity=predicted.velocity,
+            target=predicted.target,
+            hidden=predicted.hidden,
+            weak=predicted.weak,
+        )
         for auxiliary in self.auxiliary:
-            views = View(batch, drawn.x_0, predicted.x_t, drawn.t, predicted.velocity, predicted.hidden)
             losses = batch_losses(auxiliary, parameters.auxiliary[auxiliary.name], views, step)
             total, parts = total + auxiliary.weight * losses, parts | {auxiliary.name: losses}
         return Losses(total, {"velocity": predicted.error, **parts} if parts else {}, drawn.t, predicted.observed)
@@ -128,17 +143,27 @@ class FlowMatching:
             latent = latent + example["latent_std"] * jax.random.normal(key, latent.shape)
         return flow.normalise_latents(latent, jnp.asarray(self.mean), jnp.asarray(self.scale))
 
-    def draw(self, example: Example, key: PRNGKeyArray) -> Drawn:
-        """Draw the inputs of `flow.predict` for one example: latent, noise, time, and the condition, dropped or not."""
+    def draw(self, example: Example, key: PRNGKeyArray, step: Int[Array, ""] | int) -> Drawn:
+        """Draw the inputs of `flow.predict` for one example: latent, noise, time, and the condition, dropped or not.
+
+        `step` is the number of steps before this one.
+        """
         posterior_key, noise_key, time_key, drop_key = jax.random.split(key, 4)
         x_0 = self.latent(example, posterior_key)
         condition = self.conditioning.condition(example)
         return Drawn(
             x_0=x_0,
             noise=jax.random.normal(noise_key, x_0.shape),
-            t=flow.sample_time(time_key, self.time_distribution, self.time_shift),
+            t=self.time(time_key, step),
             condition=flow.drop_condition(drop_key, condition, self.conditioning.null(condition), self.drop_rate),
         )
+
+    def time(self, key: PRNGKeyArray, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """A training time, after the first `uniform_after` steps of the uniform distribution; `time_shift` holds for both."""
+        t = flow.sample_time(key, self.time_distribution, self.time_shift, self.time_std)
+        if self.uniform_after is None:
+            return t
+        return jnp.where(step < self.uniform_after, t, flow.sample_time(key, "uniform", self.time_shift))
 
 
 def time_bins(losses: Float[Array, " batch"], t: Float[Array, " batch"]) -> tuple[Array, Array]:

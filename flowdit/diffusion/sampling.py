@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from flowdit.diffusion.flow import Velocity, guided_velocity, shift_times
+from flowdit.diffusion.flow import Velocity, guided_velocity, internally_guided, shift_times
 from flowdit.diffusion.noise_prediction import LAST_TIME, start_at_last_time, velocity_from_noise
 from flowdit.diffusion.watch import UNWATCHED, Meter, Watch
 from flowdit.fields import FieldError, is_finite_number, require, require_choice
@@ -49,8 +49,10 @@ class SamplerConfig:
         solver: ODE solver: `euler`, `heun`, `midpoint`, `dopri5` or `tsit5`.
         steps: steps from noise to data; with `rtol`, the maximum number.
         guidance: weight of classifier-free guidance; 1: none.
-        guidance_low: lowest flow time with guidance; in [0, 1].
-        guidance_high: highest flow time with guidance; in [`guidance_low`, 1].
+        internal_guidance: weight of guidance by the model's own guidance head, which must be trained (`model.guidance_head`);
+            takes no further evaluation, alone or beside `guidance`; 1: none.
+        guidance_low: lowest flow time with guidance of both kinds; in [0, 1].
+        guidance_high: highest flow time with guidance of both kinds; in [`guidance_low`, 1].
         time_shift: shift s of the solver's times, t' = s t / (1 + (s - 1) t); 1: evenly spaced.
         rtol: relative (and absolute) tolerance of adaptive steps, with `heun`, `dopri5` or `tsit5`; null: fixed steps.
     """
@@ -58,6 +60,7 @@ class SamplerConfig:
     solver: str = "heun"
     steps: int = 25
     guidance: float = 4.0
+    internal_guidance: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     time_shift: float = 1.0
@@ -67,7 +70,7 @@ class SamplerConfig:
         """Raise `FieldError` naming the first field that breaks a rule."""
         require_choice("solver", self.solver, SOLVERS)
         check_count("steps", self.steps)
-        for name in ("guidance", "guidance_low", "guidance_high", "time_shift", "rtol"):
+        for name in ("guidance", "internal_guidance", "guidance_low", "guidance_high", "time_shift", "rtol"):
             value = getattr(self, name)
             is_number = is_finite_number(value) or (value is None and name == "rtol")
             require(name, value, is_number, "must be a finite number")
@@ -89,11 +92,20 @@ def check_count(field: str, value: Any) -> None:
 
 
 class Guidance(NamedTuple):
-    """Weight of guidance and the flow times between which it holds, as numbers or as inputs of a compiled solve."""
+    """Weights of guidance and the flow times between which they hold, as numbers or as inputs of a compiled solve.
+
+    `weight` is that of classifier-free guidance or a guide, `internal` that of the guidance head; None: none of it.
+    """
 
     weight: Any
     low: Any = 0.0
     high: Any = 1.0
+    internal: Any = None
+
+    @classmethod
+    def of(cls, config: SamplerConfig) -> Guidance:
+        weights = [None if weight == 1 else weight for weight in (config.guidance, config.internal_guidance)]
+        return cls(weights[0], config.guidance_low, config.guidance_high, weights[1])
 
 
 class Guide(NamedTuple):
@@ -140,20 +152,24 @@ def sample(
     is affine in the noise. Raises `ValueError` for another prediction.
 
     A guided evaluation runs a batch twice as large, or the guide as well, and counts once. With neither `null` nor `guide`
-    there is no guidance. Adaptive steps are chosen per image, so that images do not depend on the rest of the batch; one
-    that needs more than `config.steps` has `UNSOLVED` evaluations (`check_solved`). A `watch` sees the solve without
-    changing its result. `guidance` takes the place of that of `config`, so that a compiled function serves many weights.
+    there is none. Internal guidance changes the velocity of `model` for both conditions before that. Adaptive steps are
+    chosen per image, so that images do not depend on the rest of the batch; one that needs more than `config.steps` has
+    `UNSOLVED` evaluations (`check_solved`). A `watch` sees the solve without changing its result. `guidance` takes the
+    place of that of `config`, so that a compiled function serves many weights.
     """
-    guidance = guidance or Guidance(config.guidance, config.guidance_low, config.guidance_high)
+    guidance = guidance or Guidance.of(config)
+    interval = (guidance.low, guidance.high)
     predictions = [prediction] if guide is None else [prediction, guide.prediction]
     weak = None if guide is None else velocity_field(guide.model, guide.prediction)
+    if guidance.internal is not None:
+        model = internally_guided(model, guidance.internal, interval)
     model = velocity_field(model, prediction)
     start_time, start = _starting_point(noise, "noise" if "noise" in predictions else "velocity")
 
     def solve(start: Array, condition: Any, null: Any) -> Samples:
         def field(t: Array, x: Array, args: None) -> Array:
-            options = {"guidance": guidance.weight, "interval": (guidance.low, guidance.high), "guide": weak}
-            return guided_velocity(model, x, t, condition, null, **options)
+            weight = 1.0 if guidance.weight is None else guidance.weight
+            return guided_velocity(model, x, t, condition, null, guidance=weight, interval=interval, guide=weak)
 
         return _solve(field, start, start_time, config, watch)
 

@@ -122,6 +122,8 @@ class ClipImages(eqx.Module):
     projection: Linear
     preprocessing: Preprocessing = eqx.field(static=True)
 
+    map_layer = "patch tokens"
+
     def __init__(self, config: ClipConfig, preprocessing: Preprocessing):
         self.network = VisionTransformer(config.vision_config.network())
         self.projection = Linear(config.vision_config.hidden_size, config.projection_dim, has_bias=False)
@@ -130,6 +132,11 @@ class ClipImages(eqx.Module):
     def __call__(self, images: UInt8[Array, "n height width 3"]) -> Extracted:
         with jax.default_matmul_precision("highest"):
             return Extracted(self.projection(jax.vmap(self.network)(self.preprocessing(images))), None)
+
+    def maps(self, images: UInt8[Array, "n height width 3"]) -> Float[Array, "n rows columns dim"]:
+        """The patch tokens before the last norm, which was trained on the class token alone."""
+        with jax.default_matmul_precision("highest"):
+            return jax.vmap(lambda image: self.network.patches(image, False))(self.preprocessing.whole(images))
 
 
 class ClipTexts(eqx.Module):
@@ -257,6 +264,7 @@ def _read_images(folder: Path, config: ClipConfig) -> FeatureNetwork:
         prepare=lambda tensors: folders.flatten_patches(tensors, "network.patch_embedding.weight"),
     )
     vision = config.vision_config
-    variant = f"clip-{vision.hidden_size}-{vision.num_hidden_layers} patch {vision.patch_size} projected"
-    identity = f"{variant}, {preprocessing.describe()}, float32, {folders.digest(folder)}"
-    return FeatureNetwork("clip", model, config.projection_dim, identity)
+    variant = f"clip-{vision.hidden_size}-{vision.num_hidden_layers} patch {vision.patch_size}"
+    digest = folders.digest(folder)
+    identity = f"{variant} projected, {preprocessing.describe()}, float32, {digest}"
+    return FeatureNetwork("clip", model, config.projection_dim, identity, weights=f"{variant} {digest}")

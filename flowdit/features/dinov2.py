@@ -93,9 +93,16 @@ class Dinov2(eqx.Module):
     network: VisionTransformer
     preprocessing: Preprocessing = eqx.field(static=True)
 
+    map_layer = "patch tokens"
+
     def __call__(self, images: UInt8[Array, "n height width 3"]) -> Extracted:
         with jax.default_matmul_precision("highest"):
             return Extracted(jax.vmap(self.network)(self.preprocessing(images)), None)
+
+    def maps(self, images: UInt8[Array, "n height width 3"]) -> Float[Array, "n rows columns dim"]:
+        """The patch tokens after the last norm."""
+        with jax.default_matmul_precision("highest"):
+            return jax.vmap(lambda image: self.network.patches(image, True))(self.preprocessing.whole(images))
 
 
 def load_dinov2(weights: FeatureWeights) -> FeatureNetwork:
@@ -118,9 +125,11 @@ def load_dinov2(weights: FeatureWeights) -> FeatureNetwork:
             prepare=lambda tensors: _prepare(tensors, config),
         )
         registers = f" {config.num_registers} registers" if config.num_registers else ""
-        variant = f"dinov2-{config.encoder.hidden_size}-{config.encoder.num_hidden_layers}{registers} class token"
-        identity = f"{variant}, {preprocessing.describe()}, float32, {folders.digest(folder)}"
-    return FeatureNetwork("dinov2", Dinov2(network, preprocessing), config.encoder.hidden_size, identity)
+        variant = f"dinov2-{config.encoder.hidden_size}-{config.encoder.num_hidden_layers}{registers}"
+        digest = folders.digest(folder)
+        identity = f"{variant} class token, {preprocessing.describe()}, float32, {digest}"
+    model, width = Dinov2(network, preprocessing), config.encoder.hidden_size
+    return FeatureNetwork("dinov2", model, width, identity, weights=f"{variant} {digest}")
 
 
 def path_in_network(key: str) -> str | None:

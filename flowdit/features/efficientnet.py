@@ -77,6 +77,8 @@ class EfficientNet(eqx.Module):
     head: Convolution
     classifier: Linear
 
+    map_layer = "last block"
+
     def __init__(self):
         self.stem = _convolution(3, STEM_WIDTH, side=3, stride=2)
         self.blocks, width = [], STEM_WIDTH
@@ -93,11 +95,19 @@ class EfficientNet(eqx.Module):
     def extract(self, pixels: Float[Array, "n height width 3"]) -> Extracted:
         """The same without the resize, of pixels in [0, 255]."""
         with jax.default_matmul_precision("highest"):
-            x = relu6(self.stem((pixels - 127) / 128))
-            for block in self.blocks:
-                x = block(x)
-            features = relu6(self.head(x)).mean((1, 2))
+            features = relu6(self.head(self._run_blocks(pixels))).mean((1, 2))
             return Extracted(features, self.classifier(features))
+
+    def maps(self, images: UInt8[Array, "n height width 3"]) -> Float[Array, "n 7 7 320"]:
+        """The output of the last block; the layer after it only makes it wider, for the classifier."""
+        with jax.default_matmul_precision("highest"):
+            return self._run_blocks(resize(images, SIZE, SIZE))
+
+    def _run_blocks(self, pixels: Float[Array, "n height width 3"]) -> Float[Array, "n _ _ out"]:
+        x = relu6(self.stem((pixels - 127) / 128))
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 def _convolution(in_width: int, out_width: int, side: int = 1, stride: int = 1) -> Convolution:
@@ -108,5 +118,6 @@ def load_efficientnet(file: Path = FILE) -> FeatureNetwork:
     """Read the network, its weights cast to float32. Raises `ValueError` naming a file that is damaged or of another network."""
     tensors = pretrained.read_tensors([file])
     model = pretrained.fill(eqx.filter_eval_shape(EfficientNet), tensors, jnp.float32, source=file)
-    identity = f"efficientnet-lite0 pooled, bicubic {SIZE}, float32, {hashing.file_sha256(file)[:12]}"
-    return FeatureNetwork("efficientnet", model, WIDTH, identity, NUM_CLASSES)
+    digest = hashing.file_sha256(file)[:12]
+    identity = f"efficientnet-lite0 pooled, bicubic {SIZE}, float32, {digest}"
+    return FeatureNetwork("efficientnet", model, WIDTH, identity, NUM_CLASSES, f"efficientnet-lite0 {digest}")

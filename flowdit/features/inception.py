@@ -160,6 +160,8 @@ class Inception(eqx.Module):
     convolutions: dict[str, Convolution]
     classifier: Float[Array, "width classes"]
 
+    map_layer = "last block"
+
     def __init__(self):
         self.convolutions = {}
         for name, in_width, (_, width, rows, columns, stride, padding) in layers():
@@ -173,11 +175,19 @@ class Inception(eqx.Module):
     def extract(self, pixels: Float[Array, "n height width 3"]) -> Extracted:
         """The same without the resize, of pixels in [0, 255]."""
         with jax.default_matmul_precision("highest"):
-            x = (pixels - 128) / 128
-            for prefix, branches in BLOCKS:
-                x = jnp.concatenate([self._run(prefix, branch, x) for branch in branches], axis=-1)
-            features = x.mean((1, 2))
+            features = self._run_blocks(pixels).mean((1, 2))
             return Extracted(features, features @ self.classifier)
+
+    def maps(self, images: UInt8[Array, "n height width 3"]) -> Float[Array, "n 8 8 2048"]:
+        """The output of the last block."""
+        with jax.default_matmul_precision("highest"):
+            return self._run_blocks(resize_as_tensorflow1(images, SIZE))
+
+    def _run_blocks(self, pixels: Float[Array, "n height width 3"]) -> Float[Array, "n _ _ out"]:
+        x = (pixels - 128) / 128
+        for prefix, branches in BLOCKS:
+            x = jnp.concatenate([self._run(prefix, branch, x) for branch in branches], axis=-1)
+        return x
 
     def _run(self, prefix: str, branch: Branch, x: Float[Array, "n _ _ in"]) -> Float[Array, "n _ _ out"]:
         for step in branch:
@@ -208,8 +218,9 @@ def load_inception(weights: FeatureWeights) -> FeatureNetwork:
         tensors = pretrained.read_tensors([file]) if is_safetensors else read_torch_file(file, "model").tensors
         shapes = eqx.filter_eval_shape(Inception)
         model = pretrained.fill(shapes, _folded(file, tensors), jnp.float32, source=file)
-    identity = f"inception-2015-12-05 pool3, TF1 bilinear {SIZE}, float32, {hashing.file_sha256(file)[:12]}"
-    return FeatureNetwork("inception", model, WIDTH, identity, NUM_CLASSES)
+    digest = hashing.file_sha256(file)[:12]
+    identity = f"inception-2015-12-05 pool3, TF1 bilinear {SIZE}, float32, {digest}"
+    return FeatureNetwork("inception", model, WIDTH, identity, NUM_CLASSES, f"inception-2015-12-05 {digest}")
 
 
 def _folded(file: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

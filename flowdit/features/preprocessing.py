@@ -100,9 +100,15 @@ class Preprocessing:
             sides = tuple(target if side == shorter else int(target * side / shorter) for side in (height, width))
         pixels = resize(images, *sides)
         top, left = ((side - kept) // 2 for side, kept in zip(sides, self.sides, strict=True))
-        pixels = pixels[:, top : top + self.sides[0], left : left + self.sides[1]] * self.rescale_factor
+        return self._normalised(pixels[:, top : top + self.sides[0], left : left + self.sides[1]])
+
+    def whole(self, images: UInt8[Array, "n height width 3"]) -> Float[Array, "n new_height new_width 3"]:
+        """The network's input that shows all of an image: resized to its sides, without a crop."""
+        return self._normalised(resize(images, *self.sides))
+
+    def _normalised(self, pixels: Float[Array, "n height width 3"]) -> Float[Array, "n height width 3"]:
         mean, std = (jnp.asarray(values, jnp.float32)[None, None, None] for values in (self.image_mean, self.image_std))
-        return (pixels - mean) / std
+        return (pixels * self.rescale_factor - mean) / std
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:

@@ -199,13 +199,21 @@ class VisionTransformer(eqx.Module):
         self.config = config
 
     def __call__(self, image: Float[Array, "height width 3"]) -> Float[Array, " dim"]:
+        return self.post_layernorm(self._run(image)[:1])[0]
+
+    def patches(self, image: Float[Array, "height width 3"], has_norm: bool) -> Float[Array, "rows columns dim"]:
+        """The tokens of the patches after the layers, and after the last norm too if it is one for them (`has_norm`)."""
+        tokens = self._run(image)[1 + self.config.num_registers :]
+        return (self.post_layernorm(tokens) if has_norm else tokens).reshape(*self.config.grid, -1)
+
+    def _run(self, image: Float[Array, "height width 3"]) -> Float[Array, "tokens dim"]:
         tokens = jnp.concatenate([self.class_embedding[None], self.patch_embedding(self._patches(image))])
         tokens = tokens + self.position_embedding
         if self.register_tokens is not None:
             tokens = jnp.concatenate([tokens[:1], self.register_tokens, tokens[1:]])
         if self.pre_layrnorm is not None:
             tokens = self.pre_layrnorm(tokens)
-        return self.post_layernorm(run_layers(self.layers, tokens)[:1])[0]
+        return run_layers(self.layers, tokens)
 
     def _patches(self, image: Float[Array, "height width 3"]) -> Float[Array, "patches values"]:
         """Row-major patches, each flattened as (channel, row, column), which is the order of a PyTorch convolution."""

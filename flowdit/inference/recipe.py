@@ -40,6 +40,7 @@ PACKAGES = ("flowdit", "jax", "jaxlib", "equinox", "diffrax")
 
 Text = Annotated[str, Field(max_length=MOST_BYTES)]
 Digits = Annotated[str, Field(max_length=64)]
+Side = Annotated[int, Field(ge=1, le=2**20)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -76,6 +77,7 @@ class Recipe:
         number: index of the image, which its noise depends on.
         batch: size of the batch that it was drawn in; another size changes the last bits.
         origin: what it was computed with.
+        image_size: height and width in pixels; null in recipes of earlier versions: that of the training data.
     """
 
     recipe: Literal[1]
@@ -86,6 +88,7 @@ class Recipe:
     number: Annotated[int, Field(ge=0, lt=2**31)]
     batch: Annotated[Count, Field(le=2**20)]
     origin: Origin
+    image_size: tuple[Side, Side] | None = None
 
     def dump(self) -> str:
         """As JSON, in ASCII."""
@@ -105,6 +108,7 @@ def make_recipe(
         number=number,
         batch=size,
         origin=origin_of(sampler),
+        image_size=sampler.image_size,
     )
 
 
@@ -218,6 +222,7 @@ def redraw(sampler: Sampler, recipe: Recipe, batch: int | None = None, watch: Wa
     requests = request_of(sampler, recipe)
     size = batch or recipe.batch
     config = solver(recipe)
+    sampler.check_internal_guidance(config)
     (drawn,) = sampler.batches(requests, config, recipe.seed, size, [recipe.number] * size, watch)
     row = slice(recipe.number % size, recipe.number % size + 1)
     path = None if drawn.path is None else drawn.path[row]
@@ -239,10 +244,13 @@ def request_of(sampler: Sampler, recipe: Recipe) -> Requests:
 def differences(recipe: Recipe, sampler: Sampler, batch: int) -> list[str]:
     """What differs from the recipe when `sampler` draws it in this batch size; without any the pixels are the same."""
     then, now = recipe.origin, origin_of(sampler)
+    ours = sampler.image_size
     found = []
     if then.weights != now.weights:
         found.append(f"weights {then.weights} of step {then.step}, here {now.weights} of step {now.step}")
     pairs = {name: (getattr(then, name), getattr(now, name)) for name in ("vae", "text_encoder", "device")}
     pairs |= {name: (then.versions.get(name), version) for name, version in now.versions.items()}
     pairs["a batch of"] = (recipe.batch, batch)
+    size = recipe.image_size or ours
+    pairs["an image of"] = (f"{size[0]}x{size[1]}", f"{ours[0]}x{ours[1]}")
     return [*found, *(f"{name} {a or 'none'}, here {b or 'none'}" for name, (a, b) in pairs.items() if a != b)]

@@ -91,6 +91,24 @@ class Sampler:
         """The VAE of the latents. Raises `ValueError` if it is missing or not the data's."""
         return load_matching_vae(self._vae_name, self.trained.manifest)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        manifest = self.trained.manifest
+        _, height, width = manifest.latent_shape
+        return height * manifest.vae.stride, width * manifest.vae.stride
+
+    def at_size(self, height: int, width: int) -> Sampler:
+        """A sampler of the same model for images of another size in pixels, such as that of a bucket of its data.
+
+        Raises `FieldError` for a size that is not a multiple of the side of a patch.
+        """
+        guide = None if self.guide is None else self.guide.at_size(height, width)
+        other = Sampler(self.trained.at_size(height, width), self.mesh, self._vae_name, guide)
+        if "vae" in self.__dict__:  # already loaded
+            other.__dict__["vae"] = self.vae
+        return other
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that tell the weights of the network, and those of a guide, from others."""
@@ -141,7 +159,14 @@ class Sampler:
         given = {name: value for name, value in changes.items() if value is not None}
         config = dataclasses.replace(self.trained.config.train.sampler, **given)
         config.check()
+        self.check_internal_guidance(config)
         return config
+
+    def check_internal_guidance(self, config: SamplerConfig) -> None:
+        """Raise `FieldError` for internal guidance of a model without a guidance head."""
+        weight, head = config.internal_guidance, self.trained.config.model.guidance_head
+        rule = "must be 1, as the model has no guidance head (model.guidance_head)"
+        require("internal_guidance", weight, weight == 1 or head is not None, rule)
 
     def requests(self, num_images: int, arguments: Mapping[str, Any]) -> Requests:
         """Requests for `num_images` images of each label or prompt, by default those of the training previews.
@@ -205,7 +230,8 @@ class Sampler:
     def _draw_latents(self, config: SamplerConfig, watch: Watch) -> DrawLatents:
         """The compiled function of these settings; it serves all weights of guidance and every `watch.progress`."""
         steps = (config.solver, config.steps, config.time_shift, config.rtol)
-        key = (*steps, config.guidance == 1, watch.frames, watch.progress is None)
+        guided = (config.guidance == 1, config.internal_guidance == 1)
+        key = (*steps, *guided, watch.frames, watch.progress is None)
         if (draw := self._compiled.pop(key, None)) is None:
             predictions = [part.prediction for part in (self.trained, self.guide) if part is not None]
             watch = watch if watch.progress is None else watch._replace(progress=self._told)
@@ -233,11 +259,9 @@ def weights_fingerprint(model: Any) -> str:
     return tensors_fingerprint({name: np.asarray(array) for name, array in named_arrays(model).items()})
 
 
-def guidance_inputs(config: SamplerConfig) -> Guidance | None:
-    """Guidance as inputs of a compiled solve, so that other values compile nothing; None without guidance."""
-    if config.guidance == 1:
-        return None
-    return Guidance(np.float32(config.guidance), np.float32(config.guidance_low), np.float32(config.guidance_high))
+def guidance_inputs(config: SamplerConfig) -> Guidance:
+    """Guidance as inputs of a compiled solve, so that other values compile nothing."""
+    return jax.tree.map(np.float32, Guidance.of(config))
 
 
 def make_draw(
@@ -260,7 +284,7 @@ def compile_draw(
     watch: Watch = UNWATCHED,
     guide_prediction: str = "velocity",
 ) -> DrawLatents:
-    """`make_draw` for all guided solves with these steps, or all without guidance: takes `guidance_inputs` first.
+    """`make_draw` for all solves with these steps and the same kinds of guidance: takes `guidance_inputs` first.
 
     A guide is its last argument, and `guide_prediction` what that predicts.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,8 @@ import jax
 from flowdit.checkpoint.meta import RunMeta
 from flowdit.conditioning import Conditioning, from_checkpoint
 from flowdit.config import Config
-from flowdit.data.manifest import Manifest
-from flowdit.fields import FieldError
+from flowdit.data.manifest import MAX_SIDE, Manifest
+from flowdit.fields import FieldError, require
 from flowdit.models.attention import AttentionShape
 
 
@@ -32,6 +33,20 @@ class Trained(NamedTuple):
     def attention_shapes(self) -> list[AttentionShape]:
         """The attention shapes of the network on the latents of its data."""
         return self.conditioning.attention_shapes(self.config.model, self.manifest.latent_shape)
+
+    def at_size(self, height: int, width: int) -> Trained:
+        """The same model on images of another size in pixels.
+
+        Raises `FieldError` unless both sides are multiples of the side of a patch in pixels.
+        """
+        channels, stride = self.manifest.latent_shape[0], self.manifest.vae.stride
+        patch = stride * self.config.model.patch_size
+        is_whole = all(side >= patch and side % patch == 0 and side // stride <= MAX_SIDE for side in (height, width))
+        rule = f"must be multiples of {patch} pixels, the side of a patch, of at most {MAX_SIDE * stride}"
+        require("image_size", [height, width], is_whole, rule)
+        shape = (channels, height // stride, width // stride)
+        manifest = dataclasses.replace(self.manifest, latent_shape=shape, image_size=height)
+        return self._replace(manifest=manifest, conditioning=self.conditioning.at_size(height, width))
 
 
 def describe_trained(meta: RunMeta) -> Trained:

@@ -22,7 +22,7 @@ from flowdit.inference.images import load_matching_vae
 from flowdit.inference.sampler import Sampler
 from flowdit.inference.trained import describe_trained
 from flowdit.interop.diffusers_in import META_FILE, WEIGHTS_STEM, read_diffusers
-from flowdit.interop.diffusers_out import check_representable, export_diffusers
+from flowdit.interop.diffusers_out import check_representable, export_diffusers, without_guidance_head
 from flowdit.interop.hub import find_source, push
 from flowdit.interop.metadata import ForeignConfig
 from flowdit.interop.model_card import IMAGE, write_card
@@ -152,6 +152,7 @@ def convert(config: ConvertConfig) -> Portable:
     described = describe_trained(portable.meta)
     if config.target_format == "diffusers":
         check_representable(described, config.own_class)
+        portable = without_guidance_head(portable)
     if config.vae is not None:
         load_matching_vae(config.vae, described.manifest)
     target = epath.Path(config.target)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowdit.conditioning import kind_of
+from flowdit.diffusion.auxiliary import AUXILIARY
 from flowdit.diffusion.sampling import SamplerConfig
 from flowdit.inference.trained import Trained, describe_trained
 from flowdit.interop import layouts
@@ -20,6 +23,8 @@ from flowdit.interop.portable import Portable, cast, save_tensors
 from flowdit.models import pretrained
 from flowdit.models.config import ModelConfig
 from flowdit.models.vae import EMBEDDED
+
+logger = logging.getLogger(__name__)
 
 EXPORTED = Path(__file__).parent / "exported"
 DDIM = {
@@ -35,7 +40,7 @@ DDIM = {
 
 
 def export_diffusers(portable: Portable, target: Path, dtype: str, *, own_class: bool, vae: str | None) -> None:
-    """Write the folder; call `check_representable` first.
+    """Write the folder; call `check_representable` and `without_guidance_head` first.
 
     The stock classes have no Q/K norms; with `own_class` the folder contains a flowdit class that has them, which
     diffusers loads with `trust_remote_code=True`.
@@ -49,6 +54,29 @@ def export_diffusers(portable: Portable, target: Path, dtype: str, *, own_class:
     _write_json(target / "model_index.json", model_index(portable, described, own_class, vae, has_vae))
     shutil.copy(EXPORTED / "pipeline.py", target / "pipeline.py")
     _write_json(target / META_FILE, portable.meta.dump())
+
+
+def without_guidance_head(portable: Portable) -> Portable:
+    """The model without its guidance head, which diffusers' classes do not have; logs that. Its velocity is the same."""
+    config = portable.meta.config
+    if config.model.guidance_head is None:
+        return portable
+    logger.info("the guidance head is left out: the pipeline has no internal guidance")
+    sampler = dataclasses.replace(config.train.sampler, internal_guidance=1.0)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, sampler=sampler),
+        model=dataclasses.replace(config.model, guidance_head=None),
+        auxiliary={name: _without_head(name, settings) for name, settings in config.auxiliary.items()},
+    )
+    meta = dataclasses.replace(portable.meta, config=config)
+    return Portable({name: a for name, a in portable.arrays.items() if not name.startswith("guidance_head.")}, meta)
+
+
+def _without_head(name: str, settings: Any) -> Any:
+    """The stored settings of an auxiliary loss, with weight 0 if it trains the head."""
+    trains_it = name in AUXILIARY and AUXILIARY[name].reads_weak
+    return settings | {"weight": 0.0} if trains_it and isinstance(settings, dict) else settings
 
 
 def check_representable(described: Trained, own_class: bool) -> None:

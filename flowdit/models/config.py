@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 from flowdit.fields import about, require, require_choice
@@ -28,6 +29,8 @@ class ModelConfig:
         mlp: the MLP of a block: `gelu` or `swiglu`.
         positions: `sincos` (a fixed table, added to the tokens) or `rope` (2-D rotary, on queries and keys).
         value_residual: mix the first block's values into those of every block, with learned weights (ResFormer).
+        guidance_head: block after which a second final layer predicts the velocity, for internal guidance; trained with
+            `auxiliary.internal_guidance.weight` above 0; null: none.
         remat: what the backward pass keeps: `none` (everything), `names` (what is dear to compute), `lean` (less: outputs of
             attention and MLP; the best on TPUs), `dots` (matrix products), `full` (block inputs alone), or some names,
             such as `qkv+attended+up`; `up@host` moves it to the host's memory (not counted in a plan's time).
@@ -54,6 +57,7 @@ class ModelConfig:
     mlp: str = "gelu"
     positions: str = "sincos"
     value_residual: bool = False
+    guidance_head: int | None = None
     remat: str = "none"
     kernels: str = "auto"
     scan_blocks: bool = True
@@ -89,8 +93,10 @@ class ModelConfig:
         for field in ("depth", "hidden_dim", "num_heads", "patch_size"):
             require(field, value := getattr(self, field), value >= 1, "must be at least 1")
         for field in ("mlp_ratio", "interpolation_scale", "time_scale", "mlp_norm_eps"):
-            require(field, value := getattr(self, field), value > 0, "must be positive")
+            require(field, value := getattr(self, field), 0 < value < math.inf, "must be positive and finite")
         shift, base = self.time_freq_shift, self.position_base
+        head, is_block = self.guidance_head, self.guidance_head is None or 1 <= self.guidance_head < self.depth
+        require("guidance_head", head, is_block, f"must be null or a block in [1, depth={self.depth})")
         require("time_freq_shift", shift, 0 <= shift < 128, "must be in [0, 128)")
         require("position_base", base, base is None or base >= 1, "must be null or at least 1")
         self._check_divisibility(latent_shape)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flowdit.models.config import DiTConfig
+from flowdit.models.guidance_head import GuidanceHead, build_guidance_head, required
 from flowdit.models.layers import Linear, TimeEmbedding, time_embedding, xavier_linear, zero_linear
 from flowdit.models.observe import observe
 from flowdit.models.trunk import (
@@ -40,6 +41,7 @@ class DiT(eqx.Module):
     final_ada_ln: Linear
     final_linear: Linear
     settings: TrunkSettings = eqx.field(static=True)
+    guidance_head: GuidanceHead | None = None
 
     @property
     def null_label(self) -> int:
@@ -58,10 +60,16 @@ class DiT(eqx.Module):
         label: Int[Array, ""],
         *,
         depths: Iterable[int] = (),
+        weak: bool = False,
         route: Route | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Velocity, and the tokens after the blocks `depths`. See `run_blocks` for `depths`, `route` and `key`."""
+        """Velocity, the tokens after the blocks `depths`, and with `weak` the velocity of the guidance head.
+
+        See `run_blocks` for `depths`, `route` and `key`. Raises `ValueError` for `weak` without a guidance head.
+        """
+        head = required(self.guidance_head) if weak else None
+        depths = tuple(depths)
         condition = self.time_embed(t) + self.class_table[label]
         observe("condition", condition)
         x, angles = embed_patches(x_t, self.patch_embed, self.settings, self.blocks.attention.head_dim)
@@ -71,13 +79,16 @@ class DiT(eqx.Module):
             BlockInputs(condition, angles),
             remat=self.settings.remat,
             scan=self.settings.scan_blocks,
-            depths=depths,
+            depths=depths if head is None else [*depths, head.depth],
             route=route,
             key=key,
         )
         modulation = jnp.split(self.final_ada_ln(jax.nn.silu(condition)), 2)
         velocity = project_velocity(hidden.x, modulation, self.final_linear, self.settings, x_t.shape)
-        return Output(velocity, hidden.depths)
+        asked = {depth: hidden.depths[depth] for depth in depths}
+        if head is None:
+            return Output(velocity, asked)
+        return Output(velocity, asked, head(hidden.depths[head.depth], condition, self.settings, x_t.shape))
 
     def parameter_specs(self) -> dict[str, ParameterSpec | str]:
         return {"class_table": REPLICATED, "blocks": STACKED}
@@ -98,4 +109,5 @@ def build_dit(config: DiTConfig, channels: int, num_classes: int, *, key: PRNGKe
         final_ada_ln=zero_linear(dim, 2 * dim),
         final_linear=zero_linear(dim, patch_dim),
         settings=TrunkSettings.of(config),
+        guidance_head=build_guidance_head(config, channels, has_text=False),
     )

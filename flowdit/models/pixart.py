@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flowdit.fsdp import gather
 from flowdit.models.config import PixArtConfig
+from flowdit.models.guidance_head import GuidanceHead, build_guidance_head, required
 from flowdit.models.layers import MLP, Linear, TimeEmbedding, normal_linear, time_embedding, xavier_linear, zero_linear
 from flowdit.models.observe import observe
 from flowdit.models.trunk import (
@@ -71,6 +72,7 @@ class PixArt(eqx.Module):
     final_table: Float[Array, "2 dim"]
     final_linear: Linear
     settings: TrunkSettings = eqx.field(static=True)
+    guidance_head: GuidanceHead | None = None
 
     @property
     def text_dim(self) -> int:
@@ -92,10 +94,16 @@ class PixArt(eqx.Module):
         condition: TextCondition,
         *,
         depths: Iterable[int] = (),
+        weak: bool = False,
         route: Route | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Velocity, and the tokens after the blocks `depths`. See `run_blocks` for `depths`, `route` and `key`."""
+        """Velocity, the tokens after the blocks `depths`, and with `weak` the velocity of the guidance head.
+
+        See `run_blocks` for `depths`, `route` and `key`. Raises `ValueError` for `weak` without a guidance head.
+        """
+        head = required(self.guidance_head) if weak else None
+        depths = tuple(depths)
         embedding = self._embed_time_and_size(t, condition)
         observe("condition", embedding)
         modulation = gather(self.time_block)(jax.nn.silu(embedding)).reshape(6, -1)
@@ -108,13 +116,16 @@ class PixArt(eqx.Module):
             BlockInputs(modulation, angles, text, condition.mask),
             remat=self.settings.remat,
             scan=self.settings.scan_blocks,
-            depths=depths,
+            depths=depths if head is None else [*depths, head.depth],
             route=route,
             key=key,
         )
         modulation = self.final_table + embedding[None]
         velocity = project_velocity(hidden.x, modulation, self.final_linear, self.settings, x_t.shape)
-        return Output(velocity, hidden.depths)
+        asked = {depth: hidden.depths[depth] for depth in depths}
+        if head is None:
+            return Output(velocity, asked)
+        return Output(velocity, asked, head(hidden.depths[head.depth], embedding, self.settings, x_t.shape))
 
     def parameter_specs(self) -> dict[str, ParameterSpec | str]:
         return {"null_caption": REPLICATED, "blocks": STACKED, "final_table": REPLICATED}
@@ -153,6 +164,7 @@ def build_pixart(config: PixArtConfig, channels: int, text_dim: int, *, key: PRN
         final_table=jax.random.normal(next(keys), (2, dim)) / dim**0.5,
         final_linear=zero_linear(dim, patch_dim),
         settings=TrunkSettings.of(config),
+        guidance_head=build_guidance_head(config, channels, has_text=True),
     )
 
 

@@ -267,10 +267,13 @@ class TrunkSettings(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The velocity, and the tokens after the blocks that were asked for, by depth (1: the first block)."""
+    """The velocity, the tokens after the blocks that were asked for, by depth (1: the first block), and the velocity of
+    the guidance head if that was asked for.
+    """
 
     velocity: Float[Array, "channels height width"]
     hidden: dict[int, Float[Array, "tokens dim"]]
+    weak: Float[Array, "channels height width"] | None = None
 
 
 def embed_patches(
@@ -291,9 +294,13 @@ def project_velocity(
     linear: Linear,
     settings: TrunkSettings,
     latent_shape: tuple[int, ...],
+    name: str = "final_linear",
 ) -> Float[Array, "channels height width"]:
-    """The final layer: norm, modulation by (shift, scale), and projection to patches of a float32 latent."""
+    """The final layer: norm, modulation by (shift, scale), and projection to patches of a float32 latent.
+
+    `name` is that of the projection in a diagnosis.
+    """
     shift, scale = modulation
     patches = linear(norm_and_modulate(settings.norm, x, shift, scale))
-    observe("final_linear", patches)
+    observe(name, patches)
     return unpatchify(patches, settings.patch_size, latent_shape).astype(jnp.float32)

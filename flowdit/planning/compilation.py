@@ -25,7 +25,8 @@ from flowdit.planning.data import PlannedData
 from flowdit.planning.environment import compiler_only
 from flowdit.planning.machines import GIB, Topology
 from flowdit.sharding import check_batch_size, make_mesh
-from flowdit.training.setup import Parts, abstract_batch, make_parts
+from flowdit.training.run_data import abstract_batch
+from flowdit.training.setup import Parts, make_parts
 from flowdit.training.step import TrainState
 
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
@@ -98,8 +99,9 @@ def build_step(config: PlanConfig, data: PlannedData, devices: Sequence[Any], co
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch_size(mesh, config.train.batch_size, config.train.gradient_accum)
-    parts = make_parts(config, data.manifest, data.conditioning, mesh, compute)
-    return Step(mesh, parts, abstract_batch(config, data.manifest, data.conditioning, mesh))
+    parts = make_parts(config, data.manifest, data.conditioning, mesh, compute, map_shape=data.map_shape)
+    batch = abstract_batch(config, data.manifest, data.conditioning, mesh, map_shape=data.map_shape)
+    return Step(mesh, parts, batch)
 
 
 def compile_step(step: Step, limit: float) -> Compiled:

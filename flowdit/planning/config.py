@@ -19,16 +19,21 @@ class DataShape:
             if `data.path` has none yet.
         classes: number of classes, with `conditioning=labels`; null: that of the data set, or 1000.
         text_width: width of the text features; null: 256 with `text.encoder=wordllama`, else 2304 (T5Gemma-2B).
+        features: rows, columns and width of the feature maps of auxiliary losses that read them; null: those of
+            `data.feature_cache`, or `[16,16,768]` (DINOv2-B) if there are none yet.
     """
 
     latent: list[int] | None = None
     classes: int | None = None
     text_width: int | None = None
+    features: list[int] | None = None
 
     def check(self) -> None:
         """Raise `FieldError` naming the first field that breaks a rule."""
-        is_shape = self.latent is None or (len(self.latent) == 3 and all(side >= 1 for side in self.latent))
-        require("latent", self.latent, is_shape, "must be null or three sides [channels,height,width]")
+        for name, sides in (("latent", "[channels,height,width]"), ("features", "[rows,columns,width]")):
+            value = getattr(self, name)
+            is_shape = value is None or (len(value) == 3 and all(side >= 1 for side in value))
+            require(name, value, is_shape, f"must be null or three sides {sides}")
         for name in ("classes", "text_width"):
             value = getattr(self, name)
             require(name, value, value is None or value >= 1, "must be null or at least 1")

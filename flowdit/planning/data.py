@@ -8,6 +8,7 @@ from typing import NamedTuple
 from flowdit import conditioning as kinds
 from flowdit.conditioning import Conditioning
 from flowdit.conditioning.meta import ConditioningMeta, EncoderMeta
+from flowdit.data import feature_cache as features
 from flowdit.data.manifest import FILE_NAME, Manifest, VaeInfo
 from flowdit.models.text_encoder import usual_width
 from flowdit.planning.config import PlanConfig
@@ -16,14 +17,19 @@ from flowdit.storage import connect
 LATENT = (16, 32, 32)
 CLASSES = 1000
 STRIDE = 8
+MAP = (16, 16, 768)
 
 
 class PlannedData(NamedTuple):
-    """A manifest, the conditioning on its fields, and lines that say where the shapes are from."""
+    """A manifest, the conditioning on its fields, and lines that say where the shapes are from.
+
+    `map_shape` is that of the feature maps (rows, columns, width) if an auxiliary loss reads them.
+    """
 
     manifest: Manifest
     conditioning: Conditioning
     assumptions: list[str]
+    map_shape: tuple[int, int, int] | None = None
 
 
 def planned_data(config: PlanConfig) -> PlannedData:
@@ -55,7 +61,21 @@ def planned_data(config: PlanConfig) -> PlannedData:
         tokens = f"{text.max_length} text tokens of {text.width}"
         lines = [f"data: latents {channels}x{height}x{width}, {tokens}, {source}"]
         lines.append("text features come from a cache: an encoder in the training loop adds its weights and its time")
-    return PlannedData(manifest, conditioning, lines)
+    if not config.map_readers:
+        return PlannedData(manifest, conditioning, lines)
+    map_shape, line = _map_shape(config)
+    return PlannedData(manifest, conditioning, [*lines, line], map_shape)
+
+
+def _map_shape(config: PlanConfig) -> tuple[tuple[int, int, int], str]:
+    """The shape of the feature maps, and a line that says where it is from."""
+    path, shape = config.data.feature_cache, config.shape.features
+    if shape is None and path and (connect(path) / features.FILE_NAME).is_file():
+        shape, source = features.read_features(path).shape, f"of {path}"
+    else:
+        shape, source = shape or MAP, "assumed"
+    rows, columns, width = shape
+    return (rows, columns, width), f"feature maps: {rows}x{columns}x{width}, {source}"
 
 
 def _assumed(config: PlanConfig, given: Manifest | None) -> Manifest:

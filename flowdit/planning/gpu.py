@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flowdit.models.attention import AttentionShape, attend
 from flowdit.models.compute import Compute
 from flowdit.models.flops import matmul_flops
+from flowdit.muon import hidden_matrices
 from flowdit.planning.compilation import Step, build_step
 from flowdit.planning.config import PlanConfig
 from flowdit.planning.cost import Collective
@@ -69,6 +71,7 @@ def compute_seconds(config: PlanConfig, step: Step, topology: Topology) -> float
     assert isinstance(gpu, Gpu)
     images = config.train.batch_size // batch_shards(step.mesh)
     flops = images * _executed_flops(config, step) / config.mesh.tensor
+    flops += _update_flops(step) / topology.num_devices
     update = STATE_PASSES * bytes_on_device(step.state.parameters) / gpu.bandwidth
     return flops / (config.utilisation * topology.peak(config.train.compute_dtype)) + update
 
@@ -146,21 +149,39 @@ def _executed_flops(config: PlanConfig, step: Step) -> int:
     return matmul_flops(jax.value_and_grad(_loss(step, traced_compute(config))), *_inputs(step, 1))
 
 
+def _update_flops(step: Step) -> int:
+    """Operations of the matrix products of an update: those of Muon, which all devices share."""
+    plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    parameters = plain(step.state.parameters)
+    return matmul_flops(step.parts.optimizer.update, parameters, plain(step.state.opt_state), parameters)
+
+
 def estimated_collectives(config: PlanConfig, step: Step) -> Counter[Collective]:
     """What sharding sends in a step.
 
     For each micro-batch weights twice and gradients once over `fsdp`, and activations over `tensor`; gradients over
-    `data` once.
+    `data` once. With Muon its matrices over `tensor`, twice over `fsdp`, a device's share of them, and their updates over
+    the other axes.
     """
     width = jnp.dtype(config.train.compute_dtype).itemsize
     data, fsdp, tensor = step.mesh.devices.shape
-    weights = sum(leaf.size for leaf in jax.tree.leaves(step.state.model)) * width // tensor
+    weights = sum(leaf.size for leaf in jax.tree.leaves(step.state.parameters)) * width // tensor
     passes, found = config.train.gradient_accum, Counter()
     if fsdp > 1:
         found[Collective("all-gather", weights, _group(fsdp, tensor))] += 2 * passes
         found[Collective("reduce-scatter", weights, _group(fsdp, tensor))] += passes
     if data > 1:
         found[Collective("all-reduce", weights // fsdp, _group(data, fsdp * tensor))] += 1
+    if config.optim.name == "muon":
+        is_muons = jax.tree.leaves(hidden_matrices(step.state.parameters, config.optim.muon_modulation))
+        sizes = [leaf.size for leaf in jax.tree.leaves(step.state.parameters)]
+        matrices = sum(itertools.compress(sizes, is_muons)) * width
+        if tensor > 1:
+            found[Collective("all-gather", matrices // fsdp, _group(tensor, 1))] += 1
+        if fsdp > 1:
+            found[Collective("all-to-all", matrices // (data * fsdp * tensor), _group(fsdp, tensor))] += 2
+        if data * tensor > 1:
+            found[Collective("all-gather", matrices // fsdp, _group(data, fsdp * tensor, tensor))] += 1
     if tensor > 1:
         images = config.train.batch_size // batch_shards(step.mesh) // passes
         tokens = math.prod(step.batch["latent"].shape[2:]) // config.model.patch_size**2
@@ -169,6 +190,7 @@ def estimated_collectives(config: PlanConfig, step: Step) -> Counter[Collective]
     return found
 
 
-def _group(size: int, stride: int) -> str:
-    """The first group along an axis of the mesh, whose neighbours are `stride` devices apart."""
-    return "{{" + ",".join(str(number * stride) for number in range(size)) + "}}"
+def _group(size: int, stride: int, run: int = 1) -> str:
+    """The first group along an axis of the mesh, whose neighbours are `stride` devices apart, each with its `run`."""
+    numbers = (number * stride + i for number in range(size) for i in range(run))
+    return "{{" + ",".join(map(str, numbers)) + "}}"

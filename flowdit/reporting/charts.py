@@ -1,11 +1,9 @@
-"""What the charts of a report show; drawn by `svg`, and again by the page's script."""
+"""What the charts of a report show."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +11,7 @@ from flowdit.features import FEATURES
 from flowdit.reporting.metrics import number, thinned
 from flowdit.reporting.reading import RunRecord
 from flowdit.reporting.results import Point, Results, direction, metric_title
+from flowdit.reporting.series import Chart, Series
 from flowdit.scores.results import shown_setting
 
 PROFILES = 6
@@ -33,51 +32,6 @@ RATES = {
 }
 UNDRAWN = ("train/steps_per_second", "train/tflops_per_second", "train/total_flops", "train/skipped_in_row")
 """Figures that follow from others."""
-
-
-class Series(NamedTuple):
-    """A line. `run` is the index of its run; `colour` and `dash` are numbers of the page's styles.
-
-    `error` holds standard errors, `best` is the index of a point that is marked. With `fade`, from 0 (old) to 1 (new),
-    the colour is weaker. `smooth` lines follow the page's smoothing.
-    """
-
-    name: str
-    run: int
-    x: list[Any]
-    y: list[Any]
-    colour: int
-    dash: int = 0
-    error: list[float | None] | None = None
-    fade: float = 1.0
-    smooth: bool = False
-    dots: bool = False
-    best: int | None = None
-
-
-class Chart(NamedTuple):
-    """A chart. With `axis` "step" the page can also draw it by images or hours. `levels` are horizontal lines by name."""
-
-    section: str
-    title: str
-    axis: str
-    series: list[Series]
-    note: str = ""
-    levels: dict[str, float] = {}
-    is_log: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """For the page's script; None stands for values that are not finite."""
-        series = [
-            line._asdict()
-            | {"x": _rounded(line.x), "y": _rounded(line.y), "error": line.error and _rounded(line.error)}
-            for line in self.series
-        ]
-        return self._asdict() | {"series": series, "section": None}
-
-
-def _rounded(values: Iterable[int | float | None]) -> list[int | float | None]:
-    return [None if v is None or not math.isfinite(v) else v if v == int(v) else float(f"{v:.6g}") for v in values]
 
 
 def curve_charts(runs: Sequence[RunRecord]) -> list[Chart]:

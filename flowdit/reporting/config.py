@@ -19,7 +19,8 @@ class ReportConfig:
 
     Attributes:
         run: the run folder, local or in an object store; the run may still be training.
-        compare: other run folders to draw beside it, one or a list.
+        compare: other run folders, or files of reference curves such as `docs/reference/openmoji_demo.csv`, to draw beside
+            it, one or a list.
         scores: results of `flowdit.evaluate`, a `scores.json` or its folder, one or a list; those in the run folders are
             found without it.
         title: title of the page; null: the names of the runs.

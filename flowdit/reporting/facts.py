@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from typing import NamedTuple
 
 import numpy as np
 
+from flowdit.reporting.html import Fact
 from flowdit.reporting.metrics import Curve, Session
 from flowdit.reporting.reading import RunRecord
 from flowdit.reporting.svg import amount
-
-
-class Fact(NamedTuple):
-    """A figure with its name, and what it is about in smaller letters."""
-
-    name: str
-    value: str
-    detail: str = ""
 
 
 def facts(run: RunRecord) -> list[Fact]:
@@ -35,19 +27,23 @@ def facts(run: RunRecord) -> list[Fact]:
         found.append(Fact("MFU", f"{np.nanmedian(mfu.values):.1%}", "median"))
     if hours := sum(session.hours for session in metrics.sessions):
         found.append(Fact("Time", duration(hours), _sessions(metrics.sessions)))
-    if run.meta is not None:
-        batch = run.meta.config.train.batch_size
+    elif len(metrics.clock.values):
+        found.append(Fact("Time", duration(metrics.clock.last), "with pauses"))
+    if (batch := run.batch_size) is not None:
         found.append(Fact("Images seen", amount(run.last_step * batch), f"batches of {batch:,}"))
     if (flops := metrics.curve("train/total_flops")) is not None and np.isfinite(flops.last):
         found.append(Fact("Training FLOPs", f"{flops.last:.2e}"))
     if (skipped := metrics.curve("train/skipped_steps")) is not None and skipped.last > 0:
         found.append(Fact("Skipped steps", f"{skipped.last:,.0f}", "loss or gradient not finite"))
-    if run.meta is not None and run.meta.hardware:
-        found.append(Fact("Hardware", run.meta.hardware))
+    hardware = (run.reference or {}).get("hardware") if run.meta is None else run.meta.hardware
+    if hardware:
+        found.append(Fact("Hardware", hardware))
     return found
 
 
 def _progress(run: RunRecord) -> str:
+    if run.reference is not None:
+        return "reference"
     if run.meta is None:
         return "no checkpoint yet"
     total = run.meta.config.train.num_steps

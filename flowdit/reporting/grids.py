@@ -66,11 +66,17 @@ def _grid(step: int, file: epath.Path, most_bytes: int) -> Grid:
             raise ValueError(f"must have at most {MOST_PIXELS} pixels, has {image.width} x {image.height}")
         image = image.convert("RGB")
     image.thumbnail((WIDEST, MOST_PIXELS))
+    uri, *size = embedded(image, most_bytes)
+    return Grid(step, uri, *size)
+
+
+def embedded(image: Image.Image, most_bytes: int) -> tuple[str, int, int]:
+    """An image as a data URI of at most so many bytes, before base64, with its width and height in pixels."""
     for quality, scale in ATTEMPTS:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         encoded = io.BytesIO()
         image.resize(size).save(encoded, "WEBP", quality=quality)
         if encoded.tell() <= most_bytes:
             uri = f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-            return Grid(step, uri, *size)
+            return uri, *size
     raise ValueError("too large to embed")

@@ -6,7 +6,7 @@ import html
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 VOID = ("img", "input", "meta")
 
@@ -57,6 +57,38 @@ def table(
     titles = list(head)
     heads = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in titles))) if any(titles) else None
     return tag("div", tag("table", heads, tag("tbody", *lines), class_=class_), class_="scroll", tabindex="0")
+
+
+class Fact(NamedTuple):
+    """A figure with its name, and what it is about in smaller letters."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+def fact_list(facts: Iterable[Fact]) -> Html:
+    """Figures beside one another."""
+    entries = (
+        tag("div", tag("dt", fact.name), tag("dd", fact.value, tag("small", fact.detail) if fact.detail else None))
+        for fact in facts
+    )
+    return tag("dl", *entries, class_="facts")
+
+
+def section(name: str, title: str, *content: Any) -> Html:
+    """A section with a heading, empty without content."""
+    parts = [part for part in content if part]
+    return tag("section", tag("h2", title), *parts, id=name) if parts else Html("")
+
+
+def note(text: str) -> Html:
+    return tag("p", text, class_="note")
+
+
+def folded(title: str, *content: Any) -> Html:
+    """Content that is shown on a click."""
+    return tag("details", tag("summary", title), *content)
 
 
 def json_for_script(content: Any) -> Html:

@@ -15,6 +15,7 @@ from flowdit.errors import first_line
 from flowdit.fields import FieldError, about, shortened
 from flowdit.json_input import InputError, read_json
 from flowdit.reporting.metrics import Metrics, read_metrics
+from flowdit.reporting.reference import SUFFIX, read_reference
 from flowdit.storage import connect, reason
 from flowdit.tracking import METRICS
 
@@ -35,10 +36,10 @@ class Explanation(NamedTuple):
 
 
 class RunRecord(NamedTuple):
-    """A run as it is in its folder.
+    """A run as it is in its folder, or reference curves in a file.
 
     `meta` is that of the newest checkpoint, None without one. `grids` are the preview images by step, `results` the
-    files of scores in the folder.
+    files of scores in the folder. `reference` has what is known of reference curves by name, None for a run.
     """
 
     name: str
@@ -49,6 +50,15 @@ class RunRecord(NamedTuple):
     grids: dict[int, epath.Path]
     skipped: list[Explanation]
     results: list[epath.Path]
+    reference: dict[str, str] | None = None
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images of a step, if that is known."""
+        if self.meta is not None:
+            return self.meta.config.train.batch_size
+        given = (self.reference or {}).get("batch size", "")
+        return int(given) if given.isascii() and given.isdigit() and 0 < len(given) < 10 else None
 
     @property
     def last_step(self) -> int:
@@ -57,7 +67,7 @@ class RunRecord(NamedTuple):
 
 
 def read_runs(run: str, compare: Sequence[str]) -> list[RunRecord]:
-    """Read the run folders. Raises `FieldError` for one that is no run, or has no figures."""
+    """Read the run folders, and files of reference curves. Raises `FieldError` for what is neither, or has no figures."""
     given = [("run", run), *(("compare", folder) for folder in compare)]
     folders = {}
     for field, name in given:
@@ -67,7 +77,8 @@ def read_runs(run: str, compare: Sequence[str]) -> list[RunRecord]:
             raise FieldError("compare", f"must be other run folders, {folder} is given twice")
         folders[str(folder)] = (field, folder)
     names = short_names(list(folders))
-    return [_read_run(field, folder, name) for (field, folder), name in zip(folders.values(), names, strict=True)]
+    read = lambda folder: _read_reference if folder.suffix == SUFFIX and folder.is_file() else _read_run
+    return [read(folder)(field, folder, name) for (field, folder), name in zip(folders.values(), names, strict=True)]
 
 
 def short_names(folders: Sequence[str]) -> list[str]:
@@ -101,6 +112,22 @@ def _read_run(field: str, folder: epath.Path, name: str) -> RunRecord:
         grids=_grids(folder / "samples"),
         skipped=_skipped(folder / "skipped"),
         results=_results(folder),
+    )
+
+
+def _read_reference(field: str, file: epath.Path, name: str) -> RunRecord:
+    with about(field):
+        found = read_reference(file)
+    return RunRecord(
+        name=name,
+        folder=file,
+        metrics=found.metrics,
+        meta=None,
+        checkpoints=[],
+        grids={},
+        skipped=[],
+        results=[],
+        reference=found.facts,
     )
 
 

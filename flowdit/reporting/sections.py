@@ -10,7 +10,7 @@ from flowdit.config import Config
 from flowdit.joining import ProcessConfig
 from flowdit.reporting.facts import duration, facts, moment
 from flowdit.reporting.grids import MOST_BYTES, Grid, embed
-from flowdit.reporting.html import Html, joined, table, tag
+from flowdit.reporting.html import Html, fact_list, folded, joined, note, table, tag
 from flowdit.reporting.reading import RunRecord
 from flowdit.reporting.results import Results, metric_title
 from flowdit.scores.metrics import Score
@@ -21,34 +21,22 @@ from flowdit.training.resume import STARTING_FIELDS, flat_settings
 MISSING = "–"
 
 
-def section(name: str, title: str, *content: Any) -> Html:
-    """A section with a heading, empty without content."""
-    parts = [part for part in content if part]
-    return tag("section", tag("h2", title), *parts, id=name) if parts else Html("")
-
-
-def note(text: str) -> Html:
-    return tag("p", text, class_="note")
-
-
-def folded(title: str, *content: Any) -> Html:
-    """Content that is shown on a click."""
-    return tag("details", tag("summary", title), *content)
-
-
 def cards(runs: Sequence[RunRecord]) -> Html:
     """A card for each run with its main figures."""
     made = []
     for number, run in enumerate(runs):
-        entries = [
-            tag("div", tag("dt", fact.name), tag("dd", fact.value, tag("small", fact.detail) if fact.detail else None))
-            for fact in facts(run)
-        ]
-        last = max((s.ended for s in run.metrics.sessions if s.ended is not None), default=None)
-        where = tag("p", tag("span", str(run.folder), class_="path"), f", last entry {moment(last)}", class_="note")
+        where = tag("p", tag("span", str(run.folder), class_="path"), f", {_origin(run)}", class_="note")
         head = tag("h3", run.name) if len(runs) > 1 else None
-        made.append(tag("article", head, where, tag("dl", *entries, class_="facts"), class_=f"card run c{number}"))
+        made.append(tag("article", head, where, fact_list(facts(run)), class_=f"card run c{number}"))
     return tag("div", *made, class_="cards several" if len(runs) > 1 else "cards")
+
+
+def _origin(run: RunRecord) -> str:
+    """When a run was last heard of, or what reference curves are of."""
+    if run.reference is not None:
+        return ", ".join(f"{name} {run.reference[name]}" for name in ("commit", "command") if name in run.reference)
+    last = max((s.ended for s in run.metrics.sessions if s.ended is not None), default=None)
+    return f"last entry {moment(last)}"
 
 
 def samples(runs: Sequence[RunRecord], count: int) -> Html:
@@ -93,7 +81,7 @@ def _shot(run: RunRecord, grid: Grid, is_named: bool) -> Html:
 def settings(runs: Sequence[RunRecord]) -> list[Html]:
     """What differs between the runs, what is not the default, and all settings."""
     known = {run.name: _shown_settings(run.meta.config) for run in runs if run.meta is not None}
-    unknown = [run.name for run in runs if run.meta is None]
+    unknown = [run.name for run in runs if run.meta is None and run.reference is None]
     parts = []
     if unknown:
         parts.append(note(f"Unknown, as there is no intact checkpoint: {', '.join(unknown)}."))
@@ -197,6 +185,7 @@ def data(runs: Sequence[RunRecord]) -> list[Html]:
                 f"{manifest.num_records('train'):,} training, {manifest.num_records('validation'):,} validation",
             ],
             ["images", f"{manifest.image_size} px, latents {'x'.join(map(str, manifest.latent_shape))}"],
+            *([["buckets", f"{len(manifest.buckets)} aspect ratios"]] if manifest.buckets else []),
             ["classes", f"{manifest.num_classes:,}" if manifest.num_classes else MISSING],
             ["VAE", manifest.vae.name],
             *([["text encoder", meta.text.name]] if meta.text is not None else []),

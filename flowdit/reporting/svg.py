@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flowdit.reporting.charts import Chart, Series
 from flowdit.reporting.html import Html, joined, tag
+from flowdit.reporting.series import Chart, Series
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT = 56, 12
@@ -32,8 +32,9 @@ class Scale(NamedTuple):
 
 def draw(chart: Chart) -> Html:
     """The chart with linear axes."""
-    xs = [x for line in chart.series for x in line.x]
+    xs = [x + side * (line.bars or 0) / 2 for line in chart.series for x in line.x for side in (-1, 1)]
     ys = [y for line in chart.series for y in line.y if math.isfinite(y)] + list(chart.levels.values())
+    ys += [0.0 for line in chart.series if line.bars]
     across = _scale(xs, LEFT, WIDTH - RIGHT, space=0.0)
     up = _scale(ys, HEIGHT - BOTTOM, TOP, space=0.05)
     parts: list[Html] = []
@@ -49,8 +50,18 @@ def draw(chart: Chart) -> Html:
         y = _short(up.at(value))
         parts.append(tag("line", class_="level", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
         parts.append(tag("text", name, class_="tick end", x=WIDTH - RIGHT, y=_short(up.at(value) - 4)))
-    parts += [_line(line, across.at, up.at) for line in chart.series]
+    parts += [(_bars if line.bars else _line)(line, across.at, up.at) for line in chart.series]
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=chart.title)
+
+
+def _bars(line: Series, across: Callable[[Number], float], up: Callable[[Number], float]) -> Html:
+    """A bar from zero for each value."""
+    half, parts = (line.bars or 0) / 2, []
+    for x, y in zip(line.x, line.y, strict=True):
+        left, right = across(x - half), across(x + half)
+        size = {"width": _short(max(right - left - 1, 0.5)), "height": _short(abs(up(0) - up(y)))}
+        parts.append(tag("rect", class_=f"bar c{line.colour}", x=_short(left), y=_short(min(up(y), up(0))), **size))
+    return joined(parts)
 
 
 def _line(line: Series, across: Callable[[Number], float], up: Callable[[Number], float]) -> Html:

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from flowdit.conditioning import Conditioning
 from flowdit.conditioning.base import check_request_args
+from flowdit.data.loader import DataConfig
 from flowdit.data.manifest import FILE_NAME, Manifest
 from flowdit.features import load_features
 from flowdit.features.base import Extracted, FeatureNetwork
@@ -46,12 +47,12 @@ class Wanted(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """The model whose images are scored: its data, conditioning and VAE. `data` is the data set of its run."""
+    """The model whose images are scored: its data, conditioning and VAE. `data` are the settings of its run's data."""
 
     manifest: Manifest
     conditioning: Conditioning
     vae: AutoencoderKL
-    data: str
+    data: DataConfig
 
 
 class Comparison(NamedTuple):
@@ -100,12 +101,15 @@ def find_reference(config: ScoringConfig, subject: Subject) -> Reference:
     """The reference of the settings; `data` is the data set of the run. Raises `FieldError`."""
     name, channels = config.reference, subject.manifest.latent_shape[0]
     if name == DATA:
-        name = subject.data
+        name, *others = (folder.path for folder in subject.data.folders)
+        if others:
+            logger.warning("reference: data is %s alone, without %s of data.mix", name, listed(others))
         is_there = "://" in name or (Path(name) / FILE_NAME).is_file()
         rule = "data is the data set of the run, which is not there: give its new place, or other images"
         require("reference", name, is_there, rule)
     decode = make_decoder(subject.vae, (0.0,) * channels, (1.0,) * channels, make_local_mesh())
-    return open_reference(name, subject.manifest, decode, split=config.reference_split, resize=config.reference_resize)
+    options = {"split": config.reference_split, "resize": config.reference_resize, "where": config.where}
+    return open_reference(name, subject.manifest, decode, **options)
 
 
 def ask(subject: Subject, reference: Reference, count: int, seed: int, wanted: Wanted) -> Asked:

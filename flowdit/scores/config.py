@@ -14,7 +14,7 @@ from flowdit.score_config import ScoringConfig
 from flowdit.scores.metrics import METRICS
 from flowdit.storage import require_local
 
-SWEPT = ("ema_width", "solver", "steps", "interval", "guidance")
+SWEPT = ("ema_width", "solver", "steps", "interval", "internal_guidance", "guidance")
 """Settings that may be lists: every combination is one point of a sweep, the last one changing fastest."""
 
 
@@ -29,7 +29,8 @@ class Point(NamedTuple):
 class EvaluateConfig(ScoringConfig):
     """Settings of `python -m flowdit.evaluate`. Null sampler settings default to the checkpoint's `train.sampler`.
 
-    A list for `guidance`, `interval`, `steps`, `solver` or `ema_width` is a sweep: every combination is scored.
+    A list for `guidance`, `internal_guidance`, `interval`, `steps`, `solver` or `ema_width` is a sweep: every combination is
+    scored.
 
     Attributes:
         checkpoint: a checkpoint, a run folder (its newest intact checkpoint), or another `source` of `flowdit.convert`.
@@ -42,6 +43,7 @@ class EvaluateConfig(ScoringConfig):
         solver: solver of the ODE, as `train.sampler.solver`, one or a list.
         steps: number of steps of the solver, one or a list.
         guidance: weight of guidance, one or a list.
+        internal_guidance: as `train.sampler.internal_guidance`, one or a list.
         interval: lowest and highest flow time with guidance, `[low,high]`, or a list of such pairs.
         time_shift: as `train.sampler.time_shift`.
         rtol: as `train.sampler.rtol`.
@@ -68,6 +70,7 @@ class EvaluateConfig(ScoringConfig):
     solver: Any = None
     steps: Any = None
     guidance: Any = None
+    internal_guidance: Any = None
     interval: Any = None
     time_shift: float | None = None
     rtol: float | None = None
@@ -92,8 +95,9 @@ class EvaluateConfig(ScoringConfig):
         axes = [as_list(getattr(self, name)) or [None] for name in SWEPT]
         return [self._point(**dict(zip(SWEPT, values, strict=True))) for values in itertools.product(*axes)]
 
-    def _point(self, ema_width: Any, interval: Any, guidance: Any, **others: Any) -> Point:
-        numbers = dict(zip(("guidance_low", "guidance_high"), interval or (), strict=False)) | {"guidance": guidance}
+    def _point(self, ema_width: Any, interval: Any, guidance: Any, internal_guidance: Any, **others: Any) -> Point:
+        numbers = dict(zip(("guidance_low", "guidance_high"), interval or (), strict=False))
+        numbers |= {"guidance": guidance, "internal_guidance": internal_guidance}
         sampler = others | {name: value if value is None else float(value) for name, value in numbers.items()}
         return Point(ema_width, sampler | {"time_shift": self.time_shift, "rtol": self.rtol})
 
@@ -127,8 +131,9 @@ class EvaluateConfig(ScoringConfig):
         for width in as_list(self.ema_width) or []:
             rule = "must be a number, or null for the plain EMA"
             require("ema_width", width, width is None or _is_number(width), rule)
-        for value in as_list(self.guidance) or []:
-            require("guidance", value, _is_number(value), "must be a number or a list of numbers")
+        for name in ("guidance", "internal_guidance"):
+            for value in as_list(getattr(self, name)) or []:
+                require(name, value, _is_number(value), "must be a number or a list of numbers")
 
 
 def _is_number(value: Any) -> bool:

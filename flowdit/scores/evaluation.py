@@ -142,7 +142,7 @@ class Evaluation(NamedTuple):
                 "count": self.config.num_images,
                 "seed": self.config.seed,
                 "conditions": self.comparison.asked.choice,
-                "size": list(image_size(sampler)),
+                "size": list(sampler.image_size),
                 "vae": sampler.vae.fingerprint,
             },
             "reference": {
@@ -170,6 +170,7 @@ def point_settings(point: Point, solver: SamplerConfig) -> dict[str, Any]:
         "solver": solver.solver,
         "steps": solver.steps,
         "interval": interval,
+        "internal_guidance": solver.internal_guidance,
         "guidance": solver.guidance,
     }
 
@@ -184,13 +185,6 @@ def _save_images(folder: Path, part: Part) -> None:
 def device_kind(sampler: Sampler) -> str:
     """The kind of the devices that images are drawn on."""
     return sampler.mesh.devices.flat[0].device_kind
-
-
-def image_size(sampler: Sampler) -> tuple[int, int]:
-    """Height and width of the images in pixels."""
-    _, height, width = sampler.trained.manifest.latent_shape
-    stride = sampler.trained.manifest.vae.stride
-    return height * stride, width * stride
 
 
 def _read(file: Path) -> Any:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Int
 
+from flowdit.scores.discriminant import Features, discriminant
 from flowdit.scores.metrics import Score
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey")
@@ -35,8 +36,6 @@ MAX_OBJECTS = 20
 FOLDS = 5
 MAX_RANKED = 2_000
 """Images that are ranked with CLIP's text encoder, which reads every prompt once for each word."""
-SHRINKAGE = 0.3
-"""Share of a multiple of the identity in the covariance of the discriminant; there are few images for many features."""
 STOP_WORDS = """
 a about above across against all among an and another are around as at background be behind below beside between big by
 close different down each facing for from front has have having her his image in inside into is it its large left many
@@ -45,7 +44,6 @@ standing that the their them there these this through to top under up view very 
 """
 """Words that name no object."""
 
-Features = Float32[np.ndarray, "n width"]
 EncodeTexts = Callable[[Sequence[str]], Features]
 
 
@@ -115,7 +113,7 @@ def prompt_following(generated: Captioned, real: Captioned, encode_texts: Encode
         some = _with_one_word(generated, words, encode_texts)
         if encode_texts is None:
             known = _with_one_word(real, words, None)
-            first = _discriminant(known.features, known.asked, len(words))(some.features)
+            first = discriminant(known.features, known.asked, len(words))(some.features)
         else:
             first = _nearest_text(some, words, encode_texts)
         scores.append(_score(kind, words, some, first))
@@ -199,25 +197,6 @@ def _words_asked(captions: Sequence[str], words: Sequence[str]) -> Int[np.ndarra
     return np.array([some.pop() if len(some) == 1 else -1 for some in found], np.int64)
 
 
-def _discriminant(
-    features: Features, labels: Int[np.ndarray, " n"], count: int
-) -> Callable[[Features], Int[np.ndarray, " m"]]:
-    """A linear discriminant of `count` words of equal probability: from features to the number of the likeliest word.
-
-    The covariance within a word is that of standardised features, shrunk towards a multiple of the identity.
-    """
-    values = features.astype(np.float64)
-    centre, scale = values.mean(axis=0), values.std(axis=0) + 1e-12
-    values = (values - centre) / scale
-    means = np.stack([values[labels == number].mean(axis=0) for number in range(count)])
-    residuals = values - means[labels]
-    covariance = residuals.T @ residuals * ((1 - SHRINKAGE) / len(values))
-    covariance += np.eye(len(centre)) * (SHRINKAGE * np.square(residuals).mean() + 1e-12)
-    weights: Float64[np.ndarray, "width count"] = np.linalg.solve(covariance, means.T)
-    offsets = (means.T * weights).sum(axis=0) / 2
-    return lambda some: np.argmax((some - centre) / scale @ weights - offsets, axis=1)
-
-
 def _cross_validated(real: _Asked, count: int) -> Int[np.ndarray, " n"]:
     """The word that is ranked first for each real image by the discriminant of the other folds.
 
@@ -228,7 +207,7 @@ def _cross_validated(real: _Asked, count: int) -> Int[np.ndarray, " n"]:
     first = np.empty_like(folds)
     for fold in range(FOLDS):
         others = folds != fold
-        first[~others] = _discriminant(real.features[others], real.asked[others], count)(real.features[~others])
+        first[~others] = discriminant(real.features[others], real.asked[others], count)(real.features[~others])
     return first
 
 

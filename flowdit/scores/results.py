@@ -9,7 +9,14 @@ from flowdit.scores.floor import Floor
 from flowdit.scores.judge import Scores
 from flowdit.scores.metrics import Score, metric_of
 
-COLUMNS = {"ema_width": "EMA", "solver": "solver", "steps": "steps", "interval": "interval", "guidance": "guidance"}
+COLUMNS = {
+    "ema_width": "EMA",
+    "solver": "solver",
+    "steps": "steps",
+    "interval": "interval",
+    "internal_guidance": "internal guidance",
+    "guidance": "guidance",
+}
 """The settings that a sweep varies, and the heads of their columns."""
 SMOKE = 1_000
 """Scores of fewer images are called smoke figures: they show that a model works, not how good it is."""

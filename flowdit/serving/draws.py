@@ -115,6 +115,8 @@ class Models:
         check_settings(count, seed, count)
         asked = [self._requests(sampler, count, given) for sampler in self.samplers]
         config = self.solver({name: given[name] for name in SOLVER_FIELDS if name in given})
+        for sampler in self.samplers[1:]:  # `solver` has checked it for the first
+            sampler.check_internal_guidance(config)
 
         def run(progress: Progress) -> list[list[Picture]]:
             parts = []
@@ -137,6 +139,7 @@ class Models:
         requests = request_of(sampler, recipe)
         with under("recipe.sampler."):
             config = self._limited(solver(recipe), sampler)
+            sampler.check_internal_guidance(config)
         most = sampler.batch_shape(self.config.max_images, self.config.max_images)
         batch = sampler.batch_shape(min(recipe.batch, most), most)
         found = differences(recipe, sampler, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import html
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +14,7 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from flowdit.command import one_line
 from flowdit.fields import FieldError
-from flowdit.inference.recipe import MOST_BYTES, Recipe, read_recipe
+from flowdit.inference.recipe import MOST_BYTES, Recipe, read_recipe, solver
 from flowdit.serving.draws import NAMES, Models, Picture, Work
 from flowdit.serving.turns import Turns
 from flowdit.storage import reason
@@ -164,9 +165,9 @@ def visitor_of(request: Any) -> str:
 
 
 def controls_of(recipe: Recipe, names: list[str]) -> list[Any]:
-    """The values of the controls with these names that a recipe has; others stay."""
+    """The values of the controls with these names in a recipe, and of its solver also what it does not name; others stay."""
     asked = {NAMES.get(name, name): value for name, value in recipe.request.items()}
-    values = {**asked, **recipe.sampler, "seed": recipe.seed}
+    values = {**asked, **dataclasses.asdict(solver(recipe)), "seed": recipe.seed}
     return [values.get(name, gr.skip()) for name in names]
 
 

@@ -34,6 +34,7 @@ class Controls(NamedTuple):
     solver: Any
     steps: Any
     guidance: Any
+    internal_guidance: Any
     guidance_low: Any
     guidance_high: Any
 
@@ -105,6 +106,10 @@ def control_column(models: Models) -> tuple[Controls, gr.Button, gr.Button, gr.B
         1, limits.max_steps, min(config.steps, limits.max_steps), step=1, label="Steps", elem_id="fd-steps"
     )
     guidance = gr.Slider(1, 15, config.guidance, step=0.1, label="Guidance", info="1: none", elem_id="fd-guidance")
+    internal = None
+    if sampler.trained.config.model.guidance_head is not None:
+        options = {"label": "Internal guidance", "info": "1: none", "elem_id": "fd-internal"}
+        internal = gr.Slider(1, 4, config.internal_guidance, step=0.1, **options)
     with gr.Accordion("Solver and interval", open=False, elem_id="fd-more"):
         solver = gr.Dropdown(list(SOLVERS), value=config.solver, label="Solver", filterable=False, elem_id="fd-solver")
         text = "flow time, 1: noise, 0: image"
@@ -122,6 +127,7 @@ def control_column(models: Models) -> tuple[Controls, gr.Button, gr.Button, gr.B
         solver=solver,
         steps=steps,
         guidance=guidance,
+        internal_guidance=internal,
         guidance_low=low,
         guidance_high=high,
     )  # fmt: wide

@@ -68,6 +68,32 @@ def test_dinov2_matches_transformers(transformers, tmp_path, config, preprocessi
     assert np.abs(expected[0] - expected[1]).mean() > 0.1  # otherwise the bound would mean little
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "registers", "clip"])
+def test_maps_are_the_patch_tokens_of_whole_images(transformers, tmp_path, kind):
+    """As those of transformers for images that its preprocessing does not crop."""
+    import torch
+
+    square = {"size": {"height": 28, "width": 28}, "do_center_crop": False}
+    if kind == "clip":
+        folder, grid = write_clip(tmp_path / "model", size={"height": 32, "width": 32}, do_center_crop=False), (4, 4)
+        network = load_features("clip", FeatureWeights(clip=str(folder)))
+        model = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True)
+    else:
+        folder, grid = write_dinov2(tmp_path / "model", square, **(REGISTERS if kind == "registers" else {})), (4, 4)
+        network = load_features("dinov2", FeatureWeights(dinov2=str(folder)))
+        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+    images = random_images()
+    with torch.no_grad():
+        tokens = model.eval()(pixels(folder, images)).last_hidden_state.numpy()
+    expected = tokens[:, -grid[0] * grid[1] :].reshape(len(images), *grid, -1)
+    maps = eqx.filter_jit(lambda model, images: model.maps(images))(network.model, jnp.asarray(images))
+    np.testing.assert_allclose(maps, expected, atol=1e-4)
+    assert network.map_shape == expected.shape[1:]
+    variant = {"dinov2": "dinov2-32-3", "registers": "dinov2-32-3 4 registers", "clip": "clip-32-3 patch 8"}[kind]
+    digest = network.identity.split(", ")[-1]
+    assert network.map_identity == f"{variant} {digest}, patch tokens of whole images, float32"
+
+
 def test_clip_images_match_transformers(transformers, clip_folder):
     import torch
 

@@ -111,7 +111,7 @@ def diffusers_pixart(heads: int = 4, head_dim: int = 12, **settings) -> diffuser
     ("heads", "head_dim", "micro", "tokens", "shards"),
     [
         (6, 64, False, 120, "10GB"),
-        (12, 64, False, 300, "3MB"),
+        pytest.param(12, 64, False, 300, "3MB", marks=pytest.mark.slow),
         pytest.param(16, 72, True, 120, "10GB", marks=pytest.mark.slow),
     ],
     ids=["S-alpha", "B-sigma-shards", "XL-alpha-1024"],

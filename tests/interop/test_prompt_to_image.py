@@ -30,7 +30,13 @@ def encoder_folder(tmp_path_factory):
     return write_t5gemma(tmp_path_factory.mktemp("encoder"))
 
 
-@pytest.mark.parametrize(("model", "own_class"), [(STOCK_TEXT, False), (DEFAULT_TEXT, True)], ids=["stock", "own"])
+@pytest.mark.parametrize(
+    ("model", "own_class"),
+    [
+        pytest.param(STOCK_TEXT, False, id="stock", marks=pytest.mark.slow),
+        pytest.param(DEFAULT_TEXT, True, id="own"),
+    ],
+)
 def test_prompts_give_the_same_images_in_diffusers(whole_run, encoder_folder, tmp_path, model, own_class):
     settings = TextConfig(str(encoder_folder), max_length=16, dtype="float32")
     meta = read_meta(whole_run / "6").dump()

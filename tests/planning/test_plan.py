@@ -10,11 +10,13 @@ from PIL import Image
 from runs import call, error_line
 
 from benchmarks.sizes import BYTES_PER_PARAMETER
+from flowdit.diffusion.auxiliary.repa import Repa
 from flowdit.models import attention
 from flowdit.models.attention import AttentionShape
 from flowdit.plan import main
 from flowdit.planning import compilation, gpu, planner
 from flowdit.planning.config import PlanConfig
+from flowdit.planning.cost import Collective
 from flowdit.planning.data import PlannedData, planned_data
 from flowdit.planning.machines import GIB, parse_topology
 from flowdit.planning.planner import Plan
@@ -72,6 +74,8 @@ def estimated(topology: str = "h100:1", depth: int = 2, **changes) -> tuple[Plan
     config.train = dataclasses.replace(
         config.train, compute_dtype="bfloat16", batch_size=16, **changes.pop("train", {})
     )
+    config.optim = dataclasses.replace(config.optim, **changes.pop("optim", {}))
+    config.auxiliary = config.auxiliary | changes.pop("auxiliary", {})
     config.mesh = dataclasses.replace(config.mesh, **changes)
     data = planned_data(config)
     devices = gpu.absent_gpus(parse_topology(topology))
@@ -95,6 +99,51 @@ def test_estimated_memory_of_a_gpu():
     # Bytes of a parameter: four states in float32, gradients in both dtypes, the cast; the check of a GPU spares 2.
     assert many["gradients"] == many["parameters"] * 6 // 4
     assert BYTES_PER_PARAMETER - 2 == 4 * 4 + 6 + 2
+
+
+def test_feature_maps_and_their_projector_are_counted():
+    repa = {"repa": Repa(weight=0.5, width=32)}
+    (config, data, step), (*_, plain) = estimated(auxiliary=repa), estimated()
+    assert data.assumptions[-1] == "feature maps: 16x16x768, assumed"
+    parameters = [sum(leaf.size for leaf in jax.tree.leaves(s.state.parameters)) for s in (step, plain)]
+    assert parameters[0] - parameters[1] == (64 + 1) * 32 + (32 + 1) * 32 + (32 + 1) * 768
+    assert (step.batch["feature_map"].shape, step.batch["feature_map"].dtype) == ((16, 16, 16, 768), jax.numpy.float16)
+    assert gpu.compute_seconds(config, step, parse_topology("h100:1")) > gpu.compute_seconds(
+        config, plain, parse_topology("h100:1")
+    )
+
+
+def test_muon_keeps_one_moment_of_the_matrices_of_the_blocks():
+    adamw, muon = memory(), memory(optim={"name": "muon"})
+    matrices = 4 * 2 * (4 + 8 + 6) * 64 * 64  # float32, two blocks: attention, MLP and modulation
+    assert adamw["optimizer"] - muon["optimizer"] == pytest.approx(matrices, abs=100)  # but for the counters
+
+
+@pytest.mark.parametrize(
+    ("mesh", "exchanges"),
+    [
+        ({"data": 2, "fsdp": 4}, [("all-to-all", 8, "{{0,1,2,3}}", 2), ("all-gather", 4, "{{0,4}}", 1)]),
+        (
+            {"data": 2, "fsdp": 2, "tensor": 2},
+            [
+                ("all-gather", 2, "{{0,1}}", 1),  # momenta
+                ("all-to-all", 8, "{{0,2}}", 2),
+                ("all-gather", 2, "{{0,1,4,5}}", 1),  # results
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_muons_iterations_and_exchanges_are_in_the_estimates(mesh, exchanges):
+    muon = estimated("h100:8", **mesh, optim={"name": "muon"})
+    adamw, topology = estimated("h100:8", **mesh), parse_topology("h100:8")
+    seconds = [gpu.compute_seconds(each[0], each[2], topology) for each in (muon, adamw)]
+    flops = 2 * 5 * (10 * 6 + 2 * 18) * 64**3  # two blocks: ten square matrices, and two four times as wide
+    rate = muon[0].utilisation * topology.peak("bfloat16")
+    assert seconds[0] - seconds[1] == pytest.approx(flops / 8 / rate, rel=1e-3)
+    added = gpu.estimated_collectives(muon[0], muon[2]) - gpu.estimated_collectives(adamw[0], adamw[2])
+    matrices = 2 * 2 * (4 + 8 + 6) * 64 * 64  # in bfloat16
+    assert added == {Collective(kind, matrices // parts, group): count for kind, parts, group, count in exchanges}
 
 
 def test_cudnn_is_assumed_by_rules_alone(monkeypatch, caplog):

@@ -38,7 +38,9 @@ def counts(text: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("machine", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize(
+    "machine", ["v5e", *(pytest.param(machine, marks=pytest.mark.slow) for machine in ("v5p", "v6e"))]
+)
 def test_a_matrix_product_takes_its_published_time(machine):
     topology = parse_topology(f"{machine}:1")
     device = SingleDeviceSharding(devices_of(topology)[0])

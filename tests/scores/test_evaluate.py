@@ -58,6 +58,7 @@ def test_scores_of_a_run_with_all_that_they_depend_on(whole_run, tmp_path):
         "solver": "euler",
         "steps": 2,
         "interval": [0.0, 1.0],
+        "internal_guidance": 1.0,
         "guidance": point["settings"]["guidance"],
     }
     assert point["evaluations"] == 2
@@ -131,6 +132,7 @@ def test_prompts_of_a_text_model(whole_text_run, tmp_path):
     assert done.status == 0 and "2 given prompts" in done.out
 
 
+@pytest.mark.slow
 def test_clip_score_beside_that_of_real_images(whole_text_run, tmp_path, monkeypatch):
     texts = lambda prompts: np.asarray([[len(prompt), 1, 1, 1, 1, 1] for prompt in prompts], np.float32)
     clip = Clip(MEANS._replace(name="clip", num_classes=0), texts)
@@ -145,6 +147,7 @@ def test_clip_score_beside_that_of_real_images(whole_text_run, tmp_path, monkeyp
     assert done.err == "error: metrics: clip_score needs CLIP among the features (features=clip weights.clip=...)\n"
 
 
+@pytest.mark.slow
 def test_the_best_may_be_by_a_score_that_only_the_second_space_has(whole_run, tmp_path, monkeypatch):
     without = MEANS._replace(name="dinov2", num_classes=0, model=WithoutLogits())
     monkeypatch.setitem(features.LOADERS, "dinov2", lambda weights: without)
@@ -156,6 +159,7 @@ def test_the_best_may_be_by_a_score_that_only_the_second_space_has(whole_run, tm
     assert set(content["points"][0]["scores"]["dinov2"]) == {"fd"} and (tmp_path / "scores" / "scores.png").is_file()
 
 
+@pytest.mark.slow
 def test_prompt_following_by_kind_of_word(whole_text_run, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "MIN_PER_WORD", 2)
     monkeypatch.setattr(prompts, "MIN_PROMPTS", 2)
@@ -169,6 +173,7 @@ def test_prompt_following_by_kind_of_word(whole_text_run, tmp_path, monkeypatch)
     assert "error: metrics: prompt_following needs a reference of images with captions" in done.err
 
 
+@pytest.mark.slow
 def test_a_guide_and_another_width_of_the_average_are_points_of_their_own(whole_run, tiny_data, tmp_path):
     run = tmp_path / "averaged"
     assert train_here(tiny_data, run, "train.ema_snapshot_every=2", "train.num_steps=6").status == 0
@@ -194,6 +199,11 @@ def test_a_guide_and_another_width_of_the_average_are_points_of_their_own(whole_
         (("reference_split=validation", "metrics=kid"), "reference: must have at least 10 images for kid, got 8"),
         (("reference=nowhere",), "reference: "),
         (("reference_split=test",), "reference_split: must be one of "),
+        (("where=noto",), "where: must be null or values by column, such as {style: noto}, got 'noto'"),
+        (("where={style:noto,number:[1,2]}",), "where: must name columns that the all split of "),
+        (("where={subject:23E9}",), "where: must have texts and whole numbers: put others in quotes, as in 'where={"),
+        (("where={style:[noto,true]}",), "where: must have texts and whole numbers: put others in quotes"),
+        (('where={subject:"23E9"}',), "where: must name columns that the all split of "),
         (("guidance=strong",), "guidance: must be a number or a list of numbers, got 'strong'"),
         (("interval=[0.5,0.1]",), "guidance_low/guidance_high: must satisfy 0 <= low <= high <= 1"),
         (("interval=0.5",), "interval: must be [low,high], or a list of such pairs, got [0.5]"),
@@ -213,13 +223,13 @@ def test_a_mistake_is_one_line_before_any_image(whole_run, tmp_path, settings, e
 
 
 def test_the_data_of_the_run_must_be_there(whole_run, tmp_path, monkeypatch):
-    run, data = shutil.copytree(whole_run / "6", tmp_path / "step"), tmp_path / "moved"
+    run = shutil.copytree(whole_run / "6", tmp_path / "step")
     sampler = flowdit.load(str(run))
-    sampler.trained.config.data.path = str(data)
+    sampler.trained.config.data.path = "moved/data"
     monkeypatch.setattr("flowdit.evaluate.load", lambda *_, **__: sampler)
     done = evaluate(run, tmp_path / "scores")
     rule = "data is the data set of the run, which is not there: give its new place, or other images"
-    assert (done.status, done.err) == (2, f"error: reference: {rule}, got '{data}'\n")
+    assert (done.status, done.err) == (2, f"error: reference: {rule}, got 'moved/data'\n")
 
 
 def test_statistics_of_another_network_are_refused(whole_run, tmp_path):

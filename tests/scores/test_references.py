@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from runs import write_tiny_data
 
 from flowdit.data.images import center_crop
 from flowdit.data.manifest import Manifest
@@ -65,13 +66,16 @@ def all_images(reference: Reference, batch_size: int = 4) -> np.ndarray:
 
 
 class TestFolder:
-    def test_images_in_the_order_of_their_names_with_labels(self, tmp_path, model):
+    def test_images_with_their_labels(self, tmp_path, model):
         images = pixels(9)
         reference = open_reference(str(save_images(tmp_path / "real", images)), model, decode)
         assert (reference.count, reference.statistics, reference.captions) == (9, None, None)
-        np.testing.assert_array_equal(all_images(reference), np.concatenate([images[::2], images[1::2]]))
+        read = [image.tobytes() for image in all_images(reference)]
+        assert sorted(read) == sorted(image.tobytes() for image in images)
+        numbers = [read.index(image.tobytes()) for image in images]
         assert reference.labels is not None
-        np.testing.assert_array_equal(reference.labels(), [0] * 5 + [1] * 4)
+        np.testing.assert_array_equal(reference.labels()[numbers], [0, 1] * 4 + [0])
+        np.testing.assert_array_equal(all_images(reference), all_images(reference, 9))
 
     def test_identity_is_that_of_the_content(self, tmp_path, model):
         first, copy, other = (
@@ -103,7 +107,7 @@ class TestFolder:
             all_images(open_reference(str(folder), model, decode))
 
     def test_what_is_no_reference(self, tmp_path, model):
-        with pytest.raises(FieldError, match="^reference: must be a folder of images, a data set .*, got '.*/none'$"):
+        with pytest.raises(FieldError, match="^reference: must be images as prepare reads them, .*, got '.*/none'$"):
             open_reference(str(tmp_path / "none"), model, decode)
         (tmp_path / "empty").mkdir()
         with pytest.raises(FieldError, match="^reference: .*/empty must have images or one sub-folder"):
@@ -140,6 +144,75 @@ class TestRecords:
         other = dataclasses.replace(model, latent_shape=(channels, height * 2, width * 2), image_size=128)
         with pytest.raises(FieldError, match="^reference: must have latents of 16 x 16 x 16 with stride 8, as the mo"):
             open_reference(str(tiny_data), other, decode)
+
+    def test_of_several_shapes_those_of_the_model_are_read(self, tmp_path, model):
+        data = write_tiny_data(tmp_path / "shapes", sides=((4, 16), (8, 8)))
+        reference = open_reference(
+            str(data), model, lambda latents: np.zeros((len(latents), *latents.shape[2:], 3), np.uint8)
+        )
+        assert reference.count == 24 and all_images(reference).shape == (24, 8, 8, 3)
+        assert reference.labels is not None and len(reference.labels()) == 24
+        channels = model.latent_shape[0]
+        other = dataclasses.replace(model, latent_shape=(channels, 16, 16), image_size=128)
+        shapes = "16 x 4 x 16 or 16 x 8 x 8 with stride 8"
+        with pytest.raises(FieldError, match=f"^reference: must have latents of 16 x 16 x 16 .* has {shapes}$"):
+            open_reference(str(data), other, decode)
+
+
+class TestWhere:
+    def test_records_with_given_values_of_kept_columns(self, tmp_path, model):
+        columns = lambda i: {"columns.style": "abc"[i % 3], "columns.number": i}
+        name = str(write_tiny_data(tmp_path / "data", extra=columns))
+        every = open_reference(name, model, decode, split="train")
+        assert every.labels is not None and every.captions is not None
+        styles = np.array(["abc"[i % 3] for count in (24, 24) for i in range(count)])
+        identities = {every.identity}
+        for where, chosen in (
+            ({"style": "a"}, styles == "a"),
+            ({"style": ["a", "b"]}, styles != "c"),
+            ({"style": "b", "number": 4}, np.arange(48) % 24 == 4),
+        ):
+            part = open_reference(name, model, decode, split="train", where=where)
+            assert part.labels is not None and part.captions is not None
+            assert part.count == chosen.sum() and next(iter(where)) in part.description
+            np.testing.assert_array_equal(all_images(part, 5), all_images(every)[chosen])
+            np.testing.assert_array_equal(part.labels(), every.labels()[chosen])
+            assert part.captions() == [text for text, fits in zip(every.captions(), chosen, strict=True) if fits]
+            identities.add(part.identity)
+        assert len(identities) == 4
+
+    def test_images_of_a_source_with_such_values(self, tmp_path, model):
+        images = pixels(6)
+        folder = tmp_path / "real"
+        folder.mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{i}.png")
+        lines = [f"{i}.png,picture {i},{'ab'[i % 2]}" for i in range(6)]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,text,style", *lines]) + "\n")
+        whole, part = (open_reference(str(folder), model, decode, where=some) for some in (None, {"style": "b"}))
+        read = sorted(image.tobytes() for image in all_images(part))
+        assert part.count == 3 and read == sorted(image.tobytes() for image in images[1::2])
+        assert part.captions is not None and sorted(part.captions()) == ["picture 1", "picture 3", "picture 5"]
+        assert whole.count == 6 and whole.identity != part.identity
+        with pytest.raises(FieldError, match="^where: must be a column of .*metadata.csv, which has .*, got 'colour'$"):
+            open_reference(str(folder), model, decode, where={"colour": "red"})
+        with pytest.raises(FieldError, match='^where: must choose an image of .*, there is none where .*"style": ..c'):
+            open_reference(str(folder), model, decode, where={"style": "c"})
+        with pytest.raises(FieldError, match="^where: must be empty for source=openmoji"):
+            open_reference("openmoji", model, decode, where={"style": "c"})
+
+    def test_mistakes_are_named(self, tmp_path, model):
+        name = str(write_tiny_data(tmp_path / "data", extra=lambda i: {"columns.style": "a"}))
+        rule = r"must name columns that the train split of .* keeps \(style\), got held_out$"
+        with pytest.raises(FieldError, match=f"^where: {rule}"):
+            open_reference(name, model, decode, split="train", where={"style": "a", "held_out": "pair"})
+        with pytest.raises(
+            FieldError, match="^where: must choose an image of the train split of .*, there is none where"
+        ):
+            open_reference(name, model, decode, split="train", where={"style": "b"})
+        path = save_archive(tmp_path / "adm.npz", arr_0=pixels(3))
+        with pytest.raises(FieldError, match="^where: must be null for an .npz file, which has no columns, got"):
+            open_reference(path, model, decode, where={"style": "a"})
 
 
 def save_archive(path: Path, **arrays: Any) -> str:

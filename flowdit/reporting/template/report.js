@@ -37,7 +37,7 @@
     const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.7);
     const found = [];
     for (let i = Math.ceil(low / step); i <= Math.floor(high / step) && found.length < 20; i++) {
-      found.push(Number((i * step).toPrecision(12)));
+      found.push(Number((i * step).toPrecision(12)) + 0); // never -0
     }
     return found;
   }
@@ -149,12 +149,13 @@
     setScales() {
       const shown = this.visible();
       const usable = (value) => value !== null && (!this.isLog || value > 0);
-      const xs = shown.flatMap((line) => line.x);
+      const xs = shown.flatMap((line) => line.x.flatMap((x) => [x - line.bars / 2, x + line.bars / 2]));
       let [x0, x1] = this.zoom ?? [Math.min(...xs), Math.max(...xs)];
       if (!xs.length) [x0, x1] = [0, 1];
       if (!(x1 > x0)) [x0, x1] = [x0 - (Math.abs(x0) * 0.1 || 0.5), x1 + (Math.abs(x1) * 0.1 || 0.5)];
       const inside = (line, values) => values.filter((value, i) => usable(value) && line.x[i] >= x0 && line.x[i] <= x1);
       let ys = shown.flatMap((line) => inside(line, line.raw ?? line.y)).concat(Object.values(this.spec.levels).filter(usable));
+      if (!this.isLog && shown.some((line) => line.bars)) ys.push(0);
       if (!ys.length) ys = [this.isLog ? 1 : 0, this.isLog ? 10 : 1];
       let y0 = ys.reduce((a, b) => Math.min(a, b));
       let y1 = ys.reduce((a, b) => Math.max(a, b));
@@ -216,7 +217,20 @@
         });
     }
 
+    bars(line) {
+      const [from, to] = [this.across(this.range.x0), this.across(this.range.x1)];
+      const floor = this.up(this.isLog ? this.range.low : 0);
+      return line.x.flatMap((x, i) => {
+        const [left, right] = [x - line.bars / 2, x + line.bars / 2].map((side) => Math.min(to, Math.max(from, this.across(side))));
+        if (!this.usable(line.y[i]) || right <= left) return [];
+        const [top, bottom] = [this.up(line.y[i]), floor].sort((a, b) => a - b);
+        const size = { width: Math.max(right - left - 1, 0.5), height: bottom - top };
+        return [element("rect", { class: `bar c${line.colour}`, x: left, y: top, ...size })];
+      });
+    }
+
     curve(line) {
+      if (line.bars) return this.bars(line);
       const style = `c${line.colour} d${line.dash} f${Math.round(line.fade * 10)}`;
       const parts = line.raw ? [this.path(line, line.raw, `line raw c${line.colour}`)] : [];
       parts.push(this.path(line, line.y, `line ${style}`));
