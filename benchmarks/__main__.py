@@ -7,9 +7,6 @@ import os
 import platform
 import time
 
-# All references run on the CPU, so JAX does too. JAX reads this when the benchmarks below import it.
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 BENCHMARKS = (
     "loader",
     "compile",
@@ -20,14 +17,17 @@ BENCHMARKS = (
     "text",
     "memory",
     "convert",
+    "prepare",
     "restart",
     "scores",
     "features",
 )
-LONG = ("long_run", "million", "tpu")
+LONG = ("long_run", "million", "million_images", "data", "tpu", "recipes", "batch_size", "text_model")
 """Only by name: they take minutes to hours, and gigabytes."""
-WITH_ARGUMENTS = "tpu"
-"""The benchmark that takes what follows its name."""
+WITH_ARGUMENTS = ("tpu", "recipes", "batch_size", "text_model")
+"""Benchmarks that take what follows their name; their `check` raises `ValueError` for wrong arguments."""
+ANY_DEVICE = ("recipes", "text_model")
+"""Benchmarks that may use an accelerator, alone."""
 PACKAGES = ("jax", "jaxlib", "torch", "diffusers", "numpy", "grain", "array-record", "orbax-checkpoint")
 
 
@@ -44,24 +44,28 @@ def main() -> None:
         "names",
         nargs="*",
         metavar="name",
-        help=f"one of {', '.join(BENCHMARKS + LONG)} (default: all but {', '.join(LONG)}); "
-        f"{WITH_ARGUMENTS} takes the names of its rows, and settings as in model.remat=full",
+        help=f"one of {', '.join(BENCHMARKS + LONG)} (default: all but {', '.join(LONG)}); tpu takes the names of its "
+        "rows, and settings as in model.remat=full; recipes a plan; batch_size a folder of runs; text_model a "
+        "checkpoint, and settings",
     )
-    names = parser.parse_args().names or BENCHMARKS
-    last = names.index(WITH_ARGUMENTS) + 1 if WITH_ARGUMENTS in names else len(names)
+    names: list[str] = parser.parse_args().names or list(BENCHMARKS)
+    last = next((i + 1 for i, name in enumerate(names) if name in WITH_ARGUMENTS), len(names))
     names, arguments = names[:last], names[last:]
     if unknown := sorted(set(names) - {*BENCHMARKS, *LONG}):
         parser.error(f"name: must be one of {', '.join(BENCHMARKS + LONG)}, got {unknown[0]!r}")
-    if WITH_ARGUMENTS in names:
+    if len(names) > 1 or names[0] not in ANY_DEVICE:
+        # All references run on the CPU, so JAX does too. JAX reads this when a benchmark imports it.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if (name := names[-1]) in WITH_ARGUMENTS:
         try:
-            importlib.import_module(f"benchmarks.{WITH_ARGUMENTS}").chosen_rows(arguments)
+            importlib.import_module(f"benchmarks.{name}").check(arguments)
         except ValueError as problem:
-            parser.error(f"{problem} (what follows {WITH_ARGUMENTS} is for it; other benchmarks stand before it)")
+            parser.error(f"{problem} (what follows {name} is for it; other benchmarks stand before it)")
     print(f"Machine: {machine()}", flush=True)
     for name in names:
         start = time.perf_counter()
         measure = importlib.import_module(f"benchmarks.{name}").measure
-        table = measure(*arguments) if name == WITH_ARGUMENTS else measure()
+        table = measure(*arguments) if name in WITH_ARGUMENTS else measure()
         print(f"\n### {name}\n\n{table}\n\n({time.perf_counter() - start:.0f} s)", flush=True)
 
 

@@ -102,6 +102,11 @@ def chosen_rows(arguments: Sequence[str]) -> list[tuple[str, int]]:
     return found
 
 
+def check(arguments: Sequence[str]) -> None:
+    """Raise `ValueError` for an argument that is neither a row nor a setting."""
+    chosen_rows(arguments)
+
+
 def measure(*arguments: str) -> str:
     """The table, of the rows among `arguments` (`v5e-fsdp16`, for one stage `v5e-fsdp16/2`) or all."""
     settings = [argument for argument in arguments if "=" in argument]

@@ -21,7 +21,9 @@ from omegaconf import OmegaConf
 import flowdit.configs
 from flowdit.config import Config, SampleConfig, register_schemas
 from flowdit.data.prepare import PrepareConfig
+from flowdit.data.verification import VerifyConfig
 from flowdit.diffusion.auxiliary import AUXILIARY, AuxiliaryLoss
+from flowdit.inspection.config import InspectConfig
 from flowdit.interop import ConvertConfig
 from flowdit.planning.config import PlanConfig
 from flowdit.reporting.config import ReportConfig
@@ -39,6 +41,8 @@ COMMANDS = {
     "Planning": ("`python -m flowdit.plan`, besides those of training", PlanConfig),
     "Reports": ("`python -m flowdit.report`", ReportConfig),
     "Preparing data": ("`python -m flowdit.prepare`", PrepareConfig),
+    "Verifying data": ("`python -m flowdit.verify`", VerifyConfig),
+    "Inspecting data": ("`python -m flowdit.inspect`", InspectConfig),
     "Converting": ("`python -m flowdit.convert`", ConvertConfig),
 }
 INTRODUCTION = """# Configuration
