@@ -65,12 +65,12 @@ demo-text: setup ## train a text model from the demo's class model and draw samp
 		out=samples/demo_text overwrite=true num_images=4
 	@echo "the image: samples/demo_text/grid.png"
 
-sample: setup ## draw a grid from the pretrained model of the repository
-	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/openmoji out=samples/pretrained overwrite=true num_images=2
+sample: setup ## draw a grid from the pretrained text model of the repository
+	@$(BIN)/python -m flowdit.sample checkpoint=pretrained/emoji_text out=samples/pretrained overwrite=true num_images=2
 	@echo "the image: samples/pretrained/grid.png"
 
-serve: $(VENV)/ready-serve ## open the pretrained model as a page in the browser, http://127.0.0.1:7860
-	@$(BIN)/python -m flowdit.serve checkpoint=pretrained/openmoji
+serve: $(VENV)/ready-serve ## open the pretrained text model as a page in the browser, http://127.0.0.1:7860
+	@$(BIN)/python -m flowdit.serve checkpoint=pretrained/emoji_text
 
 test: $(VENV)/ready-test ## the test suite (a quarter of an hour or more on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -36,7 +36,7 @@ from flowdit.verify import register_schema as register_verify
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "document_config.py"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [path for pattern in ("*.md", "docs/**/*.md", "pretrained/*.md") for path in sorted(ROOT.glob(pattern))]
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 

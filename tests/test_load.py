@@ -124,9 +124,21 @@ def test_other_formats_draw_the_same(sampler, whole_run, tmp_path, to):
     np.testing.assert_array_equal(drawn(flowdit.load(str(target)), labels=[1]), drawn(sampler, labels=[1]))
 
 
-def test_the_pretrained_model_still_draws():
+def test_the_pretrained_class_model_still_draws():
     images = drawn(flowdit.load(str(REPOSITORY / "pretrained" / "openmoji")), labels=["heart"], guidance=1.0)
     assert images.shape == (1, 64, 64, 3) and images.std() > 10
+
+
+def test_the_pretrained_text_model_draws_what_it_is_asked_for():
+    prompts = ["red heart, twemoji style", "blue heart, twemoji style"]
+    images = drawn(flowdit.load(str(REPOSITORY / "pretrained" / "emoji_text")), prompts=prompts, steps=10)
+    red, blue = images[:, 16:48, 16:48].astype(float).mean((1, 2))
+    assert red[0] > 1.5 * red[2] and blue[2] > 1.5 * blue[0]
+
+
+def test_the_pretrained_text_model_is_small():
+    folder = REPOSITORY / "pretrained" / "emoji_text"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 25e6
 
 
 @pytest.mark.parametrize(
