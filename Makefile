@@ -73,7 +73,7 @@ serve: $(VENV)/ready-serve ## open the pretrained text model as a page in the br
 	@$(BIN)/python -m flowdit.serve checkpoint=pretrained/emoji_text
 
 test: $(VENV)/ready-test ## the test suite (a quarter of an hour or more on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 	@echo "left out: the slow tests (make test-slow) and those of the page in a browser (make test-browser)"
 
 test-slow: $(VENV)/ready-test ## the slow tests: full-size models in every format
