@@ -29,7 +29,8 @@ class ProcessConfig:
         num_processes: number of processes that meet at `coordinator`; null: as the launcher says.
         process_id: number of this process, from 0; null: as the launcher says.
         devices_per_process: GPUs (or CPU devices) of each of several processes on one host, in their order; null: one
-            GPU where a launcher has numbered the processes of a host (Slurm, MPI, torchrun), else all of the host.
+            GPU where a launcher has numbered the processes of a host (Slurm, MPI, torchrun), else all of the host. On
+            CPUs also for a process alone: null is one device of all cores, of which two on two cores are faster.
         init_timeout: seconds to wait for the other processes at the start.
         heartbeat_timeout: seconds without a sign of life after which another process is lost and this one ends, with
             exit status 75.

@@ -1,4 +1,4 @@
-"""`experiment=small` and `small_text`: the settings that follow from data and devices are put into the configuration."""
+"""`experiment=small`, `fast` and those for text: settings that follow from data and devices, put into the configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowdit.training.small import choose
 
 logger = logging.getLogger(__name__)
 
-PRESETS = ("small", "small_text")
+PRESETS = ("small", "small_text", "fast", "fast_text")
 
 
 def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
@@ -43,7 +43,16 @@ def choose_sizes(config: Config, overrides: Sequence[str]) -> None:
             raise ValueError(f"data.path: {config.data.path} has no captions, which this preset needs; {advice}")
         condition = Condition(text_tokens=config.text.max_length, text_width=usual_width(config.text.encoder))
     typed = {key: functools.reduce(getattr, key.split("."), config) for key in typed_keys(overrides)}
-    sizes = choose(manifest, this_machine(), config.model.name, condition, typed)
+    shift = config.train.time_shift
+    sizes = choose(
+        manifest,
+        this_machine(),
+        config.model.name,
+        condition,
+        typed,
+        optimizer=config.optim.name,
+        time_shift=1.0 if shift is None else shift,
+    )
     for key, value in sizes.values.items():
         *sections, name = key.split(".")
         setattr(functools.reduce(getattr, sections, config), name, value)

@@ -1,4 +1,4 @@
-"""Settings of `experiment=small` and `small_text`: chosen from the data set and the devices, each with its reason.
+"""Settings of `experiment=small`, `fast` and those for text: chosen from the data and the devices, each with its reason.
 
 `choose` is a pure function. What the user types takes precedence, and the other choices follow it.
 """
@@ -28,7 +28,10 @@ PREVIEWS = 16
 
 
 class Scale(NamedTuple):
-    """The settings for a class of devices; `batch_size`, `max_tokens` and `max_steps` are limits."""
+    """The settings for a class of devices; `batch_size`, `max_tokens` and `max_steps` are limits.
+
+    `learning_rate` is for the width of `model` and for batches of at least 64, or of `batch_size` where that is less.
+    """
 
     model: dict[str, int]
     learning_rate: float
@@ -49,6 +52,12 @@ CPU = Scale(
     max_steps=1_800,
     compute_dtype="float32",
     reason="on a CPU, more steps help more than a wider model",
+)
+CPU_MUON = CPU._replace(
+    batch_size=32,
+    min_steps=1_200,
+    max_steps=3_600,
+    reason="on a CPU, more steps help more than a wider model or, with Muon, a larger batch",
 )
 ACCELERATOR = Scale(
     model={"depth": 12, "hidden_dim": 384, "num_heads": 6},
@@ -91,24 +100,33 @@ class Sizes(NamedTuple):
         return [self.title, *(f"  {_shown(c.values)}: {c.reason}" for c in self.choices if c.values), *self.expected]
 
 
-def choose(manifest: Manifest, machine: Machine, network: str, condition: Condition, typed: Mapping[str, Any]) -> Sizes:
+def choose(
+    manifest: Manifest,
+    machine: Machine,
+    network: str,
+    condition: Condition,
+    typed: Mapping[str, Any],
+    *,
+    optimizer: str = "adamw",
+    time_shift: float = 1.0,
+) -> Sizes:
     """Settings of a run on this data and these devices. Keys in `typed` are not chosen.
 
-    `network` is a key of `models.config.MODELS`; the number of classes of `condition` is taken from the data. Raises
-    `FieldError` where a typed setting of the model does not fit the data.
+    `network` is a key of `models.config.MODELS`; the number of classes of `condition` is taken from the data.
+    `optimizer` and `time_shift` are those of the preset: the shift is only chosen where the latents need a larger one.
+    Raises `FieldError` where a typed setting of the model does not fit the data.
     """
     kind = typed.get("conditioning") or _kind(manifest, network)
     condition = condition._replace(num_classes=manifest.num_classes if kind == "labels" else 0)
     images = manifest.num_records("train")
-    scale = ACCELERATOR_FEW_IMAGES if images < FEW_FOR_DIT_S else ACCELERATOR
-    scale = scale if machine.is_accelerator else CPU
+    scale = _scale(machine, images, optimizer)
     shape = _fitting(manifest, machine, network, condition, scale, typed)
     steps, why_steps = _steps(images, shape.batch_size, scale)
     steps = typed.get("train.num_steps", steps)
     choices = [
         *([Choice({"conditioning": "none"}, _why_none(manifest))] if kind == "none" else []),
         Choice(_model_values(shape.model), f"{shape.size.parameters / 1e6:.1f} M parameters; {scale.reason}"),
-        *_latents(manifest, shape.model),
+        *_latents(manifest, shape.model, time_shift),
         Choice(
             {"train.batch_size": shape.batch_size, "train.gradient_accum": shape.gradient_accum},
             _why_batch(shape, scale),
@@ -120,6 +138,12 @@ def choose(manifest: Manifest, machine: Machine, network: str, condition: Condit
     ]
     untyped = [Choice({k: v for k, v in c.values.items() if k not in typed}, c.reason) for c in choices]
     return Sizes(_title(manifest, machine), untyped, _expected(shape, machine, condition, images, steps))
+
+
+def _scale(machine: Machine, images: int, optimizer: str) -> Scale:
+    if not machine.is_accelerator:
+        return CPU_MUON if optimizer == "muon" else CPU
+    return ACCELERATOR_FEW_IMAGES if images < FEW_FOR_DIT_S else ACCELERATOR
 
 
 class Shape(NamedTuple):
@@ -221,13 +245,13 @@ def _model_values(model: ModelConfig) -> dict[str, Any]:
     return {f"model.{name}": getattr(model, name) for name in CPU.model}
 
 
-def _latents(manifest: Manifest, model: ModelConfig) -> list[Choice]:
+def _latents(manifest: Manifest, model: ModelConfig, time_shift: float) -> list[Choice]:
     channels, height, width = manifest.latent_shape
     tokens = height * width // model.patch_size**2
     choices = [Choice({"model.patch_size": model.patch_size}, f"{tokens} tokens an image")]
     shift = round(math.sqrt(channels * height * width / 4096), 2)
     if shift > 1:
-        values = {"train.time_shift": shift, "train.sampler.time_shift": shift}
+        values = {"train.time_shift": max(shift, time_shift), "train.sampler.time_shift": shift}
         choices.append(Choice(values, "more noise for large latents"))
     return choices
 
@@ -239,7 +263,7 @@ def _why_batch(shape: Shape, scale: Scale) -> str:
 
 def _learning_rate(shape: Shape, scale: Scale, steps: int) -> Choice:
     rate = scale.learning_rate * min(scale.model["hidden_dim"] / shape.model.hidden_dim, 1)
-    rate *= min(math.sqrt(shape.batch_size / 64), 1)
+    rate *= min(math.sqrt(shape.batch_size / min(scale.batch_size, 64)), 1)
     values = {"optim.learning_rate": float(f"{rate:.2g}"), "optim.warmup_steps": min(steps // 20, 1_000)}
     return Choice(values, "by width and batch; then a cosine to the end")
 

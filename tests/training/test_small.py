@@ -1,4 +1,4 @@
-"""`experiment=small`: settings that follow from data and devices, and runs with them."""
+"""`experiment=small` and `fast`: settings that follow from data and devices, and runs with them."""
 
 import dataclasses
 import json
@@ -104,6 +104,27 @@ def test_a_typed_value_is_kept_and_others_follow():
     )
 
 
+def test_muon_has_smaller_batches_and_twice_the_steps_on_a_cpu():
+    adamw, muon = (
+        choose(data_set(12_000), CPU, "ccdit", Condition(), {}, optimizer=name).values for name in ("adamw", "muon")
+    )
+    assert (adamw["train.batch_size"], adamw["train.num_steps"], adamw["optim.learning_rate"]) == (64, 1_800, 6e-3)
+    assert (muon["train.batch_size"], muon["train.num_steps"], muon["optim.learning_rate"]) == (32, 3_600, 6e-3)
+    few = choose(data_set(40), CPU, "ccdit", Condition(), {}, optimizer="muon").values
+    assert (few["train.batch_size"], few["optim.learning_rate"]) == (8, 3e-3)  # the root of a quarter
+    gpu = [choose(data_set(12_000), GPU, "ccdit", Condition(), {}, optimizer=name).values for name in ("adamw", "muon")]
+    assert gpu[0] == gpu[1]
+
+
+@pytest.mark.parametrize(
+    ("latent_shape", "preset", "chosen"), [(EMBEDDED, 2.5, None), (SD3_256, 1.0, 2.0), (SD3_256, 2.5, 2.5)]
+)
+def test_the_time_shift_is_that_of_the_preset_or_a_larger_one_for_the_latents(latent_shape, preset, chosen):
+    values = choose(data_set(400, latent_shape), GPU, "ccdit", Condition(), {}, time_shift=preset).values
+    assert values.get("train.time_shift") == chosen
+    assert values.get("train.sampler.time_shift") == (2.0 if latent_shape == SD3_256 else None)
+
+
 def test_a_larger_patch_is_taken_where_the_memory_is_small():
     patch = {}
     for memory in (80e9, 4e9):
@@ -207,7 +228,7 @@ TINY = ("model.depth=2", "model.hidden_dim=32", "model.num_heads=2")
 @pytest.mark.parametrize(
     ("main", "preset"),
     [
-        pytest.param(stage1, "small", id="stage 1"),
+        pytest.param(stage1, "fast", id="stage 1"),
         pytest.param(stage2, "small_text", id="stage 2", marks=pytest.mark.slow),
     ],
 )
