@@ -45,7 +45,7 @@ class Objective(Protocol):
 
     @property
     def validation_times(self) -> tuple[float, ...]:
-        """Flow times of the rows of `validation`."""
+        """Flow times of the first rows of `validation`."""
         ...
 
     def loss(self, parameters: Parameters, batch: Batch, keys: Key[Array, " batch"], step: Int[Array, ""]) -> Losses:
@@ -56,8 +56,11 @@ class Objective(Protocol):
         """
         ...
 
-    def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:
-        """The losses of a batch at fixed times, with noise from `key` alone."""
+    def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "rows batch"]:
+        """The losses of a batch at fixed times, with noise from `key` alone.
+
+        One more row, if there is one, is the loss at the last time without the condition, with the same noise.
+        """
         ...
 
 
@@ -123,18 +126,32 @@ class FlowMatching:
             total, parts = total + auxiliary.weight * losses, parts | {auxiliary.name: losses}
         return Losses(total, {"velocity": predicted.error, **parts} if parts else {}, drawn.t, predicted.observed)
 
-    def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "times batch"]:
-        """The flow-matching errors at `validation_times`, one time after the other to save memory."""
+    def validation(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, "rows batch"]:
+        """The flow-matching errors at `validation_times`, one time after the other to save memory.
+
+        If conditions are dropped in training, a last row has the errors at the last time with the null condition.
+        """
         x_0 = jax.vmap(lambda example: self.latent(example, None))(batch)
         condition = jax.vmap(self.conditioning.condition)(batch)
+        null = jax.vmap(self.conditioning.null)(condition)
         predict = jax.vmap(functools.partial(flow.predict, model))
 
-        def errors_at(t, key):
+        def errors_at(t, key, is_dropped):
             noise = jax.random.normal(key, x_0.shape)
-            return predict(x_0, noise, jnp.full(x_0.shape[0], t), condition).error
+            used = jax.tree.map(lambda one, other: jnp.where(is_dropped, one, other), null, condition)
+            return predict(x_0, noise, jnp.full(x_0.shape[0], t), used).error
 
-        times = jnp.asarray(self.validation_times)
-        return jax.lax.map(lambda args: errors_at(*args), (times, jax.random.split(key, len(times))))
+        times, rows = jnp.asarray(self.validation_times), list(range(len(self.validation_times)))
+        keys, is_dropped = jax.random.split(key, len(rows)), [False] * len(rows)
+        if self._drops(condition):
+            rows, is_dropped = [*rows, rows[-1]], [*is_dropped, True]
+        of_rows = (times[jnp.asarray(rows)], keys[jnp.asarray(rows)], jnp.asarray(is_dropped))
+        return jax.lax.map(lambda args: errors_at(*args), of_rows)
+
+    def _drops(self, conditions: Any) -> bool:
+        """Whether training drops conditions: an unconditional model's is its own null."""
+        one = jax.tree.map(lambda leaf: leaf[0], conditions)
+        return self.drop_rate > 0 and self.conditioning.null(one) is not one
 
     def latent(self, example: Example, key: PRNGKeyArray | None) -> Float[Array, "c h w"]:
         """The normalised latent; with `latent_std` in the example and a key, a sample from the VAE's posterior."""

@@ -65,6 +65,8 @@ def test_validation_also_has_the_loss_of_each_part_of_the_split(tmp_path):
     whole, pair, subject = (metrics(run, f"validation/loss{end}")[6] for end in ("", "_pair", "_subject"))
     assert whole == metrics(tmp_path / "plain", "validation/loss")[6] and pair != subject
     assert whole == pytest.approx((5 * pair + 3 * subject) / 8, rel=1e-6)
+    gains = [metrics(folder, "validation/condition_gain")[6] for folder in (run, tmp_path / "plain")]
+    assert gains[0] == gains[1] and abs(gains[0]) < metrics(run, "validation/loss_t0.9375")[6]
     write_tiny_data(tmp_path / "other", extra=lambda i: {"columns.held_out": "else"})
     dataclasses.replace(Manifest.read(tmp_path / "other"), validation_parts=parts).write(tmp_path / "other")
     line = error_line(train_here(tmp_path / "other", tmp_path / "no", "train.validate_every=6"))

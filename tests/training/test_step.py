@@ -1,5 +1,7 @@
 """The training step: its results, independent of devices and accumulation, and non-finite steps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,17 @@ def assert_same_run(a, b, rtol=2e-4):
 def baseline():
     """Three steps of batch 8 on four data-parallel devices, the reference of most tests."""
     return run()
+
+
+def test_validation_ends_with_the_loss_without_condition_where_conditions_are_dropped():
+    batch, key = jax.tree.map(jnp.asarray, batch_of(6)), jax.random.key(3)
+    model = jax.tree.map(jnp.asarray, run(steps=2)[1].model)
+    rows = OBJECTIVE.validation(model, batch, key)
+    null = batch | {"label": jnp.full(6, CLASSES, jnp.int32)}
+    whole, never = (dataclasses.replace(OBJECTIVE, drop_rate=rate).validation(model, null, key) for rate in (0.1, 0.0))
+    np.testing.assert_allclose(rows[-1], whole[-2], rtol=1e-6)
+    assert (len(rows), len(never)) == (len(OBJECTIVE.validation_times) + 1, len(OBJECTIVE.validation_times))
+    assert not np.allclose(rows[-1], rows[-2])
 
 
 GOLDEN_LOSSES = [4.658321, 7.147029, 4.482697]

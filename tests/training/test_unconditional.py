@@ -40,6 +40,7 @@ def run(data, tmp_path_factory):
 def test_it_trains_validates_and_previews(run):
     assert len(metrics(run, "train/loss")) == 6
     assert np.isfinite(metrics(run, "validation/loss")[6])
+    assert not metrics(run, "validation/condition_gain")
     assert (run / "samples" / "00000006.png").is_file()
     assert stored_arrays(run / "6")["model_ema.class_table"].shape[0] == 1
 
