@@ -20,7 +20,6 @@ from flowdit.sharding import own_rows, shard_batch
 from flowdit.training.evaluations.base import Evaluation, Report
 from flowdit.training.step import TrainState, make_validation_step
 
-
 CONDITION_GAIN = "validation/condition_gain"
 
 
