@@ -141,12 +141,14 @@ class FlowMatching:
             used = jax.tree.map(lambda one, other: jnp.where(is_dropped, one, other), null, condition)
             return predict(x_0, noise, jnp.full(x_0.shape[0], t), used).error
 
-        times, rows = jnp.asarray(self.validation_times), list(range(len(self.validation_times)))
-        keys, is_dropped = jax.random.split(key, len(rows)), [False] * len(rows)
+        times = jnp.asarray(self.validation_times)
+        keys = jax.random.split(key, len(times))
+        is_dropped = jnp.zeros(len(times), bool)
         if self._drops(condition):
-            rows, is_dropped = [*rows, rows[-1]], [*is_dropped, True]
-        of_rows = (times[jnp.asarray(rows)], keys[jnp.asarray(rows)], jnp.asarray(is_dropped))
-        return jax.lax.map(lambda args: errors_at(*args), of_rows)
+            times = jnp.append(times, times[-1])
+            keys = jnp.concatenate([keys, keys[-1:]])
+            is_dropped = jnp.append(is_dropped, True)
+        return jax.lax.map(lambda args: errors_at(*args), (times, keys, is_dropped))
 
     def _drops(self, conditions: Any) -> bool:
         """Whether training drops conditions: an unconditional model's is its own null."""
